@@ -1,0 +1,44 @@
+# Each target is one command a person can run. `make demo` and `make test` set everything up by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/demo
+BIN := $(VENV)/bin
+ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1 PATH="$(abspath $(BIN)):$$PATH"
+
+.PHONY: setup demo test lint format clean
+
+setup: $(VENV)/.runtime
+
+# A Debian python without ensurepip makes the environment in two steps, through the system's pip.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1). Set PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || \
+		{ rm -rf $(VENV) && $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install -q pip; } || \
+		{ rm -rf $(VENV); echo "error: no venv and no pip for $(PYTHON). Install python3-venv, or set PYTHON to one that has pip"; exit 2; }
+
+$(VENV)/.runtime: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -r requirements.txt
+	touch $@
+
+$(VENV)/.dev: requirements.txt requirements-dev.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q -r requirements-dev.txt
+	touch $@ $(VENV)/.runtime
+
+demo: $(VENV)/.runtime
+	$(ENV) deepspeed --num_gpus 2 trainer/run.py --ds_config ds_configs/cpu_debug.json \
+		--recipe recipes/demo.yaml --phase all --out $(RUN)
+
+test: $(VENV)/.dev
+	$(ENV) python -m pytest tests
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,132 @@
+"""Split a vision transformer into N module stages and put stages back together, sharing every parameter.
+
+A stage is the model itself, shallowly copied, that keeps only its own parts: timm's own methods (positions, pooling,
+heads, of whatever subclass) keep serving, so running the stages in turn equals the model to the bit. State-dict keys of
+a stage are those of the whole model; blocks carry global numbers. B images, T tokens, D width, C classes.
+"""
+
+import copy
+import functools
+import itertools
+from collections.abc import Sequence
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+# Parts before the blocks; "blocks" is shared out and whatever else a model has comes after them (norm, pooling, heads).
+EMBEDDING_PARTS = frozenset(
+    {"patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre"}
+)
+
+
+class Stage(nn.Module):
+    """Blocks start..stop-1 of a model; the first stage owns the embedding, the last one the norm and the head.
+
+    Made by `split` only, as a subclass of (Stage, class of the model).
+    """
+
+    start: int
+    stop: int
+    first: bool
+    last: bool
+    grad_checkpointing: bool  # recompute each block's activations in backward instead of keeping them
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in when first, else tokens (B, T, D); logits (B, C) out when last, else tokens."""
+        if self.first:
+            x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        recompute = self.grad_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks.values():
+            # a block run on its own never sees timm's checkpointing flag, which lives in forward_features
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        return self.forward_head(self.norm(x)) if self.last else x
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+
+def split(model: VisionTransformer, depths: Sequence[int]) -> list[Stage]:
+    """Cut `model` into stages of `depths` blocks that share its parameters.
+
+    Raises:
+        ValueError: a depth below 1, or depths that do not add up to the number of blocks.
+    """
+    blocks = list(model.blocks)
+    if not depths or min(depths) < 1 or sum(depths) != len(blocks):
+        raise ValueError(
+            f"depths {list(depths)} do not split {len(blocks)} blocks: each must be at least 1 "
+            f"and together they must make {len(blocks)} (they make {sum(depths)})."
+        )
+    starts = [sum(depths[:i]) for i in range(len(depths))]
+    return [_stage(model, blocks, start, start + depth) for start, depth in zip(starts, depths)]
+
+
+def assemble(stages: Sequence[Stage]) -> VisionTransformer:
+    """Put stages back into one model of the class they were split from; parameters stay shared with the stages.
+
+    Raises:
+        ValueError: stages of different classes, out of order, or not from the first block to the last.
+    """
+    _check_order(stages)
+    # plain attributes from the last stage: those that change after the split belong to the head (num_classes)
+    model = shallow_copy(stages[-1], type(stages[-1]).__bases__[1])
+    for name in ("start", "stop", "first", "last"):
+        delattr(model, name)
+    own = dict(model._modules)
+    model._modules = {name: part for name, part in stages[0]._modules.items() if name in EMBEDDING_PARTS}
+    model._parameters = {**stages[0]._parameters, **model._parameters}
+    model._buffers = {**stages[0]._buffers, **model._buffers}
+    model.blocks = nn.Sequential(*(block for stage in stages for block in stage.blocks.values()))
+    for name, part in own.items():
+        model._modules.setdefault(name, part)
+    return model
+
+
+def with_blocks(model: VisionTransformer, blocks: Sequence[nn.Module]) -> VisionTransformer:
+    """The same model around other blocks, everything shared with its sources."""
+    result = shallow_copy(model)
+    result.blocks = nn.Sequential(*blocks)
+    return result
+
+
+def shallow_copy(module: nn.Module, cls: type | None = None) -> nn.Module:
+    """A module of its own (parts can be set and deleted) that shares parts and parameters; of class `cls` if given."""
+    result = copy.copy(module)
+    for name, value in vars(module).items():
+        # torch's own registries (parts, parameters, hooks): left shared, setting one here would write into both modules
+        if name.startswith("_") and isinstance(value, dict | set):
+            vars(result)[name] = value.copy()
+    if cls is not None:
+        result.__class__ = cls
+    return result
+
+
+def _stage(model: VisionTransformer, blocks: list[nn.Module], start: int, stop: int) -> Stage:
+    stage = shallow_copy(model, _stage_class(type(model)))
+    stage.start, stage.stop = start, stop
+    stage.first, stage.last = start == 0, stop == len(blocks)
+    for parts in (stage._parameters, stage._modules, stage._buffers):
+        for name in list(parts):
+            if name != "blocks" and not (stage.first if name in EMBEDDING_PARTS else stage.last):
+                del parts[name]
+    stage.blocks = nn.ModuleDict({str(i): blocks[i] for i in range(start, stop)})
+    return stage
+
+
+@functools.cache
+def _stage_class(model_class: type[VisionTransformer]) -> type[Stage]:
+    return type(f"{model_class.__name__}Stage", (Stage, model_class), {"__module__": __name__})
+
+
+def _check_order(stages: Sequence[Stage]) -> None:
+    spans = [(stage.start, stage.stop) for stage in stages]
+    joined = all(left[1] == right[0] for left, right in itertools.pairwise(spans))
+    if not (stages and stages[0].first and stages[-1].last and joined):
+        raise ValueError(
+            f"stages of blocks {spans} do not make one model: expected them in order, each starting where the one "
+            f"before stops, the first with the embedding and the last with the head."
+        )
+    if len(classes := {type(stage).__name__ for stage in stages}) > 1:
+        raise ValueError(f"stages of different models cannot be assembled: got {sorted(classes)}.")

@@ -1,0 +1,178 @@
+"""V-MoE routing as pure functions: capacity, noisy top-k, queue slots with priority, auxiliary losses.
+
+The formulas are those of google-research/vmoe (Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts").
+G groups of tokens routed together, S tokens of a group, E experts, K experts chosen per token.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    num_experts: int = 8
+    k: int = 2  # experts a token is sent to
+    renormalize: bool = True  # the K weights of a token sum to 1 (softmax after top-k); False: softmax before top-k
+    noise_std: float = 0.0  # training noise on the logits has standard deviation noise_std / num_experts
+    batch_priority: bool = False  # tokens with the largest gate queue first, else token order
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.num_experts:
+            raise ValueError(f"k must lie between 1 and num_experts = {self.num_experts}, got {self.k}.")
+        if self.noise_std < 0:
+            raise ValueError(f"noise_std must not be negative, got {self.noise_std}; 0 turns the noise off.")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where the tokens of each group go; weights and losses carry gradients to the logits."""
+
+    expert_GSK: Tensor  # int64, the chosen experts, best first (dropped choices keep theirs)
+    slot_GSK: Tensor  # int64, position in that expert's queue of the group, -1 = dropped
+    weight_GSK: Tensor  # combine weight, 0 where dropped
+    losses: dict[str, Tensor]  # importance, load, gshard: (G,) each; load is 0 without noise, where it is not defined
+    count_GE: Tensor  # int64, choices that asked for each expert, dropped ones included
+    gate_GS: Tensor  # sum of a token's K gates before renormalisation, detached
+
+    @property
+    def kept(self) -> Tensor:
+        """Share of the choices that found a slot, ()."""
+        return (self.slot_GSK >= 0).float().mean()
+
+    @property
+    def load(self) -> Tensor:
+        """Share of the choices that asked for each expert, (E,)."""
+        return self.count_GE.sum(0) / self.expert_GSK.numel()
+
+    @property
+    def gate_sum(self) -> Tensor:
+        """Mean over tokens of the sum of the K gates, (): 1 = the router is sure of its choices."""
+        return self.gate_GS.mean()
+
+
+def capacity(
+    tokens_per_group: int,
+    num_experts: int,
+    k: int,
+    factor: float,
+    multiple_of: int = 4,
+    rounding: str = "ceil",
+) -> int:
+    """Slots each expert has for one group: tokens * k * factor / experts, rounded, then up to a multiple.
+
+    Raises:
+        ValueError: fewer than one slot before the multiple is applied, or an unknown rounding.
+    """
+    if rounding not in ("ceil", "round"):
+        raise ValueError(f"rounding {rounding!r} is not known; use 'ceil' or 'round'.")
+    exact = tokens_per_group * k * factor / num_experts
+    slots = math.ceil(exact) if rounding == "ceil" else round(exact)
+    if slots < 1:
+        raise ValueError(
+            f"capacity factor {factor} leaves {exact:.3g} slots per expert for {tokens_per_group} tokens, k = {k} and "
+            f"{num_experts} experts; at least 1 is needed. Raise the capacity factor or put more images in a group."
+        )
+    return math.ceil(slots / multiple_of) * multiple_of
+
+
+def route(
+    logits_GSE: Tensor,
+    config: RouterConfig,
+    capacity: int | None = None,
+    noise_GSE: Tensor | None = None,
+) -> Routing:
+    """Send every token to its top K experts; differentiable in the logits.
+
+    Args:
+        logits_GSE: router outputs; computed in float32 whatever their dtype.
+        config: see RouterConfig.
+        capacity: slots an expert has per group; choices beyond are dropped. None: nothing is dropped.
+        noise_GSE: standard normal draws, scaled here; None: no noise (evaluation).
+
+    Raises:
+        ValueError: logits of another number of experts, a capacity below 1, noise for a config without noise.
+    """
+    if logits_GSE.ndim != 3 or logits_GSE.shape[-1] != config.num_experts:
+        raise ValueError(f"logits must be (groups, tokens, {config.num_experts}), got {tuple(logits_GSE.shape)}.")
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"capacity must be at least 1, got {capacity}; None means that nothing is dropped.")
+    if noise_GSE is not None and config.noise_std == 0:
+        raise ValueError("noise was given but noise_std is 0: set noise_std above 0, or leave the noise out.")
+    logits_GSE = logits_GSE.float()
+    sigma = config.noise_std / config.num_experts
+    noisy_GSE = logits_GSE if noise_GSE is None else logits_GSE + sigma * noise_GSE.float()
+    clean_gates_GSE = logits_GSE.softmax(-1)
+    gates_GSE = clean_gates_GSE if noise_GSE is None else noisy_GSE.softmax(-1)
+
+    # a stable sort, because torch.topk does not promise the lowest index on ties
+    expert_GSK = gates_GSE.argsort(dim=-1, descending=True, stable=True)[..., : config.k]
+    gate_GSK = gates_GSE.gather(-1, expert_GSK)
+    weight_GSK = gate_GSK
+    if config.renormalize:
+        weight_GSK = noisy_GSE.gather(-1, expert_GSK).softmax(-1)  # = gate / sum of the K gates
+
+    priority_GS = None
+    if config.batch_priority:
+        # float32 softmax is off by a rounding or two: tokens that are equally sure would not tie
+        priority_GS = noisy_GSE.detach().double().softmax(-1).amax(-1).float()
+    position_GSK, count_GE = _queue(expert_GSK, config.num_experts, priority_GS)
+    slot_GSK = position_GSK
+    if capacity is not None:
+        kept_GSK = position_GSK < capacity
+        slot_GSK = position_GSK.where(kept_GSK, -1)
+        weight_GSK = weight_GSK.where(kept_GSK, 0.0)
+
+    losses = {
+        "importance": squared_variation(clean_gates_GSE.sum(1)),
+        "load": logits_GSE.new_zeros(len(logits_GSE)),
+        "gshard": _gshard_loss(gates_GSE, expert_GSK),
+    }
+    if noise_GSE is not None:
+        threshold_GS1 = noisy_GSE.gather(-1, expert_GSK[..., -1:])
+        losses["load"] = _load_loss(logits_GSE, threshold_GS1, sigma)
+    return Routing(expert_GSK, slot_GSK, weight_GSK, losses, count_GE, gate_GSK.detach().sum(-1))
+
+
+def squared_variation(x_GE: Tensor) -> Tensor:
+    """Squared coefficient of variation over experts, (G,).
+
+    var / mean^2 rather than (std / mean)^2, whose gradient is NaN when all experts are equal.
+    """
+    return x_GE.var(-1, correction=0) / x_GE.mean(-1).square()
+
+
+def _queue(expert_GSK: Tensor, num_experts: int, priority_GS: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Position of every choice in its expert's queue, and the queues' lengths (G, E).
+
+    All first choices come before all second ones; inside a choice the order is priority (largest first, ties in token
+    order) or token order.
+    """
+    G, S, K = expert_GSK.shape
+    queued_GSK = expert_GSK
+    if priority_GS is not None:
+        order_GSK = priority_GS.argsort(dim=1, descending=True, stable=True).unsqueeze(-1).expand(G, S, K)
+        queued_GSK = expert_GSK.gather(1, order_GSK)
+    flat_GN1 = queued_GSK.transpose(1, 2).reshape(G, K * S, 1)
+    # running count per expert: K*S*E small integers, far below the S*E*C of a one-hot dispatch tensor
+    asked_GNE = torch.zeros(G, K * S, num_experts, dtype=torch.int32, device=expert_GSK.device)
+    running_GNE = asked_GNE.scatter_(2, flat_GN1, 1).cumsum(1, dtype=torch.int32)
+    position_GSK = (running_GNE.gather(2, flat_GN1) - 1).view(G, K, S).transpose(1, 2)
+    if priority_GS is not None:
+        position_GSK = torch.empty_like(position_GSK).scatter_(1, order_GSK, position_GSK)
+    return position_GSK.long(), running_GNE[:, -1].long()
+
+
+def _load_loss(logits_GSE: Tensor, threshold_GS1: Tensor, sigma: float) -> Tensor:
+    """Squared variation of the chance that fresh noise would put each expert at or above the K-th noisy logit."""
+    chance_GSE = 1 - torch.special.ndtr((threshold_GS1 - logits_GSE) / sigma)
+    return squared_variation(chance_GSE.mean(1))
+
+
+def _gshard_loss(gates_GSE: Tensor, expert_GSK: Tensor) -> Tensor:
+    """GShard's balance loss (Lepikhin et al. 2020) on the first choices: E^2 mean_e(share chosen * mean gate)."""
+    first_GSE = F.one_hot(expert_GSK[..., 0], gates_GSE.shape[-1]).to(gates_GSE.dtype)
+    return gates_GSE.shape[-1] ** 2 * (first_GSE.mean(1) * gates_GSE.mean(1)).mean(-1)

@@ -1,0 +1,246 @@
+"""Teachers: from the Hugging Face hub or a directory into one timm VisionTransformer with its preprocessing.
+
+Two layouts are read, told apart by config.json: transformers (ViT, DeiT) and timm. Only safetensors weights are read
+and no code of a checkpoint ever runs. `new_teacher` starts one from scratch for whoever has none.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import safe_open
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from models.convert import from_processor, from_timm_config, to_processor, to_timm
+from models.hub_files import CheckpointFiles
+from models.preprocessing import Preprocessing
+
+SUPPORTED = (
+    "Supported: ViT and DeiT (plain and distilled) from transformers; ViT, DeiT, DeiT III, DINOv2, CLIP and SigLIP "
+    "vision transformers from timm."
+)
+TRANSFORMERS_TYPES = ("vit", "deit")
+TIMM_MODULES = ("vision_transformer", "deit")
+ROTARY = "rotary positions go into every block, so blocks do not run on tokens alone"
+RELATIVE = "it adds a relative position bias inside its blocks"
+WINDOWS = "its blocks work on windows of a shrinking grid"
+# why the likeliest wrong choices cannot be cut into modules, by transformers model_type or timm module
+REFUSED = {
+    "beit": f"BEiT: {RELATIVE}",
+    "data2vec-vision": f"Data2Vec (a BEiT): {RELATIVE}",
+    "eva": f"EVA or DINOv3: {ROTARY}",
+    "dinov3_vit": f"DINOv3: {ROTARY}",
+    "vision_transformer_relpos": f"relative-position ViT: {RELATIVE}",
+    "swin": f"Swin: {WINDOWS}",
+    "swinv2": f"Swin v2: {WINDOWS}",
+    "swin_transformer": f"Swin: {WINDOWS}",
+    "swin_transformer_v2": f"Swin v2: {WINDOWS}",
+}
+
+
+@dataclass
+class Teacher:
+    model: VisionTransformer  # evaluation mode, frozen
+    preprocessing: Preprocessing
+    source: str  # hub id with the commit it resolved to, or the directory
+    labels: list[str] | None  # class names by index, when the checkpoint has them
+    num_classes: int  # 0: no head, gives features only
+
+
+def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
+    """A frozen teacher with the preprocessing it was trained with.
+
+    Args:
+        source: hub id ("owner/name", "owner/name@revision", timm's "hf-hub:owner/name") or a directory.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ValueError: nothing readable there, a family that cannot be split, no head, no preprocessing, pickled weights.
+        RuntimeError: the conversion to timm changed the logits.
+    """
+    files = CheckpointFiles(source, revision)
+    config_path = files.find("config.json")
+    if config_path is None:
+        raise ValueError(f"{files} has no config.json: it is neither a transformers nor a timm checkpoint. {SUPPORTED}")
+    config = json.loads(config_path.read_text())
+    if "architecture" in config:
+        model, preprocessing, labels = _load_timm(files, config, config_path.parent)
+    elif "model_type" in config:
+        model, preprocessing, labels = _load_transformers(files, config, config_path.parent)
+    else:
+        raise ValueError(
+            f"config.json of {files} names no transformers model_type and no timm architecture. {SUPPORTED}"
+        )
+    model.eval().requires_grad_(False)
+    return Teacher(model, preprocessing, str(files), labels, model.num_classes)
+
+
+def _load_transformers(
+    files: CheckpointFiles, config: dict[str, Any], directory: Path
+) -> tuple[VisionTransformer, Preprocessing, list[str] | None]:
+    model_type = config["model_type"]
+    if model_type not in TRANSFORMERS_TYPES:
+        raise ValueError(_refusal(files, f"transformers model type {model_type!r}", model_type))
+    if files.find("preprocessor_config.json") is None:
+        raise ValueError(
+            f"{files} has no preprocessor_config.json: mean, std and size of its images are unknown. Save the image "
+            f"processor it was trained with beside it (ViTImageProcessor(...).save_pretrained(directory))."
+        )
+    files.weights()
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    try:
+        original, report = AutoModelForImageClassification.from_pretrained(
+            directory,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"transformers cannot load {files}: {error}") from error
+    _check_loaded(files, config, report)
+    try:
+        model = to_timm(original)
+        preprocessing = from_processor(processor, model)
+    except ValueError as error:
+        raise ValueError(f"{files}: {error}") from error
+    labels = [original.config.id2label[i] for i in range(original.config.num_labels)]
+    named = labels != [f"LABEL_{i}" for i in range(len(labels))]
+    return model, preprocessing, labels if named else None
+
+
+def _check_loaded(files: CheckpointFiles, config: dict[str, Any], report: dict[str, Any]) -> None:
+    """transformers only warns about a part it starts at random (a distilled DeiT read as a plain one: its head)."""
+    missing = sorted(report["missing_keys"])
+    # classifiers read the class token; a pooler saved from pre-training is of no use to them
+    unexpected = sorted(key for key in report["unexpected_keys"] if "pooler" not in key.split("."))
+    if not missing and not unexpected:
+        return
+    saved_as = ", ".join(config.get("architectures") or ["unknown"])
+    if missing and all("classifier" in key for key in missing) and not unexpected:
+        raise ValueError(
+            f"{files} (saved as {saved_as}) has no classification head: {', '.join(missing)} are missing. "
+            f"Take a checkpoint fine-tuned for classification."
+        )
+    raise ValueError(
+        f"the weights of {files} do not fit its config (saved as {saved_as}): missing {missing}, unexpected "
+        f"{unexpected}. Check `architectures` in config.json: a distilled DeiT is "
+        f"DeiTForImageClassificationWithTeacher."
+    )
+
+
+def _load_timm(
+    files: CheckpointFiles, config: dict[str, Any], directory: Path
+) -> tuple[VisionTransformer, Preprocessing, list[str] | None]:
+    architecture = config["architecture"]
+    if not timm.is_model(architecture):
+        raise ValueError(f"{files}: timm {timm.__version__} knows no architecture {architecture!r}. {SUPPORTED}")
+    module = timm.model_entrypoint(architecture).__module__.rsplit(".", 1)[-1]
+    if module not in TIMM_MODULES:
+        raise ValueError(_refusal(files, f"timm architecture {architecture!r}", module))
+    weights = files.weights()
+    try:
+        # pretrained=True: local-dir without it builds a random model and says nothing
+        model = timm.create_model(f"local-dir:{directory}", pretrained=True)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"timm cannot load {files}: {error}") from error
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):  # arguments in config.json can change it
+        raise ValueError(_refusal(files, f"timm model {type(model).__name__}", module))
+    _check_head(files, model, weights[0])
+    try:
+        preprocessing = from_timm_config(model)
+    except ValueError as error:
+        raise ValueError(f"{files}: {error}") from error
+    names = model.pretrained_cfg.get("label_names")
+    return model, preprocessing, _label_list(names, model.num_classes)
+
+
+def _check_head(files: CheckpointFiles, model: VisionTransformer, weights: Path) -> None:
+    """timm drops a head, without an error, when the config's numbers of classes contradict each other."""
+    if model.num_classes == 0:
+        return
+    with safe_open(weights, "pt") as file:
+        names = set(file.keys())
+        saved = file.get_tensor("head.weight") if "head.weight" in names else None
+    if saved is None or not torch.equal(saved.to(model.head.weight.dtype), model.head.weight):
+        raise ValueError(
+            f"{files}: the head of {model.num_classes} classes that config.json asks for is not the one in the weights "
+            f"({'none' if saved is None else f'{len(saved)} classes'}). Correct num_classes in config.json."
+        )
+
+
+def _label_list(names: Any, num_classes: int) -> list[str] | None:
+    """timm stores names as a list, or as a dict from class index to name."""
+    if isinstance(names, dict):
+        names = [names.get(i, names.get(str(i))) for i in range(num_classes)]
+    return list(names) if names and len(names) == num_classes and None not in names else None
+
+
+def _refusal(files: CheckpointFiles, what: str, family: str) -> str:
+    reason = REFUSED.get(family, "not a plain vision transformer")
+    return f"{files} ({what}) cannot be split into modules. {reason[0].upper()}{reason[1:]}. {SUPPORTED}"
+
+
+class TransformersTeacher(nn.Module):
+    """A transformers classifier behind the one call of this project: images (B, C, H, W) -> logits (B, C)."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(pixel_values=images).logits
+
+
+def new_teacher(
+    *,
+    image_size: int,
+    patch_size: int,
+    width: int,
+    depth: int,
+    heads: int,
+    mlp_dim: int,
+    labels: Sequence[str],
+    preprocessing: Preprocessing,
+) -> TransformersTeacher:
+    """A transformers ViTForImageClassification with random weights, to be trained and saved by `save_teacher`.
+
+    Raises:
+        ValueError: sizes that do not divide, or an image size other than the preprocessing's.
+    """
+    if image_size % patch_size or width % heads:
+        raise ValueError(
+            f"teacher image_size {image_size} must be a multiple of patch_size {patch_size}, "
+            f"and width {width} of heads {heads}."
+        )
+    if image_size != preprocessing.image_size:
+        raise ValueError(f"teacher image_size {image_size} is not the preprocessing's {preprocessing.image_size}.")
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        num_channels=preprocessing.in_chans,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=mlp_dim,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+    return TransformersTeacher(ViTForImageClassification(config))
+
+
+def save_teacher(model: TransformersTeacher, directory: str | Path, preprocessing: Preprocessing) -> None:
+    """Write config.json, model.safetensors and preprocessor_config.json; `load_teacher` and transformers read them."""
+    model.classifier.save_pretrained(directory)
+    to_processor(preprocessing).save_pretrained(directory)

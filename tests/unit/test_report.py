@@ -1,0 +1,177 @@
+"""The report against run folders whose numbers are worked out by hand in the comments."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainer import report
+
+ROOT = Path(__file__).parents[2]
+
+
+def put(folder, metrics=None, evaluations=None, flops=0.0, seconds=0.0, epochs=0, loads=(), **more):
+    """Write one phase; metrics None = unfinished."""
+    folder.mkdir(parents=True)
+    rows = [{"kind": "train", "phase": "train", "epoch": 0, "step": step, "loss": 1.0, "lr": 0.1, "load/10": load,
+             "load/9": [0.5, 0.5]} for step, load in enumerate(loads, start=1)]  # fmt: skip
+    for epoch, accuracy in (evaluations or {}).items():
+        rows.append({"kind": "eval", "phase": "train", "epoch": epoch, "step": 5 * epoch, "accuracy": accuracy})
+    if rows:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if metrics is not None:
+        result = {"phase": "train", "module": None, "metrics": metrics, "seconds": seconds, "images_seen": 100,
+                  "flops": flops, "epochs": epochs, "world_size": 2, "ep_size": 1, "git_commit": "abc1234",
+                  "versions": {"torch": "2.13.0"}, "recipe_hash": "ffff", **more}  # fmt: skip
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A complete run of two modules."""
+    put(tmp_path / "teacher", {"accuracy": 0.9616}, flops=9e15, seconds=900.0)
+    meta = {"accuracy": 0.8, "teacher_accuracy": 0.5, "hybrid_accuracy/0": 0.91, "hybrid_accuracy/1": 0.925}
+    put(tmp_path / "meta", meta, flops=2e12, seconds=20.0)
+    put(tmp_path / "distill_0", {"hybrid_accuracy": 0.7, "teacher_hybrid_accuracy": 0.91}, flops=3e12, seconds=30.0)
+    put(tmp_path / "distill_1", {"hybrid_accuracy": 0.625, "teacher_hybrid_accuracy": 0.92}, flops=4e12, seconds=40.0)
+    evaluations = {0: 0.1, 1: 0.5, 2: 0.75, 3: 0.8, 4: 0.875}
+    put(tmp_path / "train", {"accuracy": 0.875}, evaluations, flops=1e12, seconds=10.4, epochs=4,
+        loads=[[0.5, 0.5], [0.75, 0.25]], command="python trainer/run.py --recipe recipes/demo.yaml")  # fmt: skip
+    # 10 epochs: 25% is epoch 2.5, evaluated at 2; 50% is epoch 5, evaluated at 4; 100% only in the result
+    put(tmp_path / "train_scratch", {"accuracy": 0.6}, {2: 0.2, 4: 0.4, 6: 0.5}, flops=2.5e12, seconds=25.0, epochs=10)
+    put(
+        tmp_path / "train_scratch_equal_cost", {"accuracy": 0.7}, {20: 0.65, 40: 0.7}, flops=1e13, seconds=99, epochs=40
+    )
+    put(tmp_path / "evaluate", {"accuracy": 0.8749})
+    return tmp_path
+
+
+def cells(text, start):
+    """The cells of the line of a table that starts with `start`."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {start} "))
+    return [cell.strip() for cell in line.strip("|").split("|")][1:]
+
+
+def test_table_of_a_complete_run(run):
+    text = report.write_report(run)
+    assert cells(text, "teacher") == ["96.2"]
+    assert cells(text, "meta model") == ["80.0"]
+    assert cells(text, "student (phase evaluate)") == ["87.5"]
+    assert cells(text, "teacher module in the meta model") == ["91.0", "92.5"]
+    assert cells(text, "student module in the meta model") == ["70.0", "62.5"]
+    # FLOPs: 1 + 2 (meta) + 3 + 4 (distill) = 10e12, the teacher's 9e15 not; seconds: 10.4 + 20 + 30 + 40
+    assert cells(text, "m2mKD") == ["50.0", "75.0", "87.5", "4", "1.00e+12", "1.00e+13", "10", "100"]
+    assert cells(text, "scratch") == ["20.0", "40.0", "60.0", "10", "2.50e+12", "2.50e+12", "25", "25"]
+    # 25% of 40 epochs is epoch 10, the first evaluation came at epoch 20
+    assert cells(text, "scratch, equal total cost") == ["-", "65.0", "70.0", "40", "1.00e+13", "1.00e+13", "99", "99"]
+    assert "scratch: at 25% of 10 epochs stands the accuracy after epoch 2." in text
+    assert "scratch: at 50% of 10 epochs stands the accuracy after epoch 4." in text
+    assert "m2mKD: at" not in text and "Missing" not in text and "Not finished" not in text
+
+
+def test_report_file_names_pictures_commands_and_versions(run):
+    (run / "train" / "config.yaml").write_text("phase: train\n")
+    text = report.write_report(run)
+    page = (run / "report.md").read_text()
+    assert text in page
+    for picture in ("learning_curves.png", "hybrid_accuracy.png", "expert_load.png"):
+        assert f"]({picture})" in page
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    assert "    python trainer/run.py --recipe recipes/demo.yaml\n" in page
+    assert page.endswith("Versions: torch 2.13.0.\n")
+    origin = page[page.index("## How it was made") :]
+    assert cells(origin, "train") == [
+        "done",
+        "10.4",
+        "100",
+        "1.00e+12",
+        "2",
+        "1",
+        "abc1234",
+        "ffff",
+        "train/config.yaml",
+    ]
+
+
+def test_missing_and_unfinished_phases(tmp_path):
+    put(tmp_path / "meta", {"accuracy": 0.8, "teacher_accuracy": 0.95, "hybrid_accuracy/1": 0.9})
+    put(tmp_path / "distill_0", {"hybrid_accuracy": 0.7, "teacher_hybrid_accuracy": 0.85}, flops=3e12, seconds=30.0)
+    put(tmp_path / "train", None, {1: 0.5, 2: 0.55})
+    put(tmp_path / "train_scratch")
+    text = report.write_report(tmp_path)
+    assert cells(text, "teacher") == ["95.0"]  # a hub teacher: measured by meta, without a phase of its own
+    assert cells(text, "teacher module in the meta model") == ["85.0", "90.0"]
+    assert cells(text, "student module in the meta model") == ["70.0", "-"]
+    assert cells(text, "m2mKD") == ["-"] * 8
+    assert "Missing phases: distill_1, train_scratch_equal_cost, evaluate." in text
+    assert "Not finished: train, unfinished (step 10), last accuracy 55.0% after epoch 2." in text
+    assert "Not finished: train_scratch, unfinished (nothing logged)." in text
+
+
+def test_no_total_without_every_distill_phase(run):
+    (run / "distill_0" / "result.json").unlink()
+    row = cells(report.write_report(run), "m2mKD")
+    assert row[4:] == ["1.00e+12", "-", "10", "-"]
+
+
+def test_train_alone_has_a_report(tmp_path):
+    put(tmp_path / "train", {"accuracy": 0.5}, {1: 0.5}, flops=1e9, seconds=1.0, epochs=1)
+    text = report.write_report(tmp_path)
+    assert cells(text, "m2mKD") == ["-", "-", "50.0", "1", "1.00e+09", "-", "1", "-"]
+    assert not (tmp_path / "expert_load.png").exists() and not (tmp_path / "hybrid_accuracy.png").exists()
+
+
+def test_a_run_of_no_epochs_has_a_report(tmp_path):
+    put(tmp_path / "train_scratch", {"accuracy": 0.1}, {0: 0.1})  # assembled and evaluated only
+    assert cells(report.write_report(tmp_path), "scratch")[:4] == ["10.0", "10.0", "10.0", "0"]
+
+
+def test_learning_curves_start_after_the_preparation(run, monkeypatch):
+    from trainer import report_plots
+
+    drawn = []
+    monkeypatch.setattr(report_plots, "draw_learning_curves", lambda path, curves, teacher: drawn.extend(curves))
+    report.write_report(run)
+    assert [curve.preparation_flops for curve in drawn] == [9e12, 0.0, 0.0]
+    assert drawn[1].accuracy == {2: 0.2, 4: 0.4, 6: 0.5, 10: 0.6}  # the last one from the result
+
+
+def test_loads_are_in_network_order_and_relative_to_uniform(run):
+    record = report._read_phases(run)["train"]
+    assert list(record.loads()) == ["9", "10"]
+    assert record.loads()["10"] == [(1, [1.0, 1.0]), (2, [1.5, 0.5])]
+
+
+def test_rows_with_non_finite_numbers_are_left_out(tmp_path):
+    put(tmp_path / "train", {"accuracy": 0.5}, {1: None, 2: 0.5}, epochs=2, loads=[[None, 0.5], [0.25, 0.75]])
+    record = report._read_phases(tmp_path)["train"]
+    assert record.curve() == {2: 0.5}
+    assert record.loads()["10"] == [(2, [0.5, 1.5])]
+    report.write_report(tmp_path)
+
+
+def test_needs_neither_torch_nor_matplotlib(run):
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'torch', 'deepspeed']));"
+        "from trainer.report import main; main(sys.argv[1:])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(run)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert cells(done.stdout, "m2mKD")[2] == "87.5"
+    assert "No pictures: matplotlib is not installed" in done.stdout
+    assert "No pictures" in (run / "report.md").read_text() and "](" not in (run / "report.md").read_text()
+
+
+def test_a_folder_that_is_no_run_is_an_error_for_people(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path)])
+    assert stop.value.code == 2
+    assert "holds no phase of a run: expected folders such as teacher, meta" in capsys.readouterr().err
+
+
+def test_a_broken_result_names_the_file(run):
+    (run / "meta" / "result.json").write_text('{"phase": ')
+    with pytest.raises(ValueError, match=r"meta/result\.json is not JSON"):
+        report.write_report(run)

@@ -1,0 +1,91 @@
+"""Transforms against the teacher's own: timm's evaluation transform, transformers' image processor, and plain PIL."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models.preprocessing import Preprocessing
+from trainer.data.transforms import eval_transform, train_transform
+from trainer.schema import AugmentConfig
+
+HALF = (0.5, 0.5, 0.5)
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+PLAIN = AugmentConfig(hflip=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Smooth colours with a little noise, so that a resize by the wrong filter or corner shows."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [128 + 90 * np.sin(x / 9 + k) * np.cos(y / (7 + k)) for k in range(3)]
+    values = np.stack(waves, axis=-1) + rng.normal(0, 8, (height, width, 3))
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(("crop_pct", "interpolation"), [(0.9, "bicubic"), (1.0, "bilinear"), (0.875, "bicubic")])
+def test_centre_crop_equals_timm(crop_pct, interpolation):
+    from timm.data import create_transform
+
+    config = {"input_size": (3, 48, 48), "interpolation": interpolation, "mean": MEAN, "std": STD, "crop_pct": crop_pct}
+    image = photo(120, 90)
+    ours = eval_transform(Preprocessing(48, MEAN, STD, interpolation, crop_pct))(image)
+    torch.testing.assert_close(ours, create_transform(**config)(image), rtol=0, atol=0)
+
+
+def test_centre_crop_equals_pil_by_hand():
+    image = photo(120, 90)
+    # shorter side 90 -> floor(48 / 0.9) = 53, the other 120 * 53 / 90 = 70.67 -> 70;
+    # the crop starts at (70 - 48) / 2 = 11 and (53 - 48) / 2 = 2.5 -> 2
+    cropped = image.resize((70, 53), Image.Resampling.BICUBIC).crop((11, 2, 59, 50))
+    expected = (torch.tensor(np.array(cropped)).permute(2, 0, 1) / 255 - torch.tensor(MEAN)[:, None, None]) / 0.25
+    ours = eval_transform(Preprocessing(48, MEAN, (0.25, 0.25, 0.25), "bicubic", 0.9))(image)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("interpolation", "resample"), [("bilinear", 2), ("bicubic", 3)])
+def test_squash_equals_transformers(interpolation, resample):
+    from transformers import ViTImageProcessor
+
+    image = photo(120, 90)
+    processor = ViTImageProcessor(
+        size={"height": 48, "width": 48}, resample=resample, image_mean=list(HALF), image_std=list(HALF)
+    )
+    theirs = torch.as_tensor(np.asarray(processor(image, return_tensors="pt")["pixel_values"][0]))
+    ours = eval_transform(Preprocessing(48, HALF, HALF, interpolation, crop_mode="squash"))(image)
+    # equal with transformers' PIL backend; its torchvision backend rounds some pixels to the next of the 255 levels
+    levels = (ours - theirs).abs() * 255 * 0.5
+    assert levels.max() < 1.01
+    assert levels.mean() < 0.02
+    centre = eval_transform(Preprocessing(48, HALF, HALF, interpolation))(image)
+    assert (centre - theirs).abs().mean() > 0.1  # the tolerance tells squash from crop
+
+
+def test_training_without_augmentation_is_the_image():
+    image = photo(32, 32)
+    values = torch.tensor(np.array(image)).permute(2, 0, 1) / 255
+    expected = (values - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+    pre = Preprocessing(32, MEAN, STD)
+    torch.testing.assert_close(train_transform(pre, PLAIN)(image), expected, rtol=0, atol=1e-6)
+    flipped = train_transform(pre, AugmentConfig(hflip=1.0, scale=(1.0, 1.0), ratio=(1.0, 1.0)))(image)
+    torch.testing.assert_close(flipped, expected.flip(-1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change", [{"scale": (0.2, 0.3)}, {"color_jitter": 0.4}, {"random_erasing": 1.0}, {"rand_augment": "rand-m9-inc1"}]
+)
+def test_each_augmentation_changes_the_image(change):
+    image, pre = photo(32, 32), Preprocessing(32, MEAN, STD)
+    plain = {"hflip": 0.0, "scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    transform = train_transform(pre, AugmentConfig(**(plain | change)))
+    one, two = transform(image), transform(image)
+    assert one.shape == (3, 32, 32)
+    assert not torch.equal(one, train_transform(pre, PLAIN)(image))
+    assert not torch.equal(one, two)
+
+
+def test_unknown_rand_augment_and_grey_teachers_are_refused():
+    with pytest.raises(ValueError, match=r"augment\.rand_augment='rand-q9' is not understood"):
+        train_transform(Preprocessing(32, MEAN, STD), AugmentConfig(rand_augment="rand-q9"))
+    with pytest.raises(ValueError, match="the teacher takes 1 channels"):
+        eval_transform(Preprocessing(32, (0.5,), (0.5,), in_chans=1))

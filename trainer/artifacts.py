@@ -1,0 +1,173 @@
+"""The hand-over between phases: OUT/<phase>[_i]/ with weights, config.yaml and, written last, result.json.
+
+Only these folders link two phases. result.json names every file with its size and SHA-256; a folder without it is
+unfinished, and a folder made with another recipe is refused by the key that differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config import first_difference, to_dict
+from trainer.schema import Recipe
+
+# The sections of the recipe an artifact depends on: a change elsewhere leaves it valid.
+DEFINED_BY = {
+    "teacher": ("seed", "data", "augment", "teacher"),
+    "meta": ("seed", "data", "augment", "teacher", "modules", "meta"),
+    "distill": ("seed", "data", "augment", "teacher", "modules", "meta", "distill", "student"),
+    "train": ("seed", "data", "augment", "teacher", "modules", "meta", "distill", "student", "train"),
+    "evaluate": ("seed", "data", "augment", "teacher", "modules", "meta", "distill", "student", "train"),
+    "train_scratch": ("seed", "data", "augment", "teacher", "student", "train"),
+    "train_scratch_equal_cost": (
+        "seed",
+        "data",
+        "augment",
+        "teacher",
+        "modules",
+        "meta",
+        "distill",
+        "student",
+        "train",
+    ),
+}
+NOT_DEFINING = {"data": ("workers",), "train": ("start", "baselines")}
+PACKAGES = ("torch", "deepspeed", "timm", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy")
+
+
+def artifact_name(phase: str, module: int | None = None, start: str = "distilled") -> str:
+    """Folder name of a phase's artifact: distill_2, train, train_scratch."""
+    if phase == "train" and start != "distilled":
+        return f"train_{start}"
+    return phase if module is None else f"{phase}_{module}"
+
+
+def open_folder(out: Path, name: str, recipe: Recipe, run: dict[str, Any]) -> tuple[Path, bool]:
+    """Create or re-open an artifact's folder and write its config.yaml.
+
+    Args:
+        out: the run's folder.
+        name: as from artifact_name.
+        run: what repeats this phase besides the recipe: phase, module, command, ds_config.
+
+    Returns:
+        (folder, whether the artifact is already complete).
+
+    Raises:
+        ValueError: the folder belongs to another recipe; the first differing key is named.
+    """
+    folder = out / name
+    _refuse_other_recipe(folder, name, recipe, f"{folder} belongs to another run")
+    if not (folder / "config.yaml").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", yaml.safe_dump(run | {"recipe": to_dict(recipe)}, sort_keys=False))
+    return folder, (folder / "result.json").is_file()
+
+
+def require(out: Path, name: str, recipe: Recipe, needed_by: str) -> tuple[Path, dict[str, Any]]:
+    """Find a finished artifact of this recipe and check its files.
+
+    Returns:
+        (folder, result).
+
+    Raises:
+        ValueError: missing, unfinished, made with another recipe, or a file truncated or altered.
+    """
+    folder = out / name
+    command = f"--phase {name.replace('_', ' --module ') if name.startswith('distill_') else name}"
+    if not folder.is_dir():
+        raise ValueError(f"{needed_by} needs {folder}, which does not exist: run {command} --out {out} first")
+    if not (folder / "result.json").is_file():
+        raise ValueError(f"{needed_by} needs {folder}, which is unfinished (no result.json): run {command} again")
+    _refuse_other_recipe(folder, name, recipe, f"{needed_by} needs {folder}, which was made with another recipe")
+    result = json.loads((folder / "result.json").read_text())
+    for file, record in result["files"].items():
+        if not (folder / file).is_file() or file_record(folder / file) != record:
+            raise ValueError(
+                f"{folder / file} is missing, truncated or altered (SHA-256 differs from result.json): "
+                f"delete {folder} and run {command} again"
+            )
+    return folder, result
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Record the artifact's files and write result.json, the mark of completion, last."""
+    names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    left_out = ("result.json", "metrics.jsonl")
+    files = {name: file_record(folder / name) for name in names if name not in left_out and not name.endswith(".tmp")}
+    result = result | {"git_commit": git_commit(), "versions": versions(), "files": files}
+    write_json(folder / "result.json", result)
+    return result
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as f:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file atomically: beside it first, flushed, then renamed."""
+    beside = path.with_name(path.name + ".tmp")
+    with beside.open("w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically; a value that is not finite is an error, not invalid JSON."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def git_commit() -> str | None:
+    """Commit of the code, with "+changes" when the tree differs; None outside git."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        run = [subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True)
+               for args in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))]  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run[0].stdout.strip() + ("+changes" if run[1].stdout.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that decide the numbers."""
+    found = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _refuse_other_recipe(folder: Path, name: str, recipe: Recipe, what: str) -> None:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return
+    there = yaml.safe_load(path.read_text())["recipe"]
+    difference = first_difference(_defining(there, name), _defining(to_dict(recipe), name))
+    if difference:
+        raise ValueError(f"{what} ({difference}): use another --out, or the recipe in {path}")
+
+
+def _defining(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    kind = "distill" if name.startswith("distill_") else name
+    kept = {}
+    for key in DEFINED_BY[kind]:
+        value = recipe.get(key)
+        if isinstance(value, dict):
+            value = {k: v for k, v in value.items() if k not in NOT_DEFINING.get(key, ())}
+        kept[key] = value
+    return kept

@@ -1,0 +1,135 @@
+"""Saving and resuming inside a phase: DeepSpeed's files, each rank's generators, and one atomic commit.
+
+FOLDER/checkpoints/step_00000123/...   what DeepSpeed writes, rank_{r}.pt, manifest.json (sizes and SHA-256)
+FOLDER/checkpoints/latest.json         names the newest complete one; replaced last, so a kill at any point before
+                                       leaves the previous checkpoint in force
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.artifacts import file_record, write_json
+from trainer.dist import Dist, rng_state, set_rng_state
+from trainer.engine import Engine
+
+BYTES_PER_PARAMETER = 16  # fp32 weight, two moments, and the working copy: what a first checkpoint needs at most
+
+
+def save(engine: Engine, folder: Path, *, step: int, state: dict[str, Any], keep: int, dist: Dist) -> None:
+    """Write a checkpoint of all ranks and make it the newest (collective).
+
+    Args:
+        folder: the phase's folder.
+        step: optimiser steps done.
+        state: small JSON values the loop wants back.
+        keep: how many checkpoints stay.
+
+    Raises:
+        OSError: no room; nothing of the previous checkpoint is touched.
+    """
+    root = folder / "checkpoints"
+    tag = f"step_{step:08d}"
+    if dist.main:
+        shutil.rmtree(root / tag, ignore_errors=True)  # left by a killed save: never committed
+        (root / tag).mkdir(parents=True)
+    dist.agree(_check_room(engine, root) if dist.main else None)
+    engine.deepspeed.save_checkpoint(str(root), tag=tag, save_latest=False)
+    torch.save(_portable(rng_state()), root / tag / f"rank_{dist.rank}.pt")
+    dist.barrier()
+    records = _records(root / tag, dist)
+    if dist.main:
+        topology = _topology(engine, dist)
+        write_json(root / tag / "manifest.json", {"step": step, "state": state, "topology": topology, "files": records})
+        write_json(root / "latest.json", {"tag": tag})
+        for old in sorted(root.glob("step_*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def resume(engine: Engine, folder: Path, dist: Dist) -> dict[str, Any] | None:
+    """Load the newest checkpoint into the engine and this rank's generators.
+
+    Returns:
+        {"step": steps done, "state": what was given to save}, or None when there is no checkpoint.
+
+    Raises:
+        ValueError: a file is missing, truncated or altered, or the number of ranks or the ep size has changed.
+    """
+    root = folder / "checkpoints"
+    latest = root / "latest.json"
+    if not latest.is_file():
+        return None
+    tag = json.loads(latest.read_text())["tag"]
+    manifest = json.loads((root / tag / "manifest.json").read_text())
+    dist.agree(_problem(root, tag, manifest, _topology(engine, dist), dist))
+    engine.deepspeed.load_checkpoint(str(root), tag=tag)
+    saved = torch.load(root / tag / f"rank_{dist.rank}.pt", weights_only=True)
+    set_rng_state(_native(saved))
+    return {"step": manifest["step"], "state": manifest["state"]}
+
+
+def _problem(root: Path, tag: str, manifest: dict, topology: dict, dist: Dist) -> ValueError | None:
+    """Why this checkpoint cannot be loaded, or None. Each rank checks its share of the files."""
+    if manifest["topology"] != topology:
+        return ValueError(
+            f"checkpoint {root / tag} was saved with {manifest['topology']} and this run has {topology}: "
+            "resume with the same ranks and DeepSpeed JSON, or use another --out"
+        )
+    for name in sorted(manifest["files"])[dist.rank :: dist.world]:
+        path = root / tag / name
+        if not path.is_file() or file_record(path) != manifest["files"][name]:
+            older = [p.name for p in sorted(root.glob("step_*")) if p.name < tag and (p / "manifest.json").is_file()]
+            advice = (
+                f"to go back to {older[-1]}, write its name into {root / 'latest.json'}"
+                if older
+                else f"to start this phase over, delete {root}"
+            )
+            return ValueError(f"checkpoint file {path} is missing, truncated or altered (SHA-256 differs): {advice}")
+    return None
+
+
+def _topology(engine: Engine, dist: Dist) -> dict[str, Any]:
+    settings = engine.settings
+    zero = settings.config["zero_optimization"]["stage"]
+    return {"world": dist.world, "ep_size": settings.ep_size, "zero_stage": zero, "bf16": settings.bf16}
+
+
+def _check_room(engine: Engine, root: Path) -> OSError | None:
+    needed = BYTES_PER_PARAMETER * sum(p.numel() for p in engine.module.parameters()) * engine.settings.ep_size
+    free = shutil.disk_usage(root).free
+    if free >= needed:
+        return None
+    return OSError(
+        f"not enough room for a checkpoint in {root}: {needed:,} bytes needed, {free:,} free. "
+        "The previous checkpoint is untouched; free some space and start the same command again"
+    )
+
+
+def _records(folder: Path, dist: Dist) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file, flushed to disk; the ranks share the work."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    mine = {}
+    for path in files[dist.rank :: dist.world]:
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+        mine[str(path.relative_to(folder))] = file_record(path)
+    return {name: record for part in dist.gather(mine) for name, record in part.items()}
+
+
+def _portable(state: dict[str, Any]) -> dict[str, Any]:
+    """Generators' states as tensors and plain values, so that torch.load(weights_only=True) reads them."""
+    name, keys, *rest = state["numpy"]
+    return state | {"numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}
+
+
+def _native(state: dict[str, Any]) -> dict[str, Any]:
+    name, keys, *rest = state["numpy"]
+    return state | {"numpy": (name, keys.numpy().astype(np.uint32), *rest)}

@@ -1,0 +1,223 @@
+"""What every phase shares: the recipe resolved against its teacher and data, and the beginning and end of a phase."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.flops import forward_flops, num_tokens
+from models.meta import MetaModel, check_pair
+from models.modules import split
+from models.moe import MoEConfig
+from models.stitch import StudentModule, build_student_modules
+from models.teacher import Teacher, load_teacher
+from models.vmoe import VMoE, VMoEConfig, decode_variant
+from trainer import artifacts
+from trainer.config import split_evenly, to_dict
+from trainer.data.sources import ImageSource, open_source
+from trainer.dist import Dist, seed_everything
+from trainer.ds_config import Settings, resolve
+from trainer.engine import Engine, build_engine
+from trainer.loop import Data, Outcome, Task, epoch_length, eval_batch, fit
+from trainer.schema import Recipe, ScheduleConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One invocation: the recipe, the DeepSpeed JSON, the output folder, and this process among the ranks."""
+
+    recipe: Recipe
+    ds_values: dict[str, Any]
+    out: Path
+    dist: Dist
+    command: str
+
+    @cached_property
+    def sources(self) -> tuple[ImageSource, ImageSource]:
+        """Training and validation images."""
+        return open_source(self.recipe.data, "train"), open_source(self.recipe.data, "val")
+
+    @property
+    def labels(self) -> list[str]:
+        """Class names of the data."""
+        return self.sources[0].labels
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher of the recipe, on the CPU; trained by phase teacher when the recipe names none.
+
+        Raises:
+            ValueError: not found, not supported, or its head has another number of classes than the data.
+        """
+        source = self.recipe.teacher.source
+        if not source:
+            source = str(artifacts.require(self.out, "teacher", self.recipe, "a recipe without teacher.source")[0])
+        teacher = load_teacher(source)
+        if teacher.num_classes != len(self.labels):
+            raise ValueError(
+                f"teacher {teacher.source} has {teacher.num_classes} classes and the data "
+                f"({self.sources[0].name}) has {len(self.labels)}: use a teacher fine-tuned on this data"
+            )
+        return teacher
+
+    @cached_property
+    def data(self) -> Data:
+        """Images with the teacher's preprocessing and the recipe's training transforms."""
+        return self.data_for(self.teacher.preprocessing)
+
+    def data_for(self, preprocessing: Any) -> Data:
+        """The same with a given preprocessing, for the phase that makes the teacher."""
+        d = self.recipe.data
+        return Data(*self.sources, preprocessing, self.recipe.augment, d.workers, len(self.labels), d.skip_unreadable)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Length of the token sequence, the same for teacher, meta model and student."""
+        return num_tokens(self.teacher.model)
+
+    @property
+    def teacher_depths(self) -> tuple[int, ...]:
+        """Blocks per teacher module."""
+        r = self.recipe
+        return r.teacher.depths or split_evenly(len(self.teacher.model.blocks), r.modules, "the teacher")
+
+    def student_config(self, drop_path: float = 0.0) -> VMoEConfig:
+        """The student that fits this teacher and data. Raises ValueError when sizes are open or do not fit."""
+        return student_config(self.recipe, self.teacher, len(self.labels), drop_path)
+
+    def student_modules(self, drop_path: float = 0.0) -> list[StudentModule]:
+        """The student's modules with their stitch layers, freshly initialised from the recipe's seed."""
+        student = VMoE(self.student_config(drop_path))
+        check_pair(self.teacher.model, student)
+        depths = self.recipe.student.depths or split_evenly(len(student.blocks), self.recipe.modules, "the student")
+        return build_student_modules(student, depths, self.teacher.model.embed_dim, seed=self.recipe.seed)
+
+    def teacher_stages(self) -> list[nn.Module]:
+        """The teacher's modules, frozen."""
+        return split(self.teacher.model, self.teacher_depths)
+
+    def new_meta(self) -> MetaModel:
+        """The meta model before training."""
+        m = self.recipe.meta
+        return MetaModel.from_teacher(
+            self.teacher.model, self.recipe.modules, m.blocks_per_module, m.init,
+            teacher_depths=self.teacher_depths, seed=self.recipe.seed,
+        )  # fmt: skip
+
+    def trained_meta(self, needed_by: str) -> tuple[MetaModel, dict[str, Any]]:
+        """The meta model of phase meta and its result."""
+        folder, result = artifacts.require(self.out, "meta", self.recipe, needed_by)
+        meta = self.new_meta()
+        meta.load_state_dict(load_file(folder / "model.safetensors"))
+        return meta, result
+
+    def settings(self, section: str, schedule: ScheduleConfig, num_experts: int = 0) -> Settings:
+        """The DeepSpeed JSON resolved for a section of the recipe and this world."""
+        d = self.dist
+        return resolve(
+            self.ds_values, schedule, world=d.world, local_world=d.local_world, num_experts=num_experts,
+            cuda=d.device.type == "cuda", phase=section,
+        )  # fmt: skip
+
+    def open(self, phase: str, module: int | None = None, start: str = "distilled") -> tuple[Path, bool]:
+        """The artifact's folder, created on rank 0, and whether it is complete already (collective)."""
+        name = artifacts.artifact_name(phase, module, start)
+        error, found = None, (self.out / name, False)
+        about = {"phase": phase, "module": module, "command": self.command, "ds_config": self.ds_values}
+        try:
+            if self.dist.main:
+                found = artifacts.open_folder(self.out, name, self.recipe, about)
+        except (ValueError, OSError) as problem:
+            error = problem
+        self.dist.agree(error)
+        done = bool(self.dist.gather(found[1])[0])
+        if done and self.dist.main:
+            log.info("%s is complete: nothing to do", found[0])
+        return found[0], done
+
+    def train(self, objective: Any, data: Data, schedule: ScheduleConfig, settings: Settings, folder: Path,
+              description: str) -> tuple[Outcome, dict[str, Tensor], Engine]:  # fmt: skip
+        """Seed, wrap, train, and return the outcome, the trained weights (canonical, fp32, CPU) and the engine."""
+        r = self.recipe
+        seed_everything(r.seed, self.dist.rank, r.run.deterministic)
+        task = Task(folder.name, description, schedule.epochs, r.seed, r.run)
+        per_epoch = epoch_length(data, settings)
+        engine = build_engine(objective.module, schedule, settings, steps_per_epoch=per_epoch, dist=self.dist)
+        outcome = fit(engine, objective, data, task, folder, self.dist)
+        return outcome, engine.fp32_state(), engine
+
+    def eval_batch(self, settings: Settings) -> int:
+        """Images per rank and forward in evaluation."""
+        return eval_batch(self.recipe.run, settings)
+
+    def finish(self, folder: Path, phase: str, module: int | None, outcome: Outcome, settings: Settings, *,
+               epochs: int, flops_per_image: int, metrics: dict[str, float]) -> None:  # fmt: skip
+        """Write result.json on rank 0 and let the others wait for it."""
+        if self.dist.main:
+            result = {
+                "phase": phase,
+                "module": module,
+                "metrics": {name: float(value) for name, value in metrics.items()},
+                "seconds": outcome.seconds,
+                "images_seen": outcome.images_seen,
+                "steps": outcome.steps,
+                "epochs": epochs,
+                "flops": float(outcome.images_seen * flops_per_image),
+                "world_size": self.dist.world,
+                "ep_size": settings.ep_size,
+                "global_batch": settings.global_batch,
+                "device": str(self.dist.device.type),
+                "command": self.command,
+            }
+            artifacts.write_result(folder, result)
+        self.dist.barrier()
+
+
+def student_config(recipe: Recipe, teacher: Teacher, num_classes: int, drop_path: float = 0.0) -> VMoEConfig:
+    """The V-MoE a recipe asks for, with image size, channels and prefix tokens taken from the teacher.
+
+    Raises:
+        ValueError: an unknown variant, or sizes that do not fit together.
+    """
+    s = recipe.student
+    sizes = {n: getattr(s, n) for n in ("patch_size", "width", "depth", "heads", "mlp_dim")}
+    values = (decode_variant(s.variant) if s.variant else {}) | {k: v for k, v in sizes.items() if v is not None}
+    prefix = teacher.model.num_prefix_tokens
+    class_token = prefix > 0
+    return VMoEConfig(
+        **values
+        | {
+            "image_size": teacher.preprocessing.image_size,
+            "in_chans": teacher.preprocessing.in_chans,
+            "num_classes": num_classes,
+            "moe_blocks": s.moe_blocks,
+            "moe": MoEConfig(**to_dict(s.moe)),
+            "gelu": s.gelu,
+            "pool": s.pool if class_token else "mean",
+            "class_token": class_token,
+            "reg_tokens": max(prefix - 1, 0) if s.reg_tokens is None else s.reg_tokens,
+            "drop_rate": s.drop_rate,
+            "drop_path_rate": drop_path,
+            "seed": recipe.seed,
+        }
+    )
+
+
+def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+    """Write safetensors beside, then rename."""
+    beside = path.with_name(path.name + ".tmp")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside)
+    beside.replace(path)
+
+
+def training_flops(module: nn.Module, tokens: int) -> int:
+    """Forward and backward FLOPs of one image through a model trained whole."""
+    return 3 * forward_flops(module, tokens)

@@ -1,0 +1,214 @@
+"""Batches of the training and the evaluation loop: source + transform + sampler in a torch DataLoader.
+
+What an image looks like after its random transform depends on (seed, epoch, position in the epoch) only: not on worker,
+rank, world size, or on what else the process drew. B = batch, C = channels or classes, H, W = height and width.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from timm.data import Mixup
+from torch.utils.data import DataLoader, Dataset
+
+from models.preprocessing import Preprocessing
+from trainer.data.sampler import TrainRequest, eval_requests, train_requests
+from trainer.data.sources import ImageSource
+from trainer.data.transforms import Transform, eval_transform, train_transform
+from trainer.schema import AugmentConfig
+
+MixFunction = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    images: torch.Tensor  # (B, C, H, W) float32
+    labels: torch.Tensor  # (B,) int64; 0 where mask is False
+    mask: torch.Tensor  # (B,) bool, False on padding and on skipped images
+    index: torch.Tensor  # (B,) int64, position in the source; -1 where mask is False
+    skipped: tuple[int, ...] = ()  # indices found unreadable while this batch was made (skip_unreadable)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
+
+
+def train_batches(
+    source: ImageSource,
+    pre: Preprocessing,
+    aug: AugmentConfig,
+    *,
+    seed: int,
+    epoch: int,
+    start_step: int = 0,
+    epochs: int = 1,
+    micro_batch: int,
+    accumulation: int = 1,
+    world: int = 1,
+    rank: int = 0,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """One Batch per micro-step of this rank: from optimiser step `start_step` of `epoch`, through `epochs` epochs.
+
+    Worker processes live as long as the iterator: pass epochs > 1 to keep them, and their prefetching, across epochs.
+    Close the iterator (or drop it) to end them early.
+
+    Raises:
+        ValueError: fewer images than one global batch, or start_step beyond the epoch. An unreadable image, while
+            iterating (see ImageSource).
+    """
+    steps = steps_per_epoch(len(source), micro_batch=micro_batch, accumulation=accumulation, world=world)
+    if not 0 <= start_step <= steps:
+        raise ValueError(f"start_step {start_step} is not in 0..{steps}, the steps of an epoch: was the batch changed?")
+    requests = train_requests(
+        len(source),
+        seed=seed,
+        epoch=epoch,
+        start_step=start_step,
+        epochs=epochs,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        world=world,
+        rank=rank,
+        repeats=aug.repeats,
+    )
+    return _load(_TrainImages(source, train_transform(pre, aug)), requests, source, workers)
+
+
+def steps_per_epoch(n: int, *, micro_batch: int, accumulation: int = 1, world: int = 1) -> int:
+    """Optimiser steps in an epoch of n images. Raises ValueError when there is none."""
+    global_batch = world * micro_batch * accumulation
+    if n < global_batch:
+        raise ValueError(
+            f"{n} training images are fewer than one global batch of {global_batch} "
+            f"(world {world} x micro-batch {micro_batch} x accumulation {accumulation}). Lower schedule.global_batch "
+            "or the batch sizes of the DeepSpeed JSON, use fewer ranks, or raise data.limit."
+        )
+    return n // global_batch
+
+
+def eval_batches(
+    source: ImageSource, pre: Preprocessing, *, batch: int, world: int = 1, rank: int = 0, workers: int = 0
+) -> Iterator[Batch]:
+    """Every image exactly once over all ranks, in as many batches of `batch` on each rank; mask False on padding.
+
+    An unreadable image is masked out when the source skips them, so accuracy is over the readable ones.
+    """
+    requests = eval_requests(len(source), batch=batch, world=world, rank=rank)
+    return _load(_EvalImages(source, pre, batch), requests, source, workers)
+
+
+def make_mixup(aug: AugmentConfig, num_classes: int) -> MixFunction | None:
+    """timm's Mixup/CutMix as a pure function of a seed, or None when both are off.
+
+    Returns:
+        (images (B, C, H, W), labels (B,), seed) -> (mixed images, soft targets (B, num_classes)). The images are mixed
+        in place; label smoothing is already in the targets.
+    """
+    if not aug.mixup and not aug.cutmix:
+        return None
+    timm_mixup = Mixup(
+        mixup_alpha=aug.mixup,
+        cutmix_alpha=aug.cutmix,
+        switch_prob=aug.switch_prob,
+        label_smoothing=aug.label_smoothing,
+        num_classes=num_classes,
+    )
+
+    def mix(images: torch.Tensor, labels: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(images) % 2:
+            raise ValueError(f"mixup pairs images: the micro-batch must be even, got {len(images)}.")
+        with _kept_random_state():
+            _seed_all(seed % 2**32)
+            return timm_mixup(images, labels)
+
+    return mix
+
+
+class _TrainImages(Dataset):
+    """A whole micro-batch per item, so that the random state is put aside once per batch (86 us), not per image."""
+
+    def __init__(self, source: ImageSource, transform: Transform):
+        self.source = source
+        self.transform = transform
+
+    def __getitem__(self, request: TrainRequest) -> Batch:
+        images, used = [], []
+        known = set(self.source.skipped)
+        with _kept_random_state():
+            for index, seed in zip(*(array.tolist() for array in request), strict=True):
+                image, read = self.source.image_or_next(index)
+                _seed_all(seed)
+                images.append(self.transform(image))
+                used.append(read)
+        return Batch(
+            images=torch.stack(images),
+            labels=torch.tensor([self.source.label(index) for index in used]),
+            mask=torch.ones(len(used), dtype=torch.bool),
+            index=torch.tensor(used),
+            skipped=tuple(self.source.skipped - known),
+        )
+
+
+class _EvalImages(Dataset):
+    def __init__(self, source: ImageSource, pre: Preprocessing, batch: int):
+        self.source = source
+        self.transform = eval_transform(pre)
+        self.shape = (batch, pre.in_chans, pre.image_size, pre.image_size)
+
+    def __getitem__(self, request: np.ndarray) -> Batch:
+        images_BCHW = torch.zeros(self.shape)
+        labels = torch.zeros(self.shape[0], dtype=torch.int64)
+        index = torch.full_like(labels, -1)
+        known = set(self.source.skipped)
+        for place, wanted in enumerate(request.tolist()):
+            image = self.source.try_image(wanted)
+            if image is not None:
+                images_BCHW[place] = self.transform(image)
+                labels[place] = self.source.label(wanted)
+                index[place] = wanted
+        return Batch(images_BCHW, labels, index >= 0, index, tuple(self.source.skipped - known))
+
+
+def _load(
+    dataset: Dataset, requests: Iterable[TrainRequest | np.ndarray], source: ImageSource, workers: int
+) -> Iterator[Batch]:
+    loader = DataLoader(
+        dataset,
+        sampler=requests,
+        batch_size=None,  # an item is a batch already
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # torch draws a worker seed per iterator, by default from the global state
+    )
+    for batch in loader:
+        source.skipped.update(batch.skipped)  # a worker's own copy of the source is lost with it
+        yield batch
+
+
+@contextmanager
+def _kept_random_state() -> Iterator[None]:
+    """Restore the states of `random`, numpy and torch (CPU) on the way out."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def _seed_all(seed: int) -> None:
+    random.seed(seed)
+    # numpy and torch expand an integer alike: the same one would give both the same stream
+    np.random.seed(seed ^ 0x9E3779B9)
+    torch.default_generator.manual_seed(seed)  # 1 us; torch.manual_seed visits every device, 140 us

@@ -1,0 +1,59 @@
+"""Which images make up a micro-batch, as pure functions of (seed, epoch, step): nothing to save, nothing to restore.
+
+Optimiser step s of an epoch takes images order[s * G : (s + 1) * G] of the epoch's order, G = world x micro-batch x
+accumulation; its micro-step a on rank r takes slice (a * world + r) of them. So a step sees the same images with the
+same draws however G is divided, and a resumed run continues with the very next image.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+# (indices into the source, one seed per image for the draws of its transform)
+TrainRequest = tuple[np.ndarray, np.ndarray]
+
+
+def epoch_plan(n: int, *, repeats: int, seed: int, epoch: int) -> TrainRequest:
+    """The order of an epoch: n indices, and n seeds that depend on (seed, epoch, position) only.
+
+    repeats > 1 is repeated augmentation (Hoffer et al. 2020): every index stands `repeats` times in a row, each time
+    with its own draws. The epoch keeps its length, so it shows ceil(n / repeats) different images. Unlike timm's
+    RepeatAugSampler, nothing is cut to a multiple of 256, and copies stand in one micro-batch, not on several ranks.
+    """
+    # RandomState, not Generator: numpy promises that its streams never change, so a run can resume after an upgrade
+    rng = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([seed, epoch])))
+    order = np.repeat(rng.permutation(n), repeats)[:n]
+    return order, rng.randint(0, 2**32, size=n, dtype=np.uint32)
+
+
+def train_requests(
+    n: int,
+    *,
+    seed: int,
+    epoch: int,
+    start_step: int,
+    epochs: int,
+    micro_batch: int,
+    accumulation: int,
+    world: int,
+    rank: int,
+    repeats: int,
+) -> Iterator[TrainRequest]:
+    """Micro-batches of one rank from (epoch, start_step) through `epochs` epochs; the last n % G images drop out."""
+    step_size = world * micro_batch * accumulation
+    for number in range(epoch, epoch + epochs):
+        order, seeds = epoch_plan(n, repeats=repeats, seed=seed, epoch=number)
+        for step in range(start_step if number == epoch else 0, n // step_size):
+            for micro_step in range(accumulation):
+                begin = step * step_size + (micro_step * world + rank) * micro_batch
+                yield order[begin : begin + micro_batch], seeds[begin : begin + micro_batch]
+
+
+def eval_requests(n: int, *, batch: int, world: int, rank: int) -> Iterator[np.ndarray]:
+    """Indices of one rank's batches: every image on exactly one rank, ceil(n / (world * batch)) batches on each.
+
+    The last batches are shorter, down to empty; the loader fills them up.
+    """
+    for begin in range(0, n, world * batch):
+        first = begin + rank * batch
+        yield np.arange(min(first, n), min(first + batch, n))

@@ -1,0 +1,177 @@
+"""Who am I among the ranks, and the few collective helpers the phases need.
+
+Ranks come from the environment: torchrun and the deepspeed launcher set RANK, srun sets SLURM_PROCID, plain python
+sets nothing and is a world of one.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process: its rank, the world's size, its place on the node and its device."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is rank 0, the one that logs and writes."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world > 1:
+            torch_dist.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over the ranks (in place; the same on every rank)."""
+        if self.world > 1:
+            torch_dist.all_reduce(values)
+        return values
+
+    def min(self, value: int) -> int:
+        """Smallest of one whole number over the ranks."""
+        tensor = torch.tensor(value, device=self.device, dtype=torch.int64)
+        if self.world > 1:
+            torch_dist.all_reduce(tensor, op=torch_dist.ReduceOp.MIN)
+        return int(tensor)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The small picklable value of every rank, on every rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            torch_dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on every rank when one has failed, so that no rank waits for a dead one."""
+        messages = self.gather(None if error is None else f"rank {self.rank}: {error}")
+        if error is not None:
+            raise error
+        if failed := [m for m in messages if m]:
+            raise RuntimeError(f"another rank stopped: {failed[0]}")
+
+
+def ranks_from_environment(environ: dict[str, str] | os._Environ = os.environ) -> dict[str, int]:
+    """Rank, world, local_rank, local_world: from RANK (torchrun, deepspeed), else SLURM_PROCID (srun), else 0 of 1."""
+    if "RANK" in environ:
+        world = int(environ.get("WORLD_SIZE", 1))
+        local_world = int(environ.get("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", world)))
+        return {
+            "rank": int(environ["RANK"]),
+            "world": world,
+            "local_rank": int(environ.get("LOCAL_RANK", 0)),
+            "local_world": local_world,
+        }
+    if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ and int(environ.get("SLURM_NTASKS", 1)) > 0:
+        world = int(environ["SLURM_STEP_NUM_TASKS"])
+        per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", str(world)).split("(")[0].split(",")[0]
+        return {
+            "rank": int(environ["SLURM_PROCID"]),
+            "world": world,
+            "local_rank": int(environ.get("SLURM_LOCALID", 0)),
+            "local_world": int(per_node),
+        }
+    return {"rank": 0, "world": 1, "local_rank": 0, "local_world": 1}
+
+
+def start() -> Dist:
+    """Join the process group through DeepSpeed (NCCL on GPUs, gloo on CPU) and return who this process is.
+
+    Raises:
+        ValueError: more ranks on this node than GPUs, or several ranks without a rendezvous address.
+    """
+    ranks = ranks_from_environment()
+    cuda = torch.cuda.is_available()
+    if cuda and ranks["local_rank"] >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {ranks['local_rank']} on a node with {torch.cuda.device_count()} GPUs: "
+            "start one process per GPU (deepspeed --num_gpus N, or srun --ntasks-per-node N)"
+        )
+    _export(ranks)
+    device = torch.device("cuda", ranks["local_rank"]) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one node share its cores instead of fighting for them
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks["local_world"]))
+    _init_process_group("nccl" if cuda else "gloo")
+    return Dist(device=device, **ranks)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
+    """Seed random, numpy and torch by (seed, rank): each rank draws its own noise, every run the same."""
+    mixed = (seed * 1_000_003 + rank * 7919) % 2**31
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every generator a training step may draw from, on this rank."""
+    state = {"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what rng_state() returned."""
+    random.setstate(state["random"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _export(ranks: dict[str, int]) -> None:
+    """Write the ranks where DeepSpeed and torch look for them, with a rendezvous address for a world of one."""
+    for name, key in (("RANK", "rank"), ("WORLD_SIZE", "world"), ("LOCAL_RANK", "local_rank")):
+        os.environ[name] = str(ranks[key])
+    if ranks["world"] == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+        raise ValueError(
+            f"{ranks['world']} ranks but MASTER_ADDR or MASTER_PORT is not set: start through deepspeed, torchrun or "
+            "slurm/phase.sbatch, which set both"
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _init_process_group(backend: str) -> None:
+    import deepspeed
+
+    if backend == "gloo":
+        # On CPU DeepSpeed would compile this operator (45 s, needs g++; a killed build leaves a lock that hangs later
+        # runs). It only serves an inference all-reduce, which we never call.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)

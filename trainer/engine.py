@@ -1,0 +1,150 @@
+"""The only caller of deepspeed.initialize: parameter groups, MoE, schedule, and one optimiser step at a time.
+
+The engine wraps only what is trained. Frozen models (teacher, meta model) stay outside and are merely moved here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from models.moe import expert_parallel, full_state_dict
+from trainer.dist import Dist
+from trainer.ds_config import Settings
+from trainer.schema import ScheduleConfig
+
+REFERENCE_BATCH = 512  # the learning rates of the recipes are meant for this global batch
+NO_DECAY_NAMES = ("pos_embed", "cls_token", "reg_token", "dist_token")
+
+
+@dataclass
+class Engine:
+    """A DeepSpeed engine, its learning-rate schedule, and its resolved settings."""
+
+    deepspeed: Any  # deepspeed.DeepSpeedEngine
+    schedule: CosineLRScheduler
+    settings: Settings
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module."""
+        return self.deepspeed.module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights in the forward pass."""
+        return torch.bfloat16 if self.settings.bf16 else torch.float32
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step."""
+        return self.deepspeed.optimizer.param_groups[0]["lr"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of one micro-batch; DeepSpeed divides by the accumulation."""
+        self.deepspeed.backward(loss)
+
+    def step(self, number: int) -> None:
+        """After each micro-batch; the weights change at the last one of an accumulation.
+
+        Args:
+            number: optimiser steps done before this one; sets the learning rate.
+        """
+        self.schedule.step_update(number)
+        self.deepspeed.step()
+
+    def grad_norm(self) -> float:
+        """Gradient norm of the last optimiser step before clipping, experts included; nan when not computed."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def fp32_state(self) -> dict[str, torch.Tensor]:
+        """Canonical state dict in fp32 on the CPU, the masters under bf16 (collective, the same on every rank)."""
+        if not self.settings.bf16:
+            return full_state_dict(self.module)
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        masters = {name: safe_get_full_fp32_param(p) for name, p in self.module.named_parameters()}
+        working = {name: p.data for name, p in self.module.named_parameters()}
+        try:
+            for name, p in self.module.named_parameters():
+                p.data = masters[name] if masters[name] is not None else p.data.float()
+            return full_state_dict(self.module)
+        finally:
+            for name, p in self.module.named_parameters():
+                p.data = working[name]
+
+    def close(self) -> None:
+        """Free DeepSpeed's buffers and hooks, so that the next engine of this process starts clean."""
+        self.deepspeed.destroy()
+
+
+def build_engine(
+    module: nn.Module, schedule: ScheduleConfig, settings: Settings, *, steps_per_epoch: int, dist: Dist
+) -> Engine:
+    """Wrap a module for training.
+
+    Args:
+        module: everything that is trained, on the CPU, fp32; its MoE layers become expert parallel in place.
+        schedule: the phase's optimiser and learning rate (lr x global batch / 512).
+        settings: the resolved DeepSpeed JSON.
+        steps_per_epoch: optimiser steps per epoch, for the cosine and the warm-up.
+    """
+    import deepspeed
+
+    expert_parallel(module, settings.ep_size)
+    _set_checkpointing(module, settings.activation_checkpointing)
+    lr = schedule.lr * settings.global_batch / REFERENCE_BATCH
+    optimizer = _optimizer(module, schedule, lr)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(settings.config))
+    cosine = CosineLRScheduler(
+        engine.optimizer,
+        t_initial=schedule.epochs * steps_per_epoch,
+        lr_min=min(schedule.min_lr, lr),
+        warmup_t=round(schedule.warmup_epochs * steps_per_epoch),
+        warmup_lr_init=min(schedule.warmup_lr, lr),
+        t_in_epochs=False,  # the published code changes the rate once per epoch; per step is smoother and as cheap
+    )
+    return Engine(engine, cosine, settings)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups with and without weight decay: none on 1-D parameters, tokens and position embeddings.
+
+    Source: the published recipe (docs/method.md); timm's no_weight_decay names.
+    """
+    decay, plain = [], []
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            (plain if p.ndim <= 1 or name.split(".")[-1] in NO_DECAY_NAMES else decay).append(p)
+    groups = [
+        {"params": decay, "weight_decay": weight_decay, "name": "decay"},
+        {"params": plain, "weight_decay": 0.0, "name": "no_decay"},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _optimizer(module: nn.Module, schedule: ScheduleConfig, lr: float) -> torch.optim.Optimizer:
+    """Torch's own optimisers: correct under ZeRO and on offloaded CPU state, and nothing to compile."""
+    from deepspeed.moe.utils import has_moe_layers, split_params_into_different_moe_groups_for_optimizer
+
+    groups = parameter_groups(module, schedule.weight_decay)
+    if has_moe_layers(module)[0]:
+        groups = split_params_into_different_moe_groups_for_optimizer(groups)
+        groups = [group for group in groups if group["params"]]
+    if schedule.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=schedule.momentum)
+    return torch.optim.AdamW(groups, lr=lr, betas=schedule.betas, eps=schedule.eps)
+
+
+def _set_checkpointing(module: nn.Module, enable: bool) -> None:
+    for part in module.modules():
+        if hasattr(part, "grad_checkpointing"):
+            part.grad_checkpointing = enable

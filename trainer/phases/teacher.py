@@ -1,0 +1,44 @@
+"""Phase teacher: train a small ViT on the data and save it as an ordinary transformers directory.
+
+For the embedded demo and for users without a pretrained teacher; with teacher.source set there is nothing to do.
+"""
+
+from __future__ import annotations
+
+from models.preprocessing import Preprocessing
+from models.teacher import load_teacher, new_teacher, save_teacher
+from trainer.context import Run, training_flops
+from trainer.dist import seed_everything
+from trainer.objectives import Classify
+
+
+def run(run: Run) -> None:
+    """Train OUT/teacher."""
+    t = run.recipe.teacher
+    if t.source:
+        raise ValueError(
+            f"teacher.source is {t.source!r}, so there is no teacher to train: go on with --phase meta, "
+            "or set teacher.source='' to train one"
+        )
+    folder, done = run.open("teacher")
+    if done:
+        return
+    # statistics of google/vit-*: any fixed pair serves, and the artifact carries it to every later phase
+    preprocessing = Preprocessing(t.image_size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
+    seed_everything(run.recipe.seed, 0, run.recipe.run.deterministic)
+    model = new_teacher(
+        image_size=t.image_size, patch_size=t.patch_size, width=t.width, depth=t.depth, heads=t.heads,
+        mlp_dim=t.mlp_dim, labels=run.labels, preprocessing=preprocessing,
+    )  # fmt: skip
+    settings = run.settings("teacher", t)
+    tokens = (t.image_size // t.patch_size) ** 2 + 1
+    objective = Classify(model, tokens, run.recipe.augment.label_smoothing)
+    outcome, state, engine = run.train(objective, run.data_for(preprocessing), t, settings, folder, "teacher")
+    engine.close()
+    model.float().cpu().load_state_dict(state)
+    if run.dist.main:
+        save_teacher(model, folder, preprocessing)
+    run.dist.barrier()
+    flops = training_flops(load_teacher(str(folder)).model, tokens)
+    metrics = outcome.evaluation
+    run.finish(folder, "teacher", None, outcome, settings, epochs=t.epochs, flops_per_image=flops, metrics=metrics)

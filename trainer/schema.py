@@ -1,0 +1,248 @@
+"""What a recipe can say: one dataclass per section, every knob with its type, default and one line of help.
+
+Values are checked here, before torch is imported and before any GPU is taken. Reading YAML is trainer/config.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+def knob(default: Any, help: str) -> Any:
+    """A dataclass field with its one line of documentation (what it is, and its unit)."""
+    return field(default=default, metadata={"help": help})
+
+
+def section(cls: type) -> Any:
+    """A nested dataclass built from its own defaults."""
+    return field(default_factory=cls)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from."""
+
+    source: Literal["digits", "folder", "hub"] = knob("digits", "embedded digits, an ImageFolder, or `datasets`")
+    path: str = knob("", "folder (source folder), or hub id[@revision] / local path (source hub)")
+    image_key: str = knob("image", "column with the image (source hub)")
+    label_key: str = knob("label", "column with the label (source hub)")
+    train_split: str = knob("train", "split or sub-folder for training")
+    val_split: str = knob("validation", "split or sub-folder for evaluation")
+    workers: int = knob(0, "data loading processes per rank")
+    skip_unreadable: bool = knob(False, "replace an unreadable image by the next one and count it, instead of stopping")
+    limit: int = knob(0, "use n images of each split, spread evenly over it; 0 = all")
+
+    def __post_init__(self):
+        if self.source != "digits" and not self.path:
+            raise ValueError(f"data.source is {self.source!r} but data.path is empty: set data.path=FOLDER_OR_HUB_ID")
+        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.limit >= 0, "data.limit", self.limit, "0 (all) or more")
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Training transforms and mixing, by timm's names."""
+
+    hflip: float = knob(0.5, "probability of a horizontal flip")
+    scale: tuple[float, float] = knob((0.08, 1.0), "RandomResizedCrop: share of the area")
+    ratio: tuple[float, float] = knob((0.75, 4 / 3), "RandomResizedCrop: aspect ratio")
+    rand_augment: str = knob("", "timm RandAugment string, e.g. rand-m9-mstd0.5-inc1; empty = off")
+    color_jitter: float = knob(0.0, "colour jitter strength; unused when rand_augment is on, as in timm")
+    random_erasing: float = knob(0.0, "probability of random erasing")
+    mixup: float = knob(0.0, "mixup alpha; 0 = off")
+    cutmix: float = knob(0.0, "cutmix alpha; 0 = off")
+    switch_prob: float = knob(0.5, "probability of cutmix when both mixup and cutmix are on")
+    label_smoothing: float = knob(0.0, "label smoothing of the classification loss")
+    repeats: int = knob(1, "repeated augmentation: times an image stands in an epoch of unchanged length")
+
+    def __post_init__(self):
+        for name in ("hflip", "random_erasing", "switch_prob", "label_smoothing"):
+            require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "a value from 0 to 1")
+        require(self.repeats >= 1, "augment.repeats", self.repeats, "1 or more")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Optimiser and schedule of one phase. The learning rate used is lr x global batch / 512."""
+
+    epochs: int = knob(100, "passes over the training images")
+    lr: float = knob(5e-4, "learning rate at a global batch of 512; scaled linearly with the batch")
+    min_lr: float = knob(1e-5, "learning rate at the end of the cosine (not scaled)")
+    warmup_epochs: float = knob(0.0, "linear warm-up from warmup_lr, in epochs")
+    warmup_lr: float = knob(1e-6, "learning rate of the first step (not scaled)")
+    optimizer: Literal["adamw", "sgd"] = knob("adamw", "AdamW, or plain SGD with momentum")
+    weight_decay: float = knob(0.05, "on matrices only: none on 1-D parameters, tokens and position embeddings")
+    momentum: float = knob(0.9, "of SGD")
+    betas: tuple[float, float] = knob((0.9, 0.999), "of AdamW")
+    eps: float = knob(1e-8, "of AdamW")
+    drop_path: float = knob(0.0, "stochastic depth of the trained blocks, rising linearly to this rate")
+    global_batch: int | None = knob(None, 'images per optimiser step where the DeepSpeed JSON says "auto"')
+    clip: float | None = knob(None, 'gradient norm limit where the DeepSpeed JSON says "auto"; 0 = off')
+
+    def __post_init__(self):
+        name = type(self).__name__.removesuffix("Config").lower()
+        require(self.epochs >= 1, f"{name}.epochs", self.epochs, "1 or more")
+        require(self.lr > 0, f"{name}.lr", self.lr, "a positive learning rate")
+        require(0 <= self.warmup_epochs <= self.epochs, f"{name}.warmup_epochs", self.warmup_epochs, "0 to epochs")
+        require(0 <= self.drop_path < 1, f"{name}.drop_path", self.drop_path, "0 to below 1")
+        require(self.global_batch is None or self.global_batch >= 1, f"{name}.global_batch", self.global_batch, ">= 1")
+        require(self.clip is None or self.clip >= 0, f"{name}.clip", self.clip, "0 (off) or a positive norm")
+
+
+@dataclass(frozen=True)
+class TeacherConfig(ScheduleConfig):
+    """The monolithic teacher: one from the hub or a folder, or a small ViT trained by phase `teacher`."""
+
+    source: str = knob("", "hub id[@revision] or directory; empty = train one with phase teacher")
+    depths: tuple[int, ...] = knob((), "blocks per module; empty = as equal as possible over `modules`")
+    image_size: int = knob(32, "of a trained teacher, pixels")
+    patch_size: int = knob(8, "of a trained teacher, pixels")
+    width: int = knob(64, "of a trained teacher")
+    depth: int = knob(8, "of a trained teacher, blocks")
+    heads: int = knob(4, "of a trained teacher")
+    mlp_dim: int = knob(256, "of a trained teacher")
+
+
+@dataclass(frozen=True)
+class MetaConfig(ScheduleConfig):
+    """The meta model: N shallow stages of the teacher's width."""
+
+    init: Literal["scratch", "teacher"] = knob("teacher", "start of the stages: new, or the teacher's own layers")
+    objective: Literal["labels", "matching"] = knob(
+        "matching", "labels only; or hidden states at the module borders + teacher logits + half the labels"
+    )
+    blocks_per_module: int = knob(1, "transformer blocks per stage")
+    label_weight: float = knob(0.5, "weight of the label loss in objective matching")
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.blocks_per_module >= 1, "meta.blocks_per_module", self.blocks_per_module, "1 or more")
+
+
+@dataclass(frozen=True)
+class DistillConfig(ScheduleConfig):
+    """One teacher-student module pair inside the frozen meta model."""
+
+    alpha: float = knob(0.5, "weight of the distillation term; the label loss gets 1 - alpha")
+    tau: float = knob(1.0, "temperature of the distillation term")
+    target: Literal["soft", "hard"] = knob("soft", "KL to the teacher's distribution, or CE with its arg-max")
+    kl_reduction: Literal["batchmean", "reference"] = knob(
+        "batchmean", "KL averaged per sample; reference = divided by batch x classes, as the published code"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.alpha <= 1, "distill.alpha", self.alpha, "0 to 1")
+        require(self.tau > 0, "distill.tau", self.tau, "a positive temperature")
+
+
+@dataclass(frozen=True)
+class MoEConfig:
+    """Routing of the student's MoE blocks (facts and formulas: docs/method.md)."""
+
+    num_experts: int = knob(8, "experts per MoE block")
+    k: int = knob(2, "experts a token is sent to")
+    renormalize: bool = knob(True, "top-k gates sum to 1 (paper's student); false = official V-MoE")
+    router_bias: bool = knob(False, "bias of the router")
+    noise_std: float = knob(0.0, "training noise on the logits, divided by the number of experts; official 1.0")
+    batch_priority: bool = knob(False, "Batch Priority Routing: the surest tokens get the slots first")
+    capacity_factor: float | None = knob(None, "slots per expert in training, 1 = an equal share; null = no drops")
+    eval_capacity_factor: float | None = knob(None, "the same in evaluation")
+    capacity_multiple: int = knob(4, "capacity is rounded up to a multiple of this")
+    images_per_group: int = knob(1, "images routed together; 0 = the whole micro-batch")
+    importance_weight: float = knob(0.005, "weight of the importance loss")
+    load_weight: float = knob(0.005, "weight of the load loss (exists only with noise)")
+    gshard_weight: float = knob(0.0, "weight of the GShard loss")
+    dropout: float = knob(0.0, "dropout inside the experts")
+
+    def __post_init__(self):
+        require(self.num_experts >= 1, "student.moe.num_experts", self.num_experts, "1 or more")
+        require(1 <= self.k <= self.num_experts, "student.moe.k", self.k, f"1 to num_experts={self.num_experts}")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The modular student, a V-MoE. Image size, channels and classes come from the teacher and the data."""
+
+    variant: str = knob("", "S/16, B/16, L/16, H/14 or m2mkd-B/16 ...; fills the sizes below where they are null")
+    patch_size: int | None = knob(None, "pixels; null = the variant's")
+    width: int | None = knob(None, "null = the variant's")
+    depth: int | None = knob(None, "blocks; null = the variant's")
+    heads: int | None = knob(None, "null = the variant's")
+    mlp_dim: int | None = knob(None, "null = the variant's")
+    depths: tuple[int, ...] = knob((), "blocks per module; empty = as equal as possible over `modules`")
+    moe_blocks: str = knob("all", "all, every-2, last-2, none, or block numbers as 1,3")
+    gelu: Literal["erf", "tanh"] = knob("erf", "form of GELU; teachers from timm and transformers use erf")
+    pool: Literal["token", "mean"] = knob("token", "head on the class token or on the mean of the patches")
+    reg_tokens: int | None = knob(None, "prefix tokens beside the class token; null = as many as the teacher has")
+    drop_rate: float = knob(0.0, "dropout in dense MLPs and after attention")
+    moe: MoEConfig = section(MoEConfig)
+
+    def __post_init__(self):
+        sizes = ("patch_size", "width", "depth", "heads", "mlp_dim")
+        missing = [name for name in sizes if getattr(self, name) is None]
+        if not self.variant and missing:
+            raise ValueError(f"student.variant is empty and student.{missing[0]} is not set: set one of them")
+
+
+@dataclass(frozen=True)
+class TrainConfig(ScheduleConfig):
+    """End-to-end training of the assembled student."""
+
+    start: Literal["distilled", "scratch", "scratch_equal_cost"] = knob(
+        "distilled", "from the distilled modules, from scratch, or scratch given the cost of the whole chain"
+    )
+    stitches: Literal["drop", "keep"] = knob("drop", "stitch layers at assembly: dropped (published) or kept")
+    baselines: tuple[str, ...] = knob((), "starts that --phase all trains as well: scratch, scratch_equal_cost")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in self.baselines:
+            require(name in ("scratch", "scratch_equal_cost"), "train.baselines", name, "scratch, scratch_equal_cost")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What the loop writes, and how often."""
+
+    log_every: int = knob(20, "optimiser steps between metrics rows and progress lines")
+    eval_every: int = knob(1, "epochs between evaluations; the last epoch is always evaluated")
+    save_every: int = knob(1000, "optimiser steps between checkpoints; every epoch's end is one too, see save_epochs")
+    save_epochs: int = knob(1, "epochs between checkpoints at an epoch's end")
+    keep: int = knob(2, "checkpoints kept per phase")
+    eval_batch: int = knob(0, "images per rank in evaluation; 0 = the micro-batch")
+    deterministic: bool = knob(True, "deterministic kernels; costs some speed on GPUs")
+
+    def __post_init__(self):
+        for name in ("log_every", "eval_every", "save_every", "save_epochs", "keep"):
+            require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "1 or more")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One experiment. `modules` is the number N of teacher-student module pairs."""
+
+    seed: int = knob(0, "of every random draw")
+    modules: int = knob(4, "number of module pairs N")
+    data: DataConfig = section(DataConfig)
+    augment: AugmentConfig = section(AugmentConfig)
+    teacher: TeacherConfig = section(TeacherConfig)
+    meta: MetaConfig = section(MetaConfig)
+    distill: DistillConfig = section(DistillConfig)
+    student: StudentConfig = field(default_factory=lambda: StudentConfig(variant="m2mkd-B/16"))
+    train: TrainConfig = section(TrainConfig)
+    run: RunConfig = section(RunConfig)
+
+    def __post_init__(self):
+        require(self.modules >= 1, "modules", self.modules, "1 or more")
+        for owner, name in ((self.teacher, "teacher"), (self.student, "student")):
+            if owner.depths and len(owner.depths) != self.modules:
+                raise ValueError(f"{name}.depths has {len(owner.depths)} entries {owner.depths} but modules is "
+                                 f"{self.modules}: give one depth per module")  # fmt: skip
+
+
+def require(good: bool, name: str, value: Any, expected: str) -> None:
+    """Raise a ValueError that names the key, its value and what was expected, unless `good`."""
+    if not good:
+        raise ValueError(f"{name} is {value!r}, expected {expected}")
