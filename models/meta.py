@@ -112,8 +112,8 @@ def check_pair(teacher_model: VisionTransformer, student_model: VisionTransforme
         return
     raise ValueError(
         f"teacher and student must have the same tokens: the teacher has {_describe(*teacher)}, the student "
-        f"{_describe(*student)}. Set student.patch_size or student.image_size for the patch grid, "
-        f"student.reg_tokens (and student.class_token) for the prefix tokens, or take another teacher."
+        f"{_describe(*student)}. Set student.patch_size for the patch grid, "
+        f"student.reg_tokens for the prefix tokens, or take another teacher."
     )
 
 

@@ -6,6 +6,7 @@ B images, T tokens of an image, D width, H hidden width, E experts, K chosen per
 """
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,7 +74,9 @@ class Routed(nn.Module):
         """
         config = self.config
         images = config.images_per_group or len(x_BTD)
-        if len(x_BTD) % images:
+        if not self.training:  # a loaded model takes any batch: the largest groups that fit, down to single images
+            images = math.gcd(images, len(x_BTD))
+        elif len(x_BTD) % images:
             raise ValueError(
                 f"{len(x_BTD)} images do not make groups of images_per_group = {images}. Use a batch that is a "
                 f"multiple of it, or images_per_group 1."

@@ -20,13 +20,12 @@ import yaml
 from trainer.config import first_difference, to_dict
 from trainer.schema import Recipe
 
-# The sections of the recipe an artifact depends on: a change elsewhere leaves it valid.
+# The sections of the recipe an artifact depends on (evaluate: those of what it measures); others may change.
 DEFINED_BY = {
     "teacher": ("seed", "data", "augment", "teacher"),
     "meta": ("seed", "data", "augment", "teacher", "modules", "meta"),
     "distill": ("seed", "data", "augment", "teacher", "modules", "meta", "distill", "student"),
     "train": ("seed", "data", "augment", "teacher", "modules", "meta", "distill", "student", "train"),
-    "evaluate": ("seed", "data", "augment", "teacher", "modules", "meta", "distill", "student", "train"),
     "train_scratch": ("seed", "data", "augment", "teacher", "student", "train"),
     "train_scratch_equal_cost": (
         "seed",
@@ -46,8 +45,8 @@ PACKAGES = ("torch", "deepspeed", "timm", "transformers", "datasets", "huggingfa
 
 def artifact_name(phase: str, module: int | None = None, start: str = "distilled") -> str:
     """Folder name of a phase's artifact: distill_2, train, train_scratch."""
-    if phase == "train" and start != "distilled":
-        return f"train_{start}"
+    if phase in ("train", "evaluate") and start != "distilled":
+        return f"{phase}_{start}"
     return phase if module is None else f"{phase}_{module}"
 
 
@@ -66,8 +65,10 @@ def open_folder(out: Path, name: str, recipe: Recipe, run: dict[str, Any]) -> tu
         ValueError: the folder belongs to another recipe; the first differing key is named.
     """
     folder = out / name
-    _refuse_other_recipe(folder, name, recipe, f"{folder} belongs to another run")
-    if not (folder / "config.yaml").is_file():
+    begun = folder.is_dir() and any(path.name != "config.yaml" for path in folder.iterdir())
+    if begun:  # a folder left by a start that was refused holds nothing that a corrected recipe could spoil
+        _refuse_other_recipe(folder, name, recipe, f"{folder} belongs to another run")
+    if not begun or not (folder / "config.yaml").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", yaml.safe_dump(run | {"recipe": to_dict(recipe)}, sort_keys=False))
     return folder, (folder / "result.json").is_file()
@@ -83,14 +84,20 @@ def require(out: Path, name: str, recipe: Recipe, needed_by: str) -> tuple[Path,
         ValueError: missing, unfinished, made with another recipe, or a file truncated or altered.
     """
     folder = out / name
-    command = f"--phase {name.replace('_', ' --module ') if name.startswith('distill_') else name}"
+    command = _command(name)
     if not folder.is_dir():
         raise ValueError(f"{needed_by} needs {folder}, which does not exist: run {command} --out {out} first")
     if not (folder / "result.json").is_file():
         raise ValueError(f"{needed_by} needs {folder}, which is unfinished (no result.json): run {command} again")
     _refuse_other_recipe(folder, name, recipe, f"{needed_by} needs {folder}, which was made with another recipe")
-    result = json.loads((folder / "result.json").read_text())
-    for file, record in result["files"].items():
+    try:
+        result = json.loads((folder / "result.json").read_text())
+        files = result["files"].items()
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(
+            f"{folder / 'result.json'} is truncated or altered: delete {folder} and run {command} again"
+        ) from None
+    for file, record in files:
         if not (folder / file).is_file() or file_record(folder / file) != record:
             raise ValueError(
                 f"{folder / file} is missing, truncated or altered (SHA-256 differs from result.json): "
@@ -156,14 +163,25 @@ def _refuse_other_recipe(folder: Path, name: str, recipe: Recipe, what: str) -> 
     path = folder / "config.yaml"
     if not path.is_file():
         return
-    there = yaml.safe_load(path.read_text())["recipe"]
-    difference = first_difference(_defining(there, name), _defining(to_dict(recipe), name))
+    try:
+        there = _defining(yaml.safe_load(path.read_text())["recipe"], name)
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{path} is truncated or altered: delete {folder} and run {_command(name)} again") from None
+    difference = first_difference(there, _defining(to_dict(recipe), name))
     if difference:
         raise ValueError(f"{what} ({difference}): use another --out, or the recipe in {path}")
 
 
+def _command(name: str) -> str:
+    """The flags that make an artifact."""
+    phase, _, rest = name.partition("_")
+    if not rest:
+        return f"--phase {phase}"
+    return f"--phase distill --module {rest}" if phase == "distill" else f"--phase {phase} train.start={rest}"
+
+
 def _defining(recipe: dict[str, Any], name: str) -> dict[str, Any]:
-    kind = "distill" if name.startswith("distill_") else name
+    kind = "distill" if name.startswith("distill_") else name.replace("evaluate", "train")
     kept = {}
     for key in DEFINED_BY[kind]:
         value = recipe.get(key)

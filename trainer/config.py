@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from pathlib import Path
@@ -83,13 +84,20 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     try:
         return name.strip().split("."), yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ValueError(f"cannot read the value of the override {text!r} as YAML: {error}") from None
+        raise ValueError(f"cannot read the value of the override {text!r} as YAML: {one_line(error)}") from None
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without the line breaks of PyYAML's messages."""
+    return " ".join(str(error).split())
 
 
 def _apply_override(values: dict[str, Any], text: str) -> None:
     path, value = parse_override(text)
     for i, key in enumerate(path[:-1]):
-        values = values.setdefault(key, {})
+        if values.get(key) is None:  # absent, or a section with nothing in it
+            values[key] = {}
+        values = values[key]
         if not isinstance(values, dict):
             raise ValueError(f"override {text!r}: {'.'.join(path[: i + 1])} is a value, not a section")
     values[path[-1]] = value
@@ -105,7 +113,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {error}") from None
+        raise ValueError(f"recipe {path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} must hold sections of keys, got {type(values).__name__}")
     parent = values.pop("extends", None)
@@ -117,8 +125,9 @@ def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _merge(base: dict, top: dict) -> dict:
     merged = dict(base)
     for key, value in top.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
+        if isinstance(merged.get(key), dict) and isinstance(value, dict | None):  # None: a section with nothing in it
+            value = _merge(merged[key], value or {})
+        merged[key] = value
     return merged
 
 
@@ -144,7 +153,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         except ValueError:
             raise ValueError(f"{name} is {value!r}, expected a number") from None
     good = {
-        float: isinstance(value, int | float) and not isinstance(value, bool) and value == value,
+        float: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
         int: isinstance(value, int) and not isinstance(value, bool),
         bool: isinstance(value, bool),
         str: isinstance(value, str),

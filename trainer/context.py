@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -39,6 +40,7 @@ class Run:
     out: Path
     dist: Dist
     command: str
+    planned_teacher: Teacher | None = None  # stands in while the teacher of the recipe is not trained yet
 
     @cached_property
     def sources(self) -> tuple[ImageSource, ImageSource]:
@@ -57,6 +59,8 @@ class Run:
         Raises:
             ValueError: not found, not supported, or its head has another number of classes than the data.
         """
+        if self.planned_teacher is not None:
+            return self.planned_teacher
         source = self.recipe.teacher.source
         if not source:
             source = str(artifacts.require(self.out, "teacher", self.recipe, "a recipe without teacher.source")[0])
@@ -87,7 +91,7 @@ class Run:
     def teacher_depths(self) -> tuple[int, ...]:
         """Blocks per teacher module."""
         r = self.recipe
-        return r.teacher.depths or split_evenly(len(self.teacher.model.blocks), r.modules, "the teacher")
+        return _depths(r.teacher.depths, len(self.teacher.model.blocks), r.modules, "teacher")
 
     def student_config(self, drop_path: float = 0.0) -> VMoEConfig:
         """The student that fits this teacher and data. Raises ValueError when sizes are open or do not fit."""
@@ -97,7 +101,7 @@ class Run:
         """The student's modules with their stitch layers, freshly initialised from the recipe's seed."""
         student = VMoE(self.student_config(drop_path))
         check_pair(self.teacher.model, student)
-        depths = self.recipe.student.depths or split_evenly(len(student.blocks), self.recipe.modules, "the student")
+        depths = _depths(self.recipe.student.depths, len(student.blocks), self.recipe.modules, "student")
         return build_student_modules(student, depths, self.teacher.model.embed_dim, seed=self.recipe.seed)
 
     def teacher_stages(self) -> list[nn.Module]:
@@ -121,20 +125,28 @@ class Run:
 
     def settings(self, section: str, schedule: ScheduleConfig, num_experts: int = 0) -> Settings:
         """The DeepSpeed JSON resolved for a section of the recipe and this world."""
-        d = self.dist
-        return resolve(
+        d, group = self.dist, self.recipe.student.moe.images_per_group
+        settings = resolve(
             self.ds_values, schedule, world=d.world, local_world=d.local_world, num_experts=num_experts,
-            cuda=d.device.type == "cuda", phase=section,
+            phase=section,
         )  # fmt: skip
+        if num_experts and group and settings.micro_batch % group:
+            raise ValueError(
+                f"student.moe.images_per_group is {group}, which does not divide the micro-batch of "
+                f"{settings.micro_batch} images: change it, {section}.global_batch or the DeepSpeed JSON"
+            )
+        return settings
 
     def open(self, phase: str, module: int | None = None, start: str = "distilled") -> tuple[Path, bool]:
         """The artifact's folder, created on rank 0, and whether it is complete already (collective)."""
         name = artifacts.artifact_name(phase, module, start)
         error, found = None, (self.out / name, False)
         about = {"phase": phase, "module": module, "command": self.command, "ds_config": self.ds_values}
+        # so that --config repeats this start and not the one of the recipe, when --phase all trains the baselines
+        recipe = dataclasses.replace(self.recipe, train=dataclasses.replace(self.recipe.train, start=start))
         try:
             if self.dist.main:
-                found = artifacts.open_folder(self.out, name, self.recipe, about)
+                found = artifacts.open_folder(self.out, name, recipe if phase == "train" else self.recipe, about)
         except (ValueError, OSError) as problem:
             error = problem
         self.dist.agree(error)
@@ -209,6 +221,16 @@ def student_config(recipe: Recipe, teacher: Teacher, num_classes: int, drop_path
             "seed": recipe.seed,
         }
     )
+
+
+def _depths(given: tuple[int, ...], blocks: int, modules: int, name: str) -> tuple[int, ...]:
+    """Blocks per module as the recipe gives them, checked, or as equal as possible."""
+    if given and (min(given) < 1 or sum(given) != blocks):
+        raise ValueError(
+            f"{name}.depths {list(given)} make {sum(given)} blocks, but the {name} has {blocks}: give {modules} "
+            f"numbers of at least 1 that add up to {blocks}, or leave it empty"
+        )
+    return given or split_evenly(blocks, modules, f"the {name}")
 
 
 def save_weights(path: Path, state: dict[str, Tensor]) -> None:

@@ -17,6 +17,18 @@ import torch
 import torch.distributed as torch_dist
 
 
+class Agreed(Exception):
+    """An error that every rank raises alike: rank 0 says it for all."""
+
+
+class AgreedValueError(Agreed, ValueError):
+    """What a user did, found by one rank."""
+
+
+class AgreedOSError(Agreed, OSError):
+    """What the machine did, found by one rank."""
+
+
 @dataclass(frozen=True)
 class Dist:
     """This process: its rank, the world's size, its place on the node and its device."""
@@ -58,12 +70,11 @@ class Dist:
         return values
 
     def agree(self, error: Exception | None) -> None:
-        """Raise on every rank when one has failed, so that no rank waits for a dead one."""
-        messages = self.gather(None if error is None else f"rank {self.rank}: {error}")
-        if error is not None:
-            raise error
-        if failed := [m for m in messages if m]:
-            raise RuntimeError(f"another rank stopped: {failed[0]}")
+        """Raise the same error on every rank when one has failed, so that no rank waits for a dead one (collective)."""
+        found = self.gather(None if error is None else (isinstance(error, ValueError), str(error)))
+        if failed := [report for report in found if report]:
+            bad_input, message = failed[0]
+            raise (AgreedValueError if bad_input else AgreedOSError)(message) from error
 
 
 def ranks_from_environment(environ: dict[str, str] | os._Environ = os.environ) -> dict[str, int]:

@@ -34,6 +34,13 @@ REFUSED = {
     "elasticity": "elasticity is gone from DeepSpeed 0.19: delete the section",
     "progressive_layer_drop": "progressive_layer_drop is gone from DeepSpeed 0.19: use drop_path in the recipe",
 }
+SECTIONS = {
+    "zero_optimization": '{"stage": 1}',
+    "bf16": '{"enabled": true}',
+    "trainer": '{"ep_size": "auto"}',
+    "tensorboard": '{"enabled": true}',
+    "wandb": '{"enabled": true}',
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +86,7 @@ def read_ds_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()
 
 
 def resolve(values: dict[str, Any], schedule: ScheduleConfig, *, world: int, local_world: int, num_experts: int,
-            cuda: bool, phase: str) -> Settings:  # fmt: skip
+            phase: str) -> Settings:  # fmt: skip
     """Fill in every "auto", check the result, and return what DeepSpeed gets and what the phase needs.
 
     Args:
@@ -92,7 +99,7 @@ def resolve(values: dict[str, Any], schedule: ScheduleConfig, *, world: int, loc
     Raises:
         ValueError: one fact given two values (both are named), or a way of scaling that does not work.
     """
-    config = {key: value for key, value in values.items() if key in PASSED_ON}
+    config = {key: value for key, value in values.items() if key in PASSED_ON and value != "auto"}
     ours = values.get("trainer", {})
     micro, accumulation, total = _batches(config, schedule, world, phase)
     clip = _one_value(config, "gradient_clipping", schedule.clip, f"{phase}.clip", otherwise=0.0)
@@ -126,15 +133,15 @@ def _batches(config: dict, schedule: ScheduleConfig, world: int, phase: str) -> 
     """(micro-batch, accumulation, global batch): whatever is given fixes the rest; a contradiction names all three."""
     wanted = schedule.global_batch
     total = _one_value(config, "train_batch_size", wanted, f"{phase}.global_batch", otherwise=None)
-    micro = _number(config, "train_micro_batch_size_per_gpu")
-    accumulation = _number(config, "gradient_accumulation_steps")
+    micro = _number(config, "train_micro_batch_size_per_gpu", whole=True)
+    accumulation = _number(config, "gradient_accumulation_steps", whole=True)
     if total is None and micro is None:
         raise ValueError(
             f'the batch is open: set {phase}.global_batch in the recipe, or a number for "train_batch_size" or '
             '"train_micro_batch_size_per_gpu" in the DeepSpeed JSON'
         )
     if micro is None:
-        accumulation = accumulation or 1
+        accumulation = 1 if accumulation is None else accumulation
         micro = total // (world * accumulation)
     elif accumulation is None:
         accumulation = 1 if total is None else max(1, total // (world * micro))
@@ -149,7 +156,7 @@ def _batches(config: dict, schedule: ScheduleConfig, world: int, phase: str) -> 
 
 def _one_value(config: dict, key: str, recipe: Any, recipe_name: str, otherwise: Any) -> Any:
     """The JSON's number, or the recipe's where it says "auto"; both given and different is an error."""
-    value = _number(config, key)
+    value = _number(config, key, whole=key == "train_batch_size")
     if value is not None and recipe is not None and value != recipe:
         raise ValueError(
             f'two values for one thing: {recipe_name} is {recipe} in the recipe and "{key}" is {value} in the '
@@ -159,12 +166,13 @@ def _one_value(config: dict, key: str, recipe: Any, recipe_name: str, otherwise:
     return otherwise if value is None else value
 
 
-def _number(config: dict, key: str) -> Any:
-    value = config.get(key, "auto")
-    if value == "auto":
+def _number(config: dict, key: str, whole: bool = False) -> Any:
+    value = config.get(key)
+    if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-        raise ValueError(f'"{key}" is {value!r} in the DeepSpeed JSON, expected a number or "auto"')
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value < whole:
+        expected = "a whole number from 1" if whole else "a number from 0"
+        raise ValueError(f'"{key}" is {value!r} in the DeepSpeed JSON, expected {expected} or "auto"')
     return value
 
 
@@ -207,9 +215,14 @@ def _check_keys(values: dict[str, Any], path: Path) -> None:
             near = difflib.get_close_matches(key, PASSED_ON, n=3)
             hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(PASSED_ON)}, trainer"
             raise ValueError(f'{path}: unknown key "{key}". {hint}')
+        if key in SECTIONS and not isinstance(values[key], dict):
+            raise ValueError(f'{path}: "{key}" is {values[key]!r}, expected a section such as {SECTIONS[key]}')
     for key in values.get("trainer", {}):
         if key not in ("ep_size", "activation_checkpointing"):
             raise ValueError(f'{path}: unknown key "trainer.{key}". Known: ep_size, activation_checkpointing')
+    for name, key in (("bf16", "enabled"), ("trainer", "activation_checkpointing")):
+        if not isinstance(value := values.get(name, {}).get(key, False), bool):
+            raise ValueError(f'{path}: "{name}.{key}" is {value!r}, expected true or false')
 
 
 def _disabled(value: Any) -> bool:

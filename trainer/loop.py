@@ -21,6 +21,7 @@ from trainer.data.sources import ImageSource
 from trainer.dist import Dist
 from trainer.ds_config import Settings
 from trainer.engine import Engine
+from trainer.interrupt import HEARTBEAT, Interrupted, Interruption
 from trainer.schema import AugmentConfig, RunConfig
 from trainer.tracking import MetricsLog, Progress
 
@@ -71,6 +72,7 @@ def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, di
 
     Raises:
         NonFiniteLoss: on all ranks; no checkpoint holds the damage.
+        Interrupted: on all ranks, after a warning signal to any of them and a checkpoint of this very step.
     """
     per_epoch = epoch_length(data, engine.settings)
     resumed = checkpoint.resume(engine, folder, dist)
@@ -79,9 +81,13 @@ def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, di
     evaluation = state["evaluation"]
     monitor = _Monitor(folder, task, per_epoch, done, dist)
     step = _TrainStep(engine, objective, data, task, dist)
+    if resumed:
+        step.restore(resumed["own"])
+    interruption = Interruption(dist, done)
     for micro_batches in step.batches(done, per_epoch):
         step.run(done, micro_batches)
         done += 1
+        HEARTBEAT.beat()
         epoch, inside = divmod(done, per_epoch)
         ended, last = inside == 0, done == task.epochs * per_epoch
         if done % task.run.log_every == 0 or ended:
@@ -89,10 +95,14 @@ def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, di
         if last or (ended and epoch % task.run.eval_every == 0):
             evaluation = evaluate(objective, data, engine.dtype, eval_batch(task.run, engine.settings), dist)
             monitor.eval_row(done, evaluation)
-        if last or done % task.run.save_every == 0 or (ended and epoch % task.run.save_epochs == 0):
+        stopping = interruption.agreed(done) and not last
+        if last or stopping or done % task.run.save_every == 0 or (ended and epoch % task.run.save_epochs == 0):
             step.stop_if_not_finite()
             state = {"evaluation": evaluation, "seconds": time.perf_counter() - started}
-            checkpoint.save(engine, folder, step=done, state=state, keep=task.run.keep, dist=dist)
+            checkpoint.save(engine, folder, step=done, state=state, own=step.running(), keep=task.run.keep, dist=dist)
+        if stopping:
+            monitor.close()
+            raise Interrupted(f"{task.description}: interrupted, saved after step {done}; the same command continues")
     monitor.close()
     return Outcome(evaluation, state["seconds"], done, done * engine.settings.global_batch)
 
@@ -111,6 +121,7 @@ def evaluate(objective: Any, data: Data, dtype: torch.dtype, batch: int, dist: D
         for b in eval_batches(
             data.val, data.preprocessing, batch=batch, world=dist.world, rank=dist.rank, workers=data.workers
         ):
+            HEARTBEAT.beat()
             logits = objective.predict(b.images.to(dist.device, dtype)).float()
             labels, mask = b.labels.to(dist.device), b.mask.to(dist.device)
             loss = F.cross_entropy(logits, labels, reduction="none")[mask].sum()
@@ -216,6 +227,15 @@ class _TrainStep:
             self.sums[name] = self.sums.get(name, 0) + value.float()
         self.count += 1
         self.images += images
+
+    def running(self) -> dict[str, Any]:
+        """What a checkpoint between two metrics rows must hold, so that the next row is the same after a resume."""
+        return {"sums": dict(self.sums), "count": self.count, "skipped": sorted(self.skipped)}
+
+    def restore(self, running: dict[str, Any]) -> None:
+        """Put back what running() returned; the speed counts from here."""
+        self.sums = {name: value.to(self.dist.device) for name, value in running["sums"].items()}
+        self.count, self.skipped, self.since = running["count"], set(running["skipped"]), time.perf_counter()
 
     def _reset(self) -> None:
         self.sums: dict[str, Tensor] = {}

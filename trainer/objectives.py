@@ -1,6 +1,6 @@
 """One object per kind of training step: what is trained, what is frozen, and how the losses are computed.
 
-`objective(forward, images, target)` returns (loss, parts, correct): `forward` is the engine in a run and the bare
+`objective(forward, images, target)` returns (loss, parts): `forward` is the engine in a run and the bare
 `objective.module` in a unit test, so that losses are tested without DeepSpeed. `target` is a class index (B,) or, with
 mixup, a distribution (B, C). `parts` are detached losses for the log.
 """
@@ -56,17 +56,18 @@ class MatchTeacher:
     def __init__(self, meta: MetaModel, teacher: nn.Module, stages: list[Stage], config: MetaConfig, tokens: int,
                  label_smoothing: float = 0.0):  # fmt: skip
         self.module, self.config, self.label_smoothing = MetaWithForcedStages(meta), config, label_smoothing
-        self.teacher_stages = nn.ModuleList(stages)
-        self.frozen = [self.teacher_stages]
+        self.teacher = MetaModel(stages)  # the teacher as a chain of its own modules
+        self.frozen = [self.teacher]
         once = forward_flops(meta, tokens)
         forced = once - forward_flops(meta.stages[0], tokens)
         self.flops_per_image = forward_flops(teacher, tokens) + 3 * (once + forced)
 
     def __call__(self, forward, images: Tensor, target: Tensor) -> Step:
         with torch.no_grad():
-            borders, wanted = _run_stages(self.teacher_stages, images)
+            *borders, wanted = self.teacher.hidden_states(images)
         free, logits, forced, forced_logits = forward(images, borders)
-        match = sum(relative_mse(a, b) for a, b in zip(free + forced, borders + borders[1:]))
+        errors = [relative_mse(a, b) for a, b in zip(free + forced, borders + borders[1:])]
+        match = sum(errors, start=logits.new_zeros((), dtype=torch.float32))  # a single module has no border
         kl = soft_kl(wanted, logits) + soft_kl(wanted, forced_logits)
         label = F.cross_entropy(logits.float(), target, label_smoothing=_smoothing(target, self.label_smoothing))
         loss = match + kl + self.config.label_weight * label
@@ -86,7 +87,7 @@ class MetaWithForcedStages(nn.Module):
 
     def forward(self, images: Tensor, borders: list[Tensor]) -> tuple[list[Tensor], Tensor, list[Tensor], Tensor]:
         """Border states and logits, free (N-1 borders) and forced (borders 1..N-2, their input being the teacher's)."""
-        free, logits = _run_stages(self.meta.stages, images)
+        *free, logits = self.meta.hidden_states(images)
         forced = [stage(h) for stage, h in zip(self.meta.stages[1:], borders)]
         return free, logits, forced[:-1], forced[-1] if forced else logits
 
@@ -144,14 +145,6 @@ def relative_mse(a: Tensor, b: Tensor) -> Tensor:
     """|a - b|^2 / |b|^2 over the batch; 0 when equal, 1 when a is 0."""
     a, b = a.float(), b.float()
     return (a - b).square().sum() / b.square().sum().clamp_min(1e-12)
-
-
-def _run_stages(stages: nn.ModuleList, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    borders, h = [], images
-    for stage in stages:
-        h = stage(h)
-        borders.append(h)
-    return borders[:-1], h
 
 
 def _smoothing(target: Tensor, label_smoothing: float) -> float:

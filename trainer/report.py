@@ -233,21 +233,21 @@ def _origin(phases: dict[str, PhaseRecord]) -> str:
     done = {name: record for name, record in phases.items() if record.result is not None}
     commands = list(dict.fromkeys(record.result["command"] for record in done.values() if "command" in record.result))
     lines = ["## How it was made", *(f"    {command}" for command in commands)]
-    keys = ("seconds", "images_seen", "flops", "world_size", "ep_size", "git_commit", "recipe_hash")
-    forms = (".1f", ".0f", ".2e", "d", "d", "", "")
+    keys = ("seconds", "images_seen", "flops", "world_size", "ep_size", "git_commit")
+    forms = (".1f", ".0f", ".2e", "d", "d", "")
     rows = []
     for name, record in phases.items():
         config = f"{name}/config.yaml" if (record.folder / "config.yaml").exists() else "-"
         rows.append(
             [name, record.status, *(_number(record.value(key), form) for key, form in zip(keys, forms)), config]
         )
-    head = ["phase", "status", "seconds", "images", "FLOPs", "ranks", "expert parallel", "commit", "recipe", "settings"]
+    head = ["phase", "status", "seconds", "images", "FLOPs", "ranks", "expert parallel", "commit", "settings"]
     versions: dict[str, list[str]] = {}
     for record in done.values():
         for package, version in record.result.get("versions", {}).items():
             versions.setdefault(package, []).append(str(version))
     named = [f"{package} {' and '.join(dict.fromkeys(found))}" for package, found in sorted(versions.items())]
-    repeat = "`python trainer/run.py --config SETTINGS` repeats a phase."
+    repeat = "`python trainer/run.py --config SETTINGS --out FOLDER` repeats a phase; the phases before it must be in FOLDER."
     return "\n\n".join([*lines, _table(head, rows), repeat, "Versions: " + (", ".join(named) or "not recorded") + "."])
 
 

@@ -12,15 +12,19 @@ import argparse
 import difflib
 import logging
 import os
+import shlex
 import sys
+import warnings
 from pathlib import Path
+from typing import NoReturn
 
 if not __package__:  # started as a file: put the repository, not trainer/, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import yaml
 
-from trainer.config import build, load_recipe
+from trainer import interrupt
+from trainer.config import build, load_recipe, one_line
 from trainer.ds_config import read_ds_config
 from trainer.schema import Recipe
 
@@ -31,8 +35,8 @@ EXIT_BAD_INPUT, EXIT_FAILED = 2, 1
 def main(arguments: list[str] | None = None) -> int:
     """Run one phase and return the exit code: 0 only when the phase is complete."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
     try:
+        options = _parse(arguments)
         recipe, ds_values, phase, module = _read(options)
     except (ValueError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" and os.environ.get("SLURM_PROCID", "0") == "0":
@@ -42,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(recipe: Recipe, ds_values: dict, phase: str, module: int | str | None, out: Path, arguments: list[str]) -> int:
+    interrupt.listen()
+    _quieten()
     import models  # noqa: F401  first: it mends torchvision beside a CPU torch
     from trainer import dist as distributed
     from trainer.loop import NonFiniteLoss
@@ -53,23 +59,31 @@ def _run(recipe: Recipe, ds_values: dict, phase: str, module: int | str | None, 
         _set_up_logging(dist.main)
         from trainer.context import Run
 
-        run = Run(recipe, ds_values, out, dist, "trainer/run.py " + " ".join(arguments))
+        command = ["trainer/run.py", *(a for a in arguments if not a.startswith("--local_rank"))]
+        run = Run(recipe, ds_values, out, dist, shlex.join(command))
+        interrupt.HEARTBEAT.watch(recipe.run.hang_seconds)
         _call(run, phase, module)
         code = 0
+    except interrupt.Interrupted as stop:
+        if rank == 0:
+            print(stop, file=sys.stderr, flush=True)
+        code = interrupt.EXIT_INTERRUPTED
     except (ValueError, OSError, NonFiniteLoss, RuntimeError) as error:
         expected = isinstance(error, ValueError | OSError | NonFiniteLoss)
         if not expected:
             logging.getLogger(__name__).exception("phase %s failed", phase)
-        prefix = "" if rank == 0 else f"[rank {rank}] "
-        print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+        if rank == 0 or not isinstance(error, distributed.Agreed | NonFiniteLoss):
+            prefix = "" if rank == 0 else f"[rank {rank}] "
+            print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
         code = EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
-    if code == 0:
+    if code in (0, interrupt.EXIT_INTERRUPTED):
         distributed.stop()
     return code
 
 
 def _call(run, phase: str, module: int | str | None) -> None:
     """One phase, or the chain in this process group."""
+    from trainer import preflight
     from trainer.phases import distill, evaluate, meta, teacher, train
 
     recipe = run.recipe
@@ -82,9 +96,11 @@ def _call(run, phase: str, module: int | str | None) -> None:
         "evaluate": [lambda: evaluate.run(run, recipe.train.start)],
     }
     if phase != "all":
+        preflight.check(run, [phase])
         for step in steps[phase]:
             step()
         return
+    preflight.check(run, [name for name in steps if name != "teacher" or not recipe.teacher.source])
     baselines = [lambda start=start: train.run(run, start) for start in recipe.train.baselines]
     chain = ([] if recipe.teacher.source else steps["teacher"]) + steps["meta"] + steps["distill"]
     for step in chain + steps["train"] + baselines + steps["evaluate"]:
@@ -95,8 +111,15 @@ def _call(run, phase: str, module: int | str | None) -> None:
         print(write_report(run.out), flush=True)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are ValueErrors, so that a wrong flag is reported like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="trainer/run.py",
         description="m2mKD: teach a modular student module by module, then train it end to end.",
         epilog="section.key=value overrides the recipe, ds.section.key=value the DeepSpeed JSON.",
@@ -110,7 +133,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", help="repeat a phase from its saved OUT/PHASE/config.yaml")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    options, unknown = parser.parse_known_args(arguments)
+    options, unknown = parser.parse_known_intermixed_args(arguments)  # overrides may stand between the flags
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=2)
@@ -130,7 +153,7 @@ def _read(options: argparse.Namespace) -> tuple[Recipe, dict, str, int | str | N
         if overrides or ds_overrides or options.recipe or options.ds_config:
             raise ValueError("--config repeats a saved phase as it was: leave out --recipe, --ds_config and overrides")
         recipe, ds_values, saved = _saved(Path(options.config))
-        phase, module = options.phase or saved["phase"], options.module or saved["module"]
+        phase, module = options.phase or saved["phase"], options.module or saved.get("module")
     else:
         recipe, phase, module = load_recipe(options.recipe, overrides), options.phase, options.module
         ds_values = read_ds_config(options.ds_config, ds_overrides)
@@ -140,7 +163,10 @@ def _read(options: argparse.Namespace) -> tuple[Recipe, dict, str, int | str | N
 def _saved(path: Path) -> tuple[Recipe, dict, dict]:
     if not path.is_file():
         raise ValueError(f"no saved configuration at {path}: expected OUT/PHASE/config.yaml of an earlier run")
-    saved = yaml.safe_load(path.read_text())
+    try:
+        saved = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {one_line(error)}") from None
     if not isinstance(saved, dict) or not {"phase", "recipe", "ds_config"} <= saved.keys():
         raise ValueError(f"{path} is not a saved configuration: expected phase, recipe and ds_config, as a run writes")
     return build(Recipe, saved["recipe"]), saved["ds_config"], saved
@@ -153,9 +179,16 @@ def _module(phase: str, module: int | str | None, count: int) -> int | str | Non
         return None
     if module in (None, "all"):
         return "all"
-    if not str(module).isdigit() or int(module) >= count:
+    if not str(module).isdecimal() or int(module) >= count:
         raise ValueError(f"--phase distill needs --module 0..{count - 1} or all, got {module}")
     return int(module)
+
+
+def _quieten() -> None:
+    """Keep what is not about this run out of its log: one deprecation of DeepSpeed's, and bars drawn into files."""
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _set_up_logging(main: bool) -> None:

@@ -59,6 +59,8 @@ class AugmentConfig:
     def __post_init__(self):
         for name in ("hflip", "random_erasing", "switch_prob", "label_smoothing"):
             require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "a value from 0 to 1")
+        for name in ("color_jitter", "mixup", "cutmix"):
+            require(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "0 (off) or more")
         require(self.repeats >= 1, "augment.repeats", self.repeats, "1 or more")
 
 
@@ -85,6 +87,7 @@ class ScheduleConfig:
         require(self.epochs >= 1, f"{name}.epochs", self.epochs, "1 or more")
         require(self.lr > 0, f"{name}.lr", self.lr, "a positive learning rate")
         require(0 <= self.warmup_epochs <= self.epochs, f"{name}.warmup_epochs", self.warmup_epochs, "0 to epochs")
+        require(self.weight_decay >= 0, f"{name}.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.drop_path < 1, f"{name}.drop_path", self.drop_path, "0 to below 1")
         require(self.global_batch is None or self.global_batch >= 1, f"{name}.global_batch", self.global_batch, ">= 1")
         require(self.clip is None or self.clip >= 0, f"{name}.clip", self.clip, "0 (off) or a positive norm")
@@ -159,6 +162,15 @@ class MoEConfig:
     def __post_init__(self):
         require(self.num_experts >= 1, "student.moe.num_experts", self.num_experts, "1 or more")
         require(1 <= self.k <= self.num_experts, "student.moe.k", self.k, f"1 to num_experts={self.num_experts}")
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            factor = getattr(self, name)
+            require(
+                factor is None or factor > 0, f"student.moe.{name}", factor, "a positive number, or null (no drops)"
+            )
+        for name in ("noise_std", "images_per_group"):
+            require(getattr(self, name) >= 0, f"student.moe.{name}", getattr(self, name), "0 or more")
+        require(self.capacity_multiple >= 1, "student.moe.capacity_multiple", self.capacity_multiple, "1 or more")
+        require(0 <= self.dropout < 1, "student.moe.dropout", self.dropout, "0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -213,10 +225,13 @@ class RunConfig:
     keep: int = knob(2, "checkpoints kept per phase")
     eval_batch: int = knob(0, "images per rank in evaluation; 0 = the micro-batch")
     deterministic: bool = knob(True, "deterministic kernels; costs some speed on GPUs")
+    hang_seconds: float = knob(1800.0, "seconds without a finished step after which a rank ends itself; 0 = never")
 
     def __post_init__(self):
         for name in ("log_every", "eval_every", "save_every", "save_epochs", "keep"):
             require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "1 or more")
+        require(self.hang_seconds >= 0, "run.hang_seconds", self.hang_seconds, "0 (never) or seconds")
+        require(self.eval_batch >= 0, "run.eval_batch", self.eval_batch, "0 (the micro-batch) or more")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def put(folder, metrics=None, evaluations=None, flops=0.0, seconds=0.0, epochs=0
     if metrics is not None:
         result = {"phase": "train", "module": None, "metrics": metrics, "seconds": seconds, "images_seen": 100,
                   "flops": flops, "epochs": epochs, "world_size": 2, "ep_size": 1, "git_commit": "abc1234",
-                  "versions": {"torch": "2.13.0"}, "recipe_hash": "ffff", **more}  # fmt: skip
+                  "versions": {"torch": "2.13.0"}, **more}  # fmt: skip
         (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -90,7 +90,6 @@ def test_report_file_names_pictures_commands_and_versions(run):
         "2",
         "1",
         "abc1234",
-        "ffff",
         "train/config.yaml",
     ]
 

@@ -90,8 +90,8 @@ def steps_per_epoch(n: int, *, micro_batch: int, accumulation: int = 1, world: i
     if n < global_batch:
         raise ValueError(
             f"{n} training images are fewer than one global batch of {global_batch} "
-            f"(world {world} x micro-batch {micro_batch} x accumulation {accumulation}). Lower schedule.global_batch "
-            "or the batch sizes of the DeepSpeed JSON, use fewer ranks, or raise data.limit."
+            f"(world {world} x micro-batch {micro_batch} x accumulation {accumulation}). Lower global_batch in the "
+            "recipe or the batch sizes of the DeepSpeed JSON, use fewer ranks, or raise data.limit."
         )
     return n // global_batch
 

@@ -11,10 +11,10 @@ from trainer.loop import Outcome, Predictor, evaluate
 
 
 def run(run: Run, start: str) -> None:
-    """Write OUT/evaluate; always measures anew, whatever was there."""
+    """Write OUT/evaluate (or evaluate_scratch...); always measures anew, whatever was there."""
     name = artifacts.artifact_name("train", start=start)
     trained, _ = artifacts.require(run.out, name, run.recipe, "--phase evaluate")
-    folder, _ = run.open("evaluate")
+    folder, _ = run.open("evaluate", start=start)
     started = time.perf_counter()
     settings = run.settings("train", run.recipe.train, run.recipe.student.moe.num_experts)
     student = VMoE.from_pretrained(str(trained)).to(run.dist.device)

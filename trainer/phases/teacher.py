@@ -5,11 +5,11 @@ For the embedded demo and for users without a pretrained teacher; with teacher.s
 
 from __future__ import annotations
 
-from models.preprocessing import Preprocessing
 from models.teacher import load_teacher, new_teacher, save_teacher
 from trainer.context import Run, training_flops
 from trainer.dist import seed_everything
 from trainer.objectives import Classify
+from trainer.preflight import trained_preprocessing
 
 
 def run(run: Run) -> None:
@@ -23,8 +23,7 @@ def run(run: Run) -> None:
     folder, done = run.open("teacher")
     if done:
         return
-    # statistics of google/vit-*: any fixed pair serves, and the artifact carries it to every later phase
-    preprocessing = Preprocessing(t.image_size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
+    preprocessing = trained_preprocessing(t)
     seed_everything(run.recipe.seed, 0, run.recipe.run.deterministic)
     model = new_teacher(
         image_size=t.image_size, patch_size=t.patch_size, width=t.width, depth=t.depth, heads=t.heads,

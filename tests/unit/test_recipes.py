@@ -1,0 +1,204 @@
+"""Every recipe: it resolves, says how to run it, and all its models are built at full size on the meta device."""
+
+import functools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from models.flops import num_tokens
+from models.preprocessing import Preprocessing
+from models.teacher import Teacher
+from models.vmoe import VMoE
+from trainer.config import load_recipe, to_dict
+from trainer.context import Run
+from trainer.dist import Dist
+from trainer.ds_config import read_ds_config
+from trainer.objectives import Classify, Distill, MatchTeacher
+from trainer.run import PHASES
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+every_recipe = pytest.mark.parametrize("name", RECIPES)
+PHASE_SECTIONS = ("teacher", "meta", "distill", "train")
+CLASSES = {"digits": 10, "ILSVRC/imagenet-1k": 1000, "imagenet": 1000}  # data.source or data.path -> classes
+# parameters of teacher, meta model and student (without stitches), worked out from the sizes
+IMAGENET = (
+    24 * 12_598_272 + 2_016_232,  # DeiT-III-L: a block is 12 D^2 + 13 D and two LayerScales
+    4 * 12_598_272 + 2_016_232,  # 4 of the 24 blocks, the same embedding, norm and head
+    86_567_656 + 12 * (7 * 4_722_432 + 8 * 768),  # ViT-B/16 with 7 more MLPs and a router in every block
+)
+PARAMETERS = {
+    "demo.yaml": (8 * 49_984 + 14_282, 4 * 49_984 + 14_282, 4 * 84_480 + 10_714),
+    "vmoe_base_imagenet.yaml": IMAGENET,
+    "vmoe_base_imagefolder.yaml": IMAGENET,
+}
+
+
+def command_of(name):
+    """Arguments of the command in the recipe's header, from trainer/run.py on, and the number of ranks."""
+    lines = [line.removeprefix("#").strip() for line in (ROOT / "recipes" / name).read_text().splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("deepspeed "))
+    stop = next(i for i in range(start, len(lines)) if not lines[i].endswith("\\")) + 1
+    words = " ".join(line.removesuffix("\\") for line in lines[start:stop]).split()
+    script = words.index("trainer/run.py")
+    arguments = words[script + 1 :]
+    last = arguments.index("--out") + 2  # then overrides
+    flags = dict(zip(arguments[:last:2], arguments[1:last:2]))
+    return flags, arguments[last:], int(words[words.index("--num_gpus") + 1])
+
+
+@functools.cache
+def full_size(name):
+    """A Run of the recipe's own command whose teacher stands on the meta device: no memory, no download."""
+    flags, overrides, world = command_of(name)
+    recipe = load_recipe(ROOT / flags["--recipe"], overrides)
+    dist = Dist(0, world, 0, world, torch.device("cpu"))
+    run = Run(recipe, read_ds_config(ROOT / flags["--ds_config"]), Path("unused"), dist, "unused")
+    t, data = recipe.teacher, recipe.data
+    labels = [str(i) for i in range(CLASSES.get(data.path) or CLASSES.get(data.source) or 1000)]
+    with torch.device("meta"):
+        if t.source:
+            assert t.source.startswith("timm/"), "teach this test to build other teachers without downloading them"
+            architecture = t.source.removeprefix("timm/").split("@")[0].split(".")[0]
+            model = timm.create_model(architecture, pretrained=False)
+        else:
+            model = VisionTransformer(
+                img_size=t.image_size, patch_size=t.patch_size, embed_dim=t.width, depth=t.depth, num_heads=t.heads,
+                mlp_ratio=t.mlp_dim / t.width, num_classes=len(labels),
+            )  # fmt: skip
+    preprocessing = Preprocessing(model.patch_embed.img_size[0], (0.5,) * 3, (0.5,) * 3, "bicubic")
+    teacher = Teacher(model.eval().requires_grad_(False), preprocessing, t.source, labels, model.num_classes)
+    source = SimpleNamespace(labels=labels, name=data.source)
+    run.__dict__.update(teacher=teacher, sources=(source, source))  # in place of the cached properties that load them
+    return run
+
+
+def size(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
+@every_recipe
+def test_the_header_names_its_command(name):
+    text = (ROOT / "recipes" / name).read_text()
+    assert text.startswith("# ")
+    flags, overrides, world = command_of(name)
+    assert flags["--recipe"] == f"recipes/{name}"
+    assert (ROOT / flags["--ds_config"]).is_file()
+    assert flags["--phase"] in PHASES
+    assert flags["--out"].startswith("runs/")
+    assert world >= 1
+    load_recipe(ROOT / flags["--recipe"], overrides)
+
+
+@every_recipe
+def test_it_resolves_for_the_command_it_names(name):
+    run = full_size(name)
+    experts = run.recipe.student.moe.num_experts
+    for section in PHASE_SECTIONS:
+        if section == "teacher" and run.recipe.teacher.source:
+            continue
+        schedule = getattr(run.recipe, section)
+        s = run.settings(section, schedule, experts if section in ("distill", "train") else 0)
+        assert s.global_batch == schedule.global_batch == s.micro_batch * s.accumulation * run.dist.world
+        assert s.clip == (schedule.clip or 0)
+        assert s.ep_size in (1, run.dist.world)
+
+
+@every_recipe
+def test_models_at_full_size(name, capsys):
+    run = full_size(name)
+    recipe, teacher = run.recipe, run.teacher.model
+    with torch.device("meta"):
+        student = VMoE(run.student_config(recipe.train.drop_path))
+        modules = run.student_modules(recipe.distill.drop_path)
+        meta = run.new_meta()
+    stages = run.teacher_stages()
+    assert all(p.is_meta for model in (teacher, student, meta, *modules) for p in model.parameters())
+    N = recipe.modules
+    assert len(stages) == len(modules) == meta.num_modules == N
+    assert tuple(stage.stop - stage.start for stage in stages) == run.teacher_depths
+    assert [module.stage.stop - module.stage.start for module in modules] == list(
+        recipe.student.depths or [len(student.blocks) // N] * N
+    )
+    assert size(*stages) == size(teacher)
+    # a stitch is a LayerNorm and a Linear, one each way at every border
+    D_t, D_s = teacher.embed_dim, student.embed_dim
+    stitches = (N - 1) * ((2 * D_t + D_t * D_s + D_s) + (2 * D_s + D_s * D_t + D_t))
+    assert size(*modules) == size(student) + stitches
+    assert num_tokens(student) == num_tokens(teacher) == run.tokens
+    sizes = (size(teacher), size(meta), size(student))
+    with capsys.disabled():
+        print("\n{}: teacher {:,}, meta model {:,}, student {:,} parameters".format(name, *sizes))
+    assert sizes == PARAMETERS[name]
+
+
+@every_recipe
+def test_every_objective_is_built_and_one_image_goes_through(name):
+    run = full_size(name)
+    recipe, teacher, smoothing = run.recipe, run.teacher.model, run.recipe.augment.label_smoothing
+    with torch.device("meta"):
+        student, meta = VMoE(run.student_config()), run.new_meta()
+        modules, stages = run.student_modules(), run.teacher_stages()
+        pre = run.teacher.preprocessing
+        x = torch.empty(1, pre.in_chans, pre.image_size, pre.image_size)
+        border = torch.empty(1, run.tokens, teacher.embed_dim)
+    matching = MatchTeacher(meta, teacher, stages, recipe.meta, run.tokens, smoothing)
+    assert matching.flops_per_image > 0
+    classes = len(run.labels)
+    with torch.no_grad():
+        assert teacher(x).shape == meta(x).shape == (1, classes)
+    whole = Classify(student, run.tokens, smoothing).flops_per_image
+    for i, (module, stage) in enumerate(zip(modules, stages)):
+        pair = Distill(module, stage, meta, i, recipe.distill, run.tokens, smoothing)
+        assert whole / recipe.modules < pair.flops_per_image < 2 * whole
+        h = meta.front(x, i)
+        assert h.shape == (x if i == 0 else border).shape
+        last = i == recipe.modules - 1
+        assert stage(h).shape == ((1, classes) if last else border.shape)
+        # routing looks at values, so a student module cannot run here; what comes in and out of it must fit
+        if i:
+            assert module.pre(border).shape == (1, run.tokens, student.embed_dim)
+        assert (module.post is None) == last
+        if not last:
+            assert module.post[1].out_features == teacher.embed_dim
+
+
+def test_the_published_schedule():
+    """Facts of the published code: batches, rates, epochs, warm-up, drop path, clipping, augmentation."""
+    recipe = full_size("vmoe_base_imagenet.yaml").recipe
+    keys = ("global_batch", "epochs", "warmup_epochs", "drop_path", "clip", "lr", "weight_decay", "eps")
+    rows = {section: [getattr(getattr(recipe, section), key) for key in keys] for section in ("distill", "train")}
+    assert rows == {
+        "distill": [2048, 100, 20, 0.1, None, 5e-4, 0.05, 1e-8],  # lr x batch / 512 = 2e-3
+        "train": [1024, 100, 0, 0.1, 1.0, 5e-4, 0.05, 1e-8],  # 1e-3
+    }
+    assert (recipe.train.min_lr, recipe.distill.warmup_lr) == (1e-5, 1e-6)
+    assert (recipe.distill.alpha, recipe.distill.tau, recipe.distill.target) == (0.5, 1.0, "soft")
+    a = recipe.augment
+    assert (a.rand_augment, a.random_erasing, a.mixup, a.cutmix) == ("rand-m9-mstd0.5-inc1", 0.25, 0.8, 1.0)
+    assert (a.switch_prob, a.label_smoothing, a.repeats, a.color_jitter) == (0.5, 0.1, 3, 0.4)
+    assert (recipe.teacher.depths, recipe.student.depths) == ((6, 6, 6, 6), (3, 3, 3, 3))
+
+
+def test_the_imagefolder_recipe_differs_in_its_data_only():
+    hub, folder = (
+        to_dict(load_recipe(ROOT / f"recipes/vmoe_base_{name}.yaml")) for name in ("imagenet", "imagefolder")
+    )
+    assert folder["data"]["source"] == "folder" and hub["data"]["source"] == "hub"
+    assert {k: v for k, v in hub.items() if k != "data"} == {k: v for k, v in folder.items() if k != "data"}
+
+
+def test_a_micro_batch_that_makes_no_whole_routing_groups_is_refused():
+    run = full_size("demo.yaml")
+    recipe = load_recipe(ROOT / "recipes/demo.yaml", ["train.global_batch=40"])
+    changed = Run(recipe, run.ds_values, run.out, run.dist, run.command)
+    group, micro = recipe.student.moe.images_per_group, 40 // run.dist.world
+    assert micro % group
+    message = f"images_per_group is {group}, which does not divide the micro-batch of {micro} images"
+    with pytest.raises(ValueError, match=message):
+        changed.settings("train", recipe.train, num_experts=4)
+    assert changed.settings("train", recipe.train, num_experts=0).micro_batch == micro

@@ -1,0 +1,96 @@
+"""Stop in time: a warning signal becomes a checkpoint and an exit code of its own; a rank that hangs ends itself.
+
+Slurm warns a job before its time limit and before it is preempted (SIGUSR1 through slurm/phase.sbatch, or SIGTERM).
+The warning reaches the ranks at different moments, so they agree on the step after which all of them save.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainer.dist import Dist
+
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: saved, start the same command again
+EXIT_HUNG = 76  # nothing moved for run.hang_seconds
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+ASK_EVERY = 1.0  # seconds between two questions to the other ranks
+ASK_AT_MOST = 100  # steps between two questions: on a GPU the first steps are only queued and look fast
+_warned = threading.Event()
+
+
+class Interrupted(Exception):
+    """Training was stopped by a warning signal after a checkpoint of all ranks."""
+
+
+def listen() -> None:
+    """Take note of warning signals from now on; call it before the slow imports. A second SIGTERM ends the process."""
+    for number in SIGNALS:
+        signal.signal(number, _note)
+
+
+class Interruption:
+    """Asks the other ranks about once a second whether one of them was warned; all ranks ask after the same steps.
+
+    The answer and the distance to the next question come out of one all-reduce, so every rank has the same ones. No
+    number of the training is touched and no random number drawn: the weights stay the same bit for bit.
+    """
+
+    def __init__(self, dist: Dist, done: int):
+        self.dist, self.last, self.next, self.asked = dist, done, done + 1, time.monotonic()
+
+    def agreed(self, done: int) -> bool:
+        """Whether all ranks stop after step `done` (collective at some steps, the same on every rank)."""
+        if done < self.next:
+            return False
+        import torch
+
+        now = time.monotonic()
+        pace = (now - self.asked) / (done - self.last)
+        answer = torch.tensor([float(_warned.is_set()), pace], dtype=torch.float64, device=self.dist.device)
+        if self.dist.world > 1:
+            torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
+        warned, slowest = answer.tolist()
+        self.last, self.asked = done, now
+        self.next = done + max(1, min(ASK_AT_MOST, int(ASK_EVERY / max(slowest, 1e-6))))
+        return warned > 0
+
+
+class Heartbeat:
+    """Ends this process when nothing has moved for `limit` seconds: a hung collective never returns by itself."""
+
+    def __init__(self):
+        self.moved = time.monotonic()
+
+    def beat(self) -> None:
+        """Something moved: a step or a batch of an evaluation."""
+        self.moved = time.monotonic()
+
+    def watch(self, limit: float) -> None:
+        """Start watching, for the rest of the process. 0 = never."""
+        if limit:
+            self.beat()
+            threading.Thread(target=self._watch, args=(limit,), daemon=True, name="heartbeat").start()
+
+    def _watch(self, limit: float) -> None:
+        while (still := time.monotonic() - self.moved) < limit:
+            time.sleep(min(limit - still, limit / 10) + 0.01)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        print(f"error: no step finished for {still:.0f} s (run.hang_seconds={limit:g}): another rank is gone or a "
+              "collective hangs. The stacks are above; the last checkpoint is complete", file=sys.stderr, flush=True)  # fmt: skip
+        os._exit(EXIT_HUNG)
+
+
+HEARTBEAT = Heartbeat()
+
+
+def _note(number: int, _frame: object) -> None:
+    _warned.set()
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)

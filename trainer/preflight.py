@@ -1,0 +1,60 @@
+"""Before anything is trained: does every phase of this invocation have what it needs, and do the sizes fit?
+
+Models are built on the meta device, so even a V-MoE-H costs neither memory nor time here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from models.preprocessing import Preprocessing
+from models.teacher import Teacher
+from trainer.context import Run
+from trainer.loop import epoch_length
+from trainer.schema import TeacherConfig
+
+
+def check(run: Run, phases: Sequence[str]) -> None:
+    """Check data, teacher, depths, widths, tokens, batches and expert parallelism of the phases about to run.
+
+    Raises:
+        ValueError: what does not fit, before any training.
+    """
+    if "teacher" in phases and not (run.out / "teacher" / "result.json").is_file():
+        run = dataclasses.replace(run, planned_teacher=planned_teacher(run.recipe.teacher, run.labels))
+    experts = run.recipe.student.moe.num_experts
+    for section in ("teacher", "meta", "distill", "train"):
+        if section in phases:
+            schedule = getattr(run.recipe, section)
+            settings = run.settings(section, schedule, experts if section in ("distill", "train") else 0)
+            epoch_length(run.data, settings)
+    if phases != ["teacher"]:
+        with torch.device("meta"):
+            run.teacher_stages()
+            run.student_modules()
+            if run.planned_teacher is not None:
+                run.new_meta()
+
+
+def planned_teacher(t: TeacherConfig, labels: list[str]) -> Teacher:
+    """A stand-in, without weights, for the teacher that phase teacher is going to train."""
+    if t.image_size % t.patch_size or t.width % t.heads:
+        raise ValueError(
+            f"teacher.image_size {t.image_size} must be a multiple of teacher.patch_size {t.patch_size}, "
+            f"and teacher.width {t.width} of teacher.heads {t.heads}"
+        )
+    with torch.device("meta"):
+        model = VisionTransformer(
+            img_size=t.image_size, patch_size=t.patch_size, embed_dim=t.width, depth=t.depth, num_heads=t.heads,
+            mlp_ratio=t.mlp_dim / t.width, num_classes=len(labels),
+        )  # fmt: skip
+    return Teacher(model, trained_preprocessing(t), "to be trained", labels, len(labels))
+
+
+def trained_preprocessing(t: TeacherConfig) -> Preprocessing:
+    """What a teacher of phase teacher sees: the statistics of google/vit-*; any fixed pair serves."""
+    return Preprocessing(t.image_size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
