@@ -18,10 +18,12 @@ $(BIN)/python:
 		{ rm -rf $(VENV); echo "error: no venv and no pip for $(PYTHON). Install python3-venv, or set PYTHON to one that has pip"; exit 2; }
 
 $(VENV)/.runtime: requirements.txt | $(BIN)/python
+	@echo "Setting up $(VENV) (once; minutes, depending on the network)"
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
 
 $(VENV)/.dev: requirements.txt requirements-dev.txt | $(BIN)/python
+	@echo "Setting up $(VENV) (once; minutes, depending on the network)"
 	$(BIN)/python -m pip install -q -r requirements-dev.txt
 	touch $@ $(VENV)/.runtime
 

@@ -140,16 +140,14 @@ class Run:
     def open(self, phase: str, module: int | None = None, start: str = "distilled") -> tuple[Path, bool]:
         """The artifact's folder, created on rank 0, and whether it is complete already (collective)."""
         name = artifacts.artifact_name(phase, module, start)
-        error, found = None, (self.out / name, False)
+        found = self.out / name, False
         about = {"phase": phase, "module": module, "command": self.command, "ds_config": self.ds_values}
-        # so that --config repeats this start and not the one of the recipe, when --phase all trains the baselines
-        recipe = dataclasses.replace(self.recipe, train=dataclasses.replace(self.recipe.train, start=start))
-        try:
+        recipe = self.recipe
+        if phase in ("train", "evaluate"):  # --config repeats this start, also where --phase all trains baselines
+            recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, start=start))
+        with self.dist.together():
             if self.dist.main:
-                found = artifacts.open_folder(self.out, name, recipe if phase == "train" else self.recipe, about)
-        except (ValueError, OSError) as problem:
-            error = problem
-        self.dist.agree(error)
+                found = artifacts.open_folder(self.out, name, recipe, about)
         done = bool(self.dist.gather(found[1])[0])
         if done and self.dist.main:
             log.info("%s is complete: nothing to do", found[0])

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import random
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +77,16 @@ class Dist:
         if failed := [report for report in found if report]:
             bad_input, message = failed[0]
             raise (AgreedValueError if bad_input else AgreedOSError)(message) from error
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block in which a ValueError or OSError of one rank becomes the error of all of them (collective)."""
+        error = None
+        try:
+            yield
+        except (ValueError, OSError) as problem:
+            error = problem
+        self.agree(error)
 
 
 def ranks_from_environment(environ: dict[str, str] | os._Environ = os.environ) -> dict[str, int]:

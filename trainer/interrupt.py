@@ -49,14 +49,15 @@ class Interruption:
         """Whether all ranks stop after step `done` (collective at some steps, the same on every rank)."""
         if done < self.next:
             return False
-        import torch
-
         now = time.monotonic()
         pace = (now - self.asked) / (done - self.last)
-        answer = torch.tensor([float(_warned.is_set()), pace], dtype=torch.float64, device=self.dist.device)
-        if self.dist.world > 1:
+        warned, slowest = float(_warned.is_set()), pace
+        if self.dist.world > 1:  # on a GPU this waits for the queued steps, once a second
+            import torch
+
+            answer = torch.tensor([warned, slowest], dtype=torch.float64, device=self.dist.device)
             torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
-        warned, slowest = answer.tolist()
+            warned, slowest = answer.tolist()
         self.last, self.asked = done, now
         self.next = done + max(1, min(ASK_AT_MOST, int(ASK_EVERY / max(slowest, 1e-6))))
         return warned > 0
@@ -82,8 +83,12 @@ class Heartbeat:
         while (still := time.monotonic() - self.moved) < limit:
             time.sleep(min(limit - still, limit / 10) + 0.01)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        print(f"error: no step finished for {still:.0f} s (run.hang_seconds={limit:g}): another rank is gone or a "
-              "collective hangs. The stacks are above; the last checkpoint is complete", file=sys.stderr, flush=True)  # fmt: skip
+        print(
+            f"error: no step finished for {still:.0f} s (run.hang_seconds={limit:g}): another rank is gone or a "
+            "collective hangs. The stacks are above; the last checkpoint is complete",
+            file=sys.stderr,
+            flush=True,
+        )
         os._exit(EXIT_HUNG)
 
 

@@ -247,7 +247,9 @@ def _origin(phases: dict[str, PhaseRecord]) -> str:
         for package, version in record.result.get("versions", {}).items():
             versions.setdefault(package, []).append(str(version))
     named = [f"{package} {' and '.join(dict.fromkeys(found))}" for package, found in sorted(versions.items())]
-    repeat = "`python trainer/run.py --config SETTINGS --out FOLDER` repeats a phase; the phases before it must be in FOLDER."
+    repeat = (
+        "`python trainer/run.py --config SETTINGS --out FOLDER` repeats a phase, given the ones before it in FOLDER."
+    )
     return "\n\n".join([*lines, _table(head, rows), repeat, "Versions: " + (", ".join(named) or "not recorded") + "."])
 
 

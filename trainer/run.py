@@ -95,12 +95,13 @@ def _call(run, phase: str, module: int | str | None) -> None:
         "train": [lambda: train.run(run, recipe.train.start)],
         "evaluate": [lambda: evaluate.run(run, recipe.train.start)],
     }
+    phases = [phase] if phase != "all" else [name for name in steps if name != "teacher" or not recipe.teacher.source]
+    with run.dist.together():
+        preflight.check(run, phases)
     if phase != "all":
-        preflight.check(run, [phase])
         for step in steps[phase]:
             step()
         return
-    preflight.check(run, [name for name in steps if name != "teacher" or not recipe.teacher.source])
     baselines = [lambda start=start: train.run(run, start) for start in recipe.train.baselines]
     chain = ([] if recipe.teacher.source else steps["teacher"]) + steps["meta"] + steps["distill"]
     for step in chain + steps["train"] + baselines + steps["evaluate"]:

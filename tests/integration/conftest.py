@@ -1,0 +1,23 @@
+"""What the integration tests share: a warm python, and one finished two-rank run of the tiny chain."""
+
+import pytest
+
+from tests.launch import TINY, launch
+from tests.warm_python import WarmPython
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """Forks ranks that need no imports any more."""
+    python = WarmPython(tmp_path_factory.mktemp("warm"))
+    yield python
+    python.close()
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """OUT of an undisturbed `deepspeed --num_gpus 2 ... --phase all` at ep 2, and what it printed. Read only."""
+    out = tmp_path_factory.mktemp("chain") / "out"
+    finished = launch("deepspeed", 2, [*TINY, "--phase", "all", "--out", out])
+    assert finished.code == 0, finished.output
+    return out, finished.output
