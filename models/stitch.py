@@ -5,15 +5,20 @@ last gives logits. At assembly the stitches are dropped (published default) or k
 student's.
 """
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from models.modules import Stage, assemble, shallow_copy, split
-from models.vmoe import VMoE
+
+if TYPE_CHECKING:  # vmoe.py builds kept stitches with this file
+    from models.vmoe import VMoE
 
 STITCHES = ("drop", "keep")
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from models.hub_files import CheckpointFiles
 from models.moe import GELU, MoE, MoEConfig, draw, lecun_normal_, paper
 from models.preprocessing import Preprocessing
+from models.stitch import stitch
 
 # Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", appendix B
 VARIANTS = {
@@ -248,8 +249,6 @@ def _block(config: VMoEConfig, dim: int, depth: int, **options: Any) -> VMoEBloc
 
     block = VMoEBlock(dim=dim, depth=depth, **{**options, "mlp_layer": mlp})
     if teacher_width := (config.stitch_blocks or {}).get(str(depth)):
-        from models.stitch import stitch  # only here, because stitch.py imports this file
-
         block.stitch = nn.Sequential(stitch(dim, teacher_width), stitch(teacher_width, dim))
     return block
 
