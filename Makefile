@@ -5,7 +5,7 @@ RUN ?= runs/demo
 BIN := $(VENV)/bin
 ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1 PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test slurm-test slurm-packages lint format clean
 
 setup: $(VENV)/.runtime
 
@@ -33,6 +33,15 @@ demo: $(VENV)/.runtime
 
 test: $(VENV)/.dev
 	$(ENV) python -m pytest tests
+
+# The long form of tests/slurm on a real cluster of this machine; as root on Debian, about 20 minutes on 2 cores.
+slurm-test: $(VENV)/.dev slurm-packages
+	$(ENV) CI=1 python -m pytest tests/slurm -m "slow or not slow"
+
+slurm-packages:
+	@for program in slurmctld slurmd munged ip; do command -v $$program >/dev/null || missing=1; done; \
+	test -z "$$missing" || { apt-get update -q && DEBIAN_FRONTEND=noninteractive \
+		apt-get install -yq --no-install-recommends slurmctld slurmd slurm-client munge iproute2; }
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -97,5 +97,5 @@ HEARTBEAT = Heartbeat()
 
 def _note(number: int, _frame: object) -> None:
     _warned.set()
-    if number == signal.SIGTERM:
-        signal.signal(number, signal.SIG_DFL)
+    # warnings are repeated, and python puts the default back at its end: the next one would kill a rank that has saved
+    signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)

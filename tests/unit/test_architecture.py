@@ -18,7 +18,8 @@ FOR_PHASES = {
     for name in ("engine", "objectives", "loop", "artifacts", "context", "preflight", "schema", "dist")
 }
 # read before torch is imported, or on machines without it
-WITHOUT_TORCH = ("run", "config", "schema", "ds_config", "artifacts", "tracking", "report", "report_plots")
+WITHOUT_TORCH = ("run", "config", "schema", "ds_config", "artifacts", "tracking", "report", "report_plots",
+                 "chain.settings", "chain.stages", "chain.slurm", "chain.submit", "chain.status")  # fmt: skip
 HEAVY = {"torch", "timm", "transformers", "datasets", "deepspeed", "safetensors", "models"}
 
 

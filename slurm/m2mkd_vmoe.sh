@@ -1,0 +1,51 @@
+#!/bin/bash
+#SBATCH --job-name=m2mkd-chain
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --time=00:20:00
+# The m2mKD chain on Slurm: (download ->) (teacher ->) meta -> one distillation job per module -> train -> evaluate.
+#
+#   sbatch slurm/m2mkd_vmoe.sh                    a small driver job submits the chain (start it in the repository)
+#   bash slurm/m2mkd_vmoe.sh                      the same from the login node
+#   bash slurm/m2mkd_vmoe.sh plan|status|cancel
+#   NODES=4 bash slurm/m2mkd_vmoe.sh --partition gpu train.epochs=50
+#
+# Submitting again submits what is missing. docs/slurm.md: first run on a new cluster, and what each message means.
+
+# ---- settings: edit here, or give them by environment (NODES=4 ...) or flag (--nodes 4); --help explains each ----
+set -a
+RECIPE=${RECIPE:-recipes/vmoe_base_imagenet.yaml}
+DS_CONFIG=${DS_CONFIG:-ds_configs/node8_zero1_ep8.json}
+OUT=${OUT:-runs/m2mkd_vmoe}     # on a file system that all nodes share
+NODES=${NODES:-1}               # per job; per stage: 4,distill=1,evaluate=1
+GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+TASKS_PER_NODE=${TASKS_PER_NODE:-}   # ranks per node, only without GPUs
+CPUS_PER_TASK=${CPUS_PER_TASK:-8}
+MEM=${MEM:-}
+TIME=${TIME:-24:00:00}          # per job; per stage: 24:00:00,evaluate=01:00:00
+PARTITION=${PARTITION:-}
+DOWNLOAD_PARTITION=${DOWNLOAD_PARTITION:-}   # CPU partition with internet, for a teacher or data from the hub
+ACCOUNT=${ACCOUNT:-}
+QOS=${QOS:-}
+CONSTRAINT=${CONSTRAINT:-}
+EXCLUDE=${EXCLUDE:-}
+MAIL=${MAIL:-}
+ENV_FILE=${ENV_FILE:-}          # sourced before python starts: module load ..., source venv/bin/activate
+PYTHON=${PYTHON:-python}
+SRUN_ARGS=${SRUN_ARGS:-}        # e.g. --container-image=... --container-mounts=...
+SBATCH_ARGS=${SBATCH_ARGS:-}
+ARRAY_THROTTLE=${ARRAY_THROTTLE:-0}   # distillation jobs running at once; 0 = all
+LEVEL=${LEVEL:-module}
+set +a
+# ---- end of settings ----
+
+# sbatch runs a copy of this file from its spool folder; only SLURM_SUBMIT_DIR leads back
+root=$(dirname "$(dirname "$(readlink -f "$0")")")
+[[ -f $root/slurm/common.sh ]] || root=${SLURM_SUBMIT_DIR:-$PWD}
+if [[ ! -f $root/slurm/common.sh ]]; then
+    echo "error: no slurm/common.sh below $root: start this from the top folder of the repository" >&2
+    exit 2
+fi
+source "$root/slurm/common.sh"
+activate_environment || exit 2
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m trainer.chain "$@"

@@ -1,0 +1,93 @@
+"""The whole chain on a real cluster, disturbed in every way a queue knows, against --phase all left in peace."""
+
+import pytest
+
+from tests.slurm.chain import Chain, same_weights
+
+
+@pytest.fixture(scope="module")
+def chain(cluster, tmp_path_factory):
+    return Chain(cluster, tmp_path_factory.mktemp("chain") / "run")
+
+
+def test_disturbed_chain_ends_like_an_undisturbed_one(cluster, reference, chain):
+    jobs = chain.submit_by_driver()
+    assert list(jobs) == ["teacher", "meta", "distill", "train", "evaluate"]
+    again = chain.command("submit")
+    assert again.returncode == 2 and "still live" in again.stderr
+
+    _warn_meta(cluster, chain, jobs["meta"])
+    _preempt_distill_1(cluster, chain)
+    _kill_distill_2_twice(cluster, chain, jobs["distill"])
+
+    # what depends on the failed element never starts, and status says why
+    assert chain.until_ended(jobs["train"]) == chain.until_ended(jobs["evaluate"]) == "CANCELLED"
+    status = chain.command("status")
+    assert status.returncode == 1
+    line = next(line for line in status.stdout.splitlines() if line.startswith("distill_2"))
+    assert "FAILED" in line and "killed by signal 9" in line and "nothing was gained" in line
+    assert "a stage it needs did not end well" in next(x for x in status.stdout.splitlines() if x.startswith("train"))
+
+    # submitting again runs the missing element and what depends on it
+    kept = {name: (chain.out / name / "result.json").stat().st_mtime_ns for name in ("meta", "distill_0", "distill_1")}
+    jobs = chain.submit()
+    assert [(row[1], row[2]) for row in chain.rows()[5:]] == [("distill", "2"), ("train", "-"), ("evaluate", "-")]
+    assert [row[4] for row in chain.rows()[5:]] == ["-", jobs["distill"], jobs["train"]]
+
+    _warn_then_lose_a_node_in_train(cluster, chain, jobs["train"])
+    assert chain.until_ended(jobs["evaluate"]) == "COMPLETED"
+    assert kept == {name: (chain.out / name / "result.json").stat().st_mtime_ns for name in kept}
+    same_weights(chain.out, reference)
+
+    status = chain.command("status")
+    assert status.returncode == 0 and status.stdout.count(" done ") == 7
+    nothing = chain.command("submit")
+    assert nothing.returncode == 0 and "every stage is complete" in nothing.stdout and len(chain.rows()) == 8
+
+
+def _warn_meta(cluster, chain, job):
+    chain.until_training("meta", 20)
+    assert "epoch" in chain.command("status").stdout
+    cluster.out("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@... sends before the time limit
+    chain.until_requeued("meta")
+    assert chain.events("meta")[-1].startswith("requeued interrupted after a save; saved step: ")
+    saved = int(chain.events("meta")[-1].split()[-1])
+    chain.until(lambda: chain.resumed("meta") == [saved], "meta to go on where it was")
+    assert 20 <= saved < 160
+    assert chain.state(job) == "RUNNING"
+
+
+def _preempt_distill_1(cluster, chain):
+    chain.until_training("distill_1", 20)
+    urgent = cluster.out("sbatch", "--parsable", "-p", "urgent", "-N2", "--gres=gpu:2", "-o", "/dev/null", "--wrap",
+                         "sleep 1").strip()  # fmt: skip
+    chain.until_requeued("distill_1")
+    assert chain.until_ended(urgent) == "COMPLETED"
+
+
+def _kill_distill_2_twice(cluster, chain, array):
+    for times in (1, 2):
+        chain.until_training("distill_2", 20)
+        cluster.out("kill", "-KILL", chain.ranks("--module 2")[-1])
+        if times == 1:
+            chain.until_requeued("distill_2")
+            (chain.out / "distill_2/metrics.jsonl").unlink()  # so that the second start is seen to train
+    assert chain.until_ended(f"{array}_2") == "FAILED"
+    # the others are untouched: the preempted one went on where it was
+    assert [chain.until_ended(f"{array}_{i}") for i in (0, 1)] == ["COMPLETED", "COMPLETED"]
+    saved = next(int(e.split()[-1]) for e in chain.events("distill_1") if e.startswith("requeued interrupted"))
+    assert 20 <= saved < 160 and chain.resumed("distill_1") == [saved]
+
+
+def _warn_then_lose_a_node_in_train(cluster, chain, job):
+    chain.until_training("train", 40)
+    cluster.out("scancel", "--batch", "--signal=USR1", job)
+    chain.until_requeued("train")
+    chain.until_training("train", 180)  # one checkpoint later
+    cluster.out("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+    chain.until(lambda: chain.state(job) != "RUNNING", "the job to leave the lost node")
+    cluster.out("scontrol", "update", "nodename=node2", "state=resume")
+    assert chain.until_ended(job) == "COMPLETED"
+    saved = [int(e.split()[-1]) for e in chain.events("train") if e.startswith("started") and e[-1].isdigit()]
+    assert len(saved) == 2 and saved[1] >= 160
+    assert chain.resumed("train") == saved  # nothing trained twice beyond the last save

@@ -1,0 +1,166 @@
+"""What goes wrong around a chain on a real cluster: each ends in one clear line, and nothing is left half-done."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.chain import ROOT, Chain
+
+RENDEZVOUS = """
+import os, socket, sys, time
+host, port = sys.argv[1], 23456
+if os.environ["SLURM_PROCID"] == "0":
+    server = socket.create_server(("", port))
+    server.settimeout(8)
+    server.accept()
+else:
+    for _ in range(20):
+        try:
+            socket.create_connection((host, port), 1).close()
+            sys.exit(0)
+        except OSError:
+            time.sleep(0.2)
+    sys.exit(9)
+"""
+
+
+@pytest.fixture
+def chain(cluster, tmp_path):
+    made = Chain(cluster, tmp_path / "run")
+    yield made
+    if (tmp_path / "run/jobs.tsv").exists():
+        made.command("cancel")
+
+
+def teacher_done(chain: Chain) -> None:
+    """A finished teacher, as far as the chain looks at it."""
+    folder = chain.out / "teacher"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(json.dumps({"files": {}, "metrics": {"accuracy": 0.5}}))
+
+
+def test_the_cluster_tells_localhost_from_the_first_node(cluster, tmp_path):
+    """Each node has a network of its own: a rendezvous on localhost fails here as it would on a real cluster."""
+    script = tmp_path / "rendezvous.py"
+    script.write_text(RENDEZVOUS)
+    ends = [
+        cluster.run("srun", "-N2", "--ntasks-per-node=1", "python3", str(script), host).returncode
+        for host in ("node1", "localhost")
+    ]
+    assert ends[0] == 0 and ends[1] == 9
+
+
+def test_failed_stage_cancels_what_depends_on_it_and_a_repair_goes_on(chain, tmp_path):
+    env_file = tmp_path / "env.sh"
+    env_file.write_text('[[ $STAGE != meta ]] || { echo "module load: no such module" >&2; return 1; }\n')
+    chain.settings["ENV_FILE"] = str(env_file)
+    teacher_done(chain)
+    jobs = chain.submit()
+    assert "teacher" not in jobs and chain.rows()[0][4] == "-"  # the finished stage drops out of the dependencies
+    assert chain.until_ended(jobs["meta"]) == "FAILED"
+    assert {chain.until_ended(jobs[name]) for name in ("distill", "train", "evaluate")} == {"CANCELLED"}
+    status = chain.command("status")
+    meta = next(line for line in status.stdout.splitlines() if line.startswith("meta"))
+    assert status.returncode == 1 and "FAILED" in meta and "no environment: see ENV_FILE" in meta
+
+    env_file.write_text("")
+    again = chain.submit()
+    assert list(again) == ["meta", "distill", "train", "evaluate"]
+    refused = chain.command("submit")
+    assert refused.returncode == 2 and "still live" in refused.stderr
+    cancelled = chain.command("cancel")
+    assert cancelled.returncode == 0 and again["meta"] in cancelled.stdout
+    assert {chain.until_ended(job) for job in again.values()} == {"CANCELLED"}
+
+
+def test_stage_without_its_inputs_fails_before_training(chain):
+    """afterok on a forgotten id starts at once, so the job body looks at the disk."""
+    chain.submit()
+    chain.command("cancel")
+    job = chain.start(chain.out / "slurm/1/train.sbatch", "--dependency=afterok:99999")
+    assert chain.until_ended(job) == "FAILED"
+    assert chain.events("train")[-1].startswith(f"failed needs {chain.out}/teacher, which is not complete")
+
+
+def test_bad_node_is_named_before_training(chain):
+    """More GPUs expected than a node shows."""
+    chain.submit()
+    chain.command("cancel")
+    script = chain.out / "slurm/1/teacher.sbatch"
+    script.write_text(script.read_text().replace("\nGPUS=1\n", "\nGPUS=2\n"))
+    job = chain.start(script)
+    assert chain.until_ended(job) == "FAILED"
+    assert "node check: node1: 1 GPUs seen, 2 expected; node2: 1 GPUs seen, 2 expected;" in chain.events("teacher")[-1]
+
+
+def test_ranks_that_end_well_without_a_result_are_no_success(chain):
+    chain.submit()
+    chain.command("cancel")
+    script = chain.out / "slurm/1/teacher.sbatch"
+    script.write_text(script.read_text().replace("\nPYTHON=python\n", "\nPYTHON=true\n"))
+    job = chain.start(script)
+    assert chain.until_ended(job) == "FAILED"
+    assert "left no" in chain.events("teacher")[-1]
+
+
+def test_unknown_partition(chain):
+    done = chain.command("submit", "--partition", "gold")
+    assert done.returncode == 3 and done.stdout == ""
+    assert "sbatch failed: " in done.stderr and "invalid partition" in done.stderr and "sinfo -s" in done.stderr
+    assert chain.rows() == []
+
+
+def test_late_refusal_leaves_no_half_chain(chain):
+    teacher_done(chain)
+    done = chain.command("submit", "--time", "00:20:00,evaluate=2-00:00:00")  # the partition's limit is one day
+    assert done.returncode == 3 and "Requested time limit is invalid" in done.stderr
+    submitted = [row[3] for row in chain.rows()]
+    assert len(submitted) == 3  # meta, distill, train
+    assert {chain.until_ended(job) for job in submitted} == {"CANCELLED"}
+
+
+def test_no_sbatch_on_path(chain, tmp_path):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("bash", "dirname", "readlink", "hostname", "git"):
+        (programs / name).symlink_to(shutil.which(name))
+    python = Path(shutil.which("python", path=chain.settings["PATH"]))
+    (programs / "python").write_text(f'#!/bin/bash\nexec {python} "$@"\n')
+    (programs / "python").chmod(0o755)
+    done = chain.command("submit", PATH=str(programs))
+    assert done.returncode == 3
+    assert done.stderr == "error: sbatch is not on PATH: run this on a login node of a Slurm cluster\n"
+
+
+def test_controller_down(cluster, chain):
+    cluster.stop_controller()
+    try:
+        done = chain.command("submit")
+        assert done.returncode == 3 and "Unable to contact slurm controller" in done.stderr
+        assert done.stderr.count("\n") == 1 and chain.rows() == []
+    finally:
+        cluster.start_controller()
+
+
+def test_started_elsewhere_than_in_the_repository(cluster, tmp_path):
+    log = tmp_path / "driver.log"
+    done = cluster.run("sbatch", "--wait", "-o", str(log), str(ROOT / "slurm/m2mkd_vmoe.sh"), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "start this from the top folder of the repository" in log.read_text()
+
+
+def test_plan_asks_the_scheduler_and_submits_nothing(chain):
+    done = chain.command("plan")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (
+        done.stdout.count("to start at") == 5 and "ok       distill_2: 160 steps of 16 images on 2 ranks" in done.stdout
+    )
+    assert not chain.out.exists()
+
+
+def test_shell_files_parse():
+    for path in (ROOT / "slurm").iterdir():
+        subprocess.run(["bash", "-n", path], check=True)

@@ -1,0 +1,109 @@
+"""The long form, by `make slurm-test`: a quarter of an hour and more on two cores."""
+
+import random
+import time
+
+import pytest
+
+from tests.slurm.chain import ARTIFACTS, Chain, same_weights
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def chain(cluster, tmp_path):
+    made = Chain(cluster, tmp_path / "run", MAX_IDLE_REQUEUES="100", MAX_REQUEUES="100")
+    yield made
+    made.command("cancel")
+
+
+def test_undisturbed_chain_with_a_baseline(chain, reference):
+    jobs = chain.submit("train.baselines=[scratch]")
+    assert list(jobs) == ["teacher", "meta", "distill", "train", "train_scratch", "evaluate"]
+    for name in ("evaluate", "train_scratch"):
+        assert chain.until_ended(jobs[name], timeout=900) == "COMPLETED"
+    same_weights(chain.out, reference)
+    assert (chain.out / "train_scratch/result.json").is_file() and (chain.out / "report.md").is_file()
+
+
+def test_ten_interruptions_at_random_times(cluster, chain, reference):
+    draw = random.Random(7)
+    jobs = chain.submit()
+    # ten restarts more than finished stages: the others may be disturbed, too, but that one is still going
+    while chain.starts() - len([a for a in ARTIFACTS if (chain.out / a / "result.json").exists()]) < 10:
+        _interrupt(cluster, chain, draw.choice(["warn", "kill", "preempt", "node"]), draw)
+    assert chain.state(jobs["evaluate"]) == "PENDING"
+    assert chain.until_ended(jobs["evaluate"], timeout=900) == "COMPLETED"
+    same_weights(chain.out, reference)
+    for artifact in ARTIFACTS:
+        starts = [e for e in chain.events(artifact) if e.startswith("started")]
+        saved = [int(e.split()[-1]) for e in starts if not e.endswith(("none", "done"))]
+        # every start went on exactly at what the one before had saved, never further back
+        assert saved == sorted(saved) and set(chain.resumed(artifact)) <= set(saved)
+
+
+def _interrupt(cluster, chain, kind, draw):
+    """One disturbance of whatever runs, after a random time; waits until something runs again."""
+    chain.until(lambda: bool(chain.ranks("")) and bool(_running(cluster)), "running ranks", timeout=300)
+    time.sleep(draw.uniform(1, 10))
+    job = (_running(cluster) or ["0"])[0]  # it may just have ended
+    if kind == "warn":
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+    elif kind == "kill":
+        if ranks := chain.ranks(""):
+            cluster.run("kill", "-KILL", draw.choice(ranks))
+    elif kind == "preempt":
+        urgent = cluster.out("sbatch", "--parsable", "-p", "urgent", "-N2", "--gres=gpu:2", "-o", "/dev/null",
+                             "--wrap", "sleep 1").strip()  # fmt: skip
+        chain.until_ended(urgent)
+    else:
+        cluster.out("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+        time.sleep(3)
+        cluster.out("scontrol", "update", "nodename=node2", "state=resume")
+
+
+def _running(cluster) -> list[str]:
+    return cluster.out("squeue", "-h", "--array", "-t", "R", "-p", "batch", "-o", "%i").split()
+
+
+def test_hung_rank_is_found_and_the_job_goes_on(cluster, chain):
+    jobs = chain.submit("run.hang_seconds=25")
+    chain.until_training("meta", 20)
+    cluster.out("kill", "-STOP", chain.ranks("--phase meta")[-1])  # the other rank now waits in a collective for ever
+    chain.until_requeued("meta")
+    assert "nothing moved for run.hang_seconds" in " ".join(chain.events("meta"))
+    assert chain.until_ended(jobs["meta"]) == "COMPLETED"
+
+
+def test_time_limit_is_survived(chain):
+    """The real thing: Slurm's own warning before a limit of two minutes, and three jobs' worth of training."""
+    jobs = chain.submit("--time", "02:00", "--warn-seconds", "70", "meta.epochs=1500")
+    chain.until_requeued("meta")
+    chain.until_requeued("meta", times=2)
+    saved = [int(e.split()[-1]) for e in chain.events("meta") if e.startswith("requeued interrupted after a save")]
+    assert len(saved) == 2 and 0 < saved[0] < saved[1]
+    assert chain.state(jobs["distill"] + "_0") == "PENDING"  # dependents keep waiting
+
+
+def test_without_gpus_ranks_are_counted_by_node(chain, reference):
+    chain.settings |= {"NODES": "1", "GPUS_PER_NODE": "0", "TASKS_PER_NODE": "2"}
+    jobs = chain.submit()
+    assert chain.until_ended(jobs["meta"]) == "COMPLETED"
+    for artifact in ("teacher", "meta"):
+        weights = f"{artifact}/model.safetensors"
+        assert (chain.out / weights).read_bytes() == (reference / weights).read_bytes()
+
+
+def test_body_that_meets_on_localhost_trains_nothing(cluster, chain):
+    chain.submit()
+    chain.command("cancel")
+    script = chain.out / "slurm/1/teacher.sbatch"
+    wrong = script.read_text().replace("\nexport MASTER_ADDR ", "\nMASTER_ADDR=localhost; export MASTER_ADDR ")
+    assert wrong != script.read_text()
+    script.write_text(wrong)
+    job = chain.start(script)
+    chain.until(lambda: bool(chain.ranks("--phase teacher")), "the ranks")
+    time.sleep(45)  # the right one is done in half of that
+    assert chain.state(job) == "RUNNING"
+    assert chain.step("teacher") == 0 and not (chain.out / "teacher/result.json").exists()
+    cluster.out("scancel", job)

@@ -1,0 +1,94 @@
+"""What `plan` says about commands and cost; the dry run itself once, end to end."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.chain import plan
+from trainer.chain.settings import Settings
+from trainer.chain.submit import load, plan_orders
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def settings_for(tmp_path, **changes):
+    values = {
+        "recipe": str(ROOT / "tests/fixtures/slurm_tiny.yaml"),
+        "ds_config": str(ROOT / "ds_configs/cpu_debug.json"),
+        "out": str(tmp_path / "run"),
+        "nodes": "2",
+        "gpus_per_node": 1,
+        "time": "02:00:00",
+    }
+    return Settings(**values | changes)
+
+
+def write_result(run, stage, **values):
+    (run / stage).mkdir(parents=True)
+    (run / stage / "result.json").write_text(json.dumps(values))
+
+
+def test_cost_from_flops_and_a_measured_speed(tmp_path):
+    settings = settings_for(tmp_path)
+    recipe, _ = load(settings)
+    orders = plan_orders(settings, recipe, tmp_path / "scripts")
+    # 3.6e12 FLOPs at 1e9 FLOP/s = 3600 s of one rank = 1 GPU-hour
+    flops = {
+        "teacher": 3.6e12,
+        "meta": 7.2e12,
+        "distill_0": 3.6e12,
+        "distill_1": 3.6e12,
+        "distill_2": 1.8e12,
+        "train": 0,
+    }
+    lines = plan.cost(settings, orders, flops, 1e9, "from a test").splitlines()
+    rows = {line.split()[0]: line.split() for line in lines}
+    assert rows["teacher"][-2:] == ["1", "4"]  # at most 2 GPUs x 2 h
+    assert rows["distill"][1:4] == ["3", "2", "2"] and rows["distill"][-2:] == ["2.5", "12"]
+    assert rows["evaluate"][-2:] == ["-", "4"]  # evaluation has no estimate, only its limit
+    assert rows["total"][-2:] == ["5.5", "28"]
+    assert lines[-1].startswith("expected: from a test")
+
+
+def test_speed_is_the_slowest_finished_stage_or_said_to_be_assumed(tmp_path):
+    settings = settings_for(tmp_path, speed_from=str(tmp_path / "other"))
+    assert plan.speed(settings)[0] == plan.ASSUMED_FLOPS
+    assert "an assumption" in plan.speed(settings)[1]
+    write_result(tmp_path / "other", "train", flops=8e9, seconds=2.0, world_size=4)
+    write_result(tmp_path / "other", "meta", flops=9e9, seconds=1.0, world_size=4)
+    speed, source = plan.speed(settings)
+    assert speed == 1e9 and str(tmp_path / "other/train") in source
+    write_result(settings.run, "teacher", flops=6e9, seconds=1.0, world_size=2)
+    assert plan.speed(settings)[0] == 3e9  # its own measurement comes first
+
+
+def test_commands_name_every_dependency(tmp_path):
+    settings = settings_for(tmp_path, srun_args="--container-image=x")
+    recipe, _ = load(settings)
+    text = plan.commands(settings, plan_orders(settings, recipe, tmp_path / "scripts"))
+    assert text.count("=$(sbatch --parsable") == 5
+    assert "--dependency=afterok:$JOB_distill" in text and "--array=0,1,2" in text
+    assert "srun --container-image=x python trainer/run.py --phase distill --module $SLURM_ARRAY_TASK_ID" in text
+
+
+@pytest.fixture
+def no_slurm(monkeypatch):
+    monkeypatch.setattr(plan.shutil, "which", lambda *_, **__: None)
+
+
+def test_plan_dry_runs_every_phase_and_writes_nothing(tmp_path, capsys, no_slurm):
+    settings = settings_for(tmp_path)
+    assert plan.show(settings) == 0
+    shown = capsys.readouterr().out
+    for name in ("data", "teacher", "meta", "distill_0", "distill_1", "distill_2", "train", "disk"):
+        assert f"  ok       {name}: " in shown
+    assert "160 steps of 16 images on 2 ranks" in shown and "PROBLEM" not in shown
+    assert not settings.run.exists()
+
+
+def test_plan_finds_what_only_torch_can_see(tmp_path, capsys, no_slurm):
+    settings = settings_for(tmp_path, overrides=("student.patch_size=8",))  # the teacher cuts 32 px into 16 px patches
+    assert plan.show(settings) == 1
+    shown = capsys.readouterr().out
+    assert "PROBLEM  distill_0" in shown and "ok       meta" in shown

@@ -1,0 +1,90 @@
+"""Warning signals become one agreed step; a process in which nothing moves ends itself."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from trainer import interrupt
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = SimpleNamespace(seconds=0.0)
+    monkeypatch.setattr(interrupt.time, "monotonic", lambda: now.seconds)
+    monkeypatch.setattr(interrupt, "_warned", interrupt.threading.Event())
+    return now
+
+
+def alone():
+    return SimpleNamespace(world=1, device=torch.device("cpu"))
+
+
+def test_asks_about_once_a_second(clock):
+    asked, interruption = [], interrupt.Interruption(alone(), 10)
+    for done in range(11, 60):
+        clock.seconds += 0.125
+        if done == interruption.next:
+            asked.append(done)
+        assert not interruption.agreed(done)
+    assert asked == [11, 19, 27, 35, 43, 51, 59]  # 0.125 s a step: 8 steps a second
+
+
+def test_slow_steps_are_all_asked_and_fast_ones_never_further_apart_than_100(clock):
+    interruption = interrupt.Interruption(alone(), 0)
+    clock.seconds += 7.0
+    interruption.agreed(1)
+    assert interruption.next == 2
+    clock.seconds += 1e-5
+    interruption.agreed(2)
+    assert interruption.next == 102
+
+
+def test_one_warned_rank_stops_all_after_the_same_step(clock, monkeypatch):
+    """Two ranks of different speed in turn: the all-reduce is played by the maximum over both."""
+    ranks = [interrupt.Interruption(SimpleNamespace(world=2, device=torch.device("cpu")), 0) for _ in range(2)]
+    stopped = []
+    for done in range(1, 40):
+        votes = torch.tensor([float(done >= 9), 0.25])  # the other rank was warned during step 9; 4 steps a second
+
+        def all_reduce(answer, op, votes=votes):
+            answer.copy_(torch.maximum(answer, votes.to(answer)))
+
+        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+        clock.seconds += 0.1
+        assert ranks[0].next == ranks[1].next
+        agreed = [rank.agreed(done) for rank in ranks]
+        assert agreed[0] == agreed[1]
+        if agreed[0]:
+            stopped.append(done)
+            break
+    assert stopped == [9]  # asked after steps 1, 5, 9
+
+
+def test_signal_is_noted_and_a_second_sigterm_ends_the_process():
+    code = (
+        "import os, signal\nfrom trainer import interrupt\ninterrupt.listen()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\nos.kill(os.getpid(), signal.SIGUSR1)\n"
+        "assert interrupt._warned.is_set()\nos.kill(os.getpid(), signal.SIGTERM)\nprint('alive', flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "alive\n")
+
+
+def test_process_without_a_heartbeat_ends_with_its_own_code_and_says_where():
+    code = (
+        "import time\nfrom trainer.interrupt import HEARTBEAT\nHEARTBEAT.watch(0.6)\n"
+        "for _ in range(10):\n    time.sleep(0.1)\n    HEARTBEAT.beat()\n"
+        "print('a second of beats', flush=True)\n"
+        "def stuck_in_a_collective():\n    time.sleep(30)\nstuck_in_a_collective()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout) == (interrupt.EXIT_HUNG, "a second of beats\n")
+    assert "run.hang_seconds=0.6" in done.stderr and "stuck_in_a_collective" in done.stderr

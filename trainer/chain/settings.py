@@ -1,0 +1,141 @@
+"""What a chain of jobs needs from the user: each setting by environment (slurm/m2mkd_vmoe.sh exports them) or flag."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.schema import knob, require
+
+COMMANDS = ("submit", "plan", "status", "cancel")
+STAGES = ("download", "teacher", "meta", "distill", "train", "train_scratch", "train_scratch_equal_cost", "evaluate")
+TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One chain. `nodes` and `time` take one value, or one per stage: "4,distill=1,evaluate=1"."""
+
+    recipe: str = knob("", "recipes/*.yaml: what is trained")
+    ds_config: str = knob("", "ds_configs/*.json: how it is spread over ranks")
+    out: str = knob("", "folder of the run, on a file system that every node sees")
+    nodes: str = knob("1", "nodes per job; per stage: 4,distill=1,evaluate=1")
+    gpus_per_node: int = knob(8, "GPUs per node; 0 = CPU only")
+    tasks_per_node: int = knob(0, "ranks per node; 0 = one per GPU")
+    cpus_per_task: int = knob(8, "CPU cores per rank")
+    mem: str = knob("", "memory per node, as sbatch --mem; empty = the cluster's default")
+    time: str = knob("24:00:00", "time limit of one job; per stage: 24:00:00,evaluate=01:00:00")
+    partition: str = knob("", "partition; empty = the cluster's default, here and below")
+    download_partition: str = knob("", "partition of the CPU job that downloads teacher and data")
+    account: str = knob("", "account to charge")
+    qos: str = knob("", "quality of service")
+    constraint: str = knob("", "node features")
+    exclude: str = knob("", "nodes to avoid")
+    mail: str = knob("", "address for END, FAIL and REQUEUE mails")
+    sbatch_args: str = knob("", "more sbatch flags, separated by spaces")
+    srun_args: str = knob("", "more srun flags, e.g. --container-image=... of pyxis")
+    env_file: str = knob("", "shell file sourced before python starts: modules, conda, variables")
+    python: str = knob("python", "interpreter on login and compute nodes, after env_file")
+    array_throttle: int = knob(0, "distillation jobs running at once; 0 = all")
+    level: str = knob("module", "module: one distillation job per module")
+    warn_seconds: int = knob(300, "warning before the time limit: a save and an evaluation must fit in")
+    max_requeues: int = knob(20, "restarts of one job, whatever the reason")
+    max_idle_requeues: int = knob(1, "restarts in a row that gained no training step")
+    speed_from: str = knob("", "plan: a finished run folder whose measured speed the estimate uses")
+    overrides: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for name in ("recipe", "ds_config", "out"):
+            require(getattr(self, name), name, getattr(self, name), f"a path: set {name.upper()} or --{_flag(name)}")
+        require(self.level == "module", "level", self.level, "module (per-expert distillation does not exist yet)")
+        require(self.gpus_per_node >= 0, "gpus_per_node", self.gpus_per_node, "0 (CPU only) or more")
+        require(self.gpus_per_node > 0 or self.tasks_per_node > 0, "tasks_per_node", self.tasks_per_node,
+                "1 or more ranks per node when gpus_per_node is 0")  # fmt: skip
+        for name in ("cpus_per_task", "warn_seconds", "max_idle_requeues"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for stage in STAGES:
+            require(self.nodes_of(stage) >= 1, "nodes", self.nodes, "1 or more")
+            require(TIME.fullmatch(self.time_of(stage)), "time", self.time, "[days-]hours:minutes:seconds")
+
+    @property
+    def ranks_per_node(self) -> int:
+        """One rank per GPU unless tasks_per_node says otherwise."""
+        return self.tasks_per_node or self.gpus_per_node
+
+    @property
+    def run(self) -> Path:
+        """The run's folder, absolute: jobs start elsewhere."""
+        return Path(self.out).absolute()
+
+    def nodes_of(self, stage: str) -> int:
+        """Nodes of a stage's jobs."""
+        value = _per_stage("nodes", self.nodes, stage)
+        require(value.isdigit(), "nodes", self.nodes, 'a whole number, or "4,distill=1"')
+        return 1 if stage == "download" else int(value)
+
+    def time_of(self, stage: str) -> str:
+        """Time limit of a stage's jobs."""
+        return _per_stage("time", self.time, stage)
+
+    def hours_of(self, stage: str) -> float:
+        """The same in hours."""
+        days, _, clock = self.time_of(stage).rpartition("-")
+        parts = [int(p) for p in clock.split(":")]
+        if days:  # days-hours[:minutes[:seconds]]
+            hours, minutes, seconds = [*parts, 0, 0][:3]
+        else:  # minutes, minutes:seconds, or hours:minutes:seconds
+            hours, minutes, seconds = ([0] * (3 - len(parts)) + parts) if len(parts) != 1 else [0, parts[0], 0]
+        return int(days or 0) * 24 + hours + minutes / 60 + seconds / 3600
+
+
+def read(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[str, Settings]:
+    """The command and the settings: a flag beats the environment, which beats the default.
+
+    Raises:
+        ValueError: a setting without a meaning; the message names it.
+    """
+    fields = [f for f in dataclasses.fields(Settings) if f.name != "overrides"]
+    parser = argparse.ArgumentParser(
+        prog="slurm/m2mkd_vmoe.sh", allow_abbrev=False,
+        epilog="section.key=value overrides the recipe, ds.section.key=value the DeepSpeed JSON.",
+    )  # fmt: skip
+    parser.add_argument("words", nargs="*", metavar="submit|plan|status|cancel [section.key=value ...]")
+    for field in fields:
+        parser.add_argument(f"--{_flag(field.name)}", dest=field.name, help=field.metadata["help"])
+    given = vars(parser.parse_intermixed_args(arguments))
+    words = given.pop("words")
+    command = words.pop(0) if words and "=" not in words[0] else "submit"
+    require(command in COMMANDS, "command", command, "one of " + ", ".join(COMMANDS))
+    values: dict[str, Any] = {}
+    for field in fields:
+        text = given[field.name] if given[field.name] is not None else environ.get(field.name.upper())
+        if text is not None and text != "":
+            values[field.name] = _number(field.name, text) if isinstance(field.default, int) else text
+    overrides = environ.get("OVERRIDES", "").split() + words
+    return command, Settings(**values, overrides=tuple(overrides))
+
+
+def _per_stage(name: str, text: str, stage: str) -> str:
+    default, *others = text.split(",")
+    chosen = default.strip()
+    for other in others:
+        key, equals, value = other.strip().partition("=")
+        if not equals or key not in STAGES:
+            raise ValueError(f"{name} is {text!r}: {key!r} is no stage. Stages are {', '.join(STAGES)}")
+        chosen = value if key == stage else chosen
+    return chosen
+
+
+def _number(name: str, text: str) -> int:
+    require(text.strip().isdigit(), name, text, "a whole number")
+    return int(text)
+
+
+def _flag(name: str) -> str:
+    return name.replace("_", "-")

@@ -1,0 +1,247 @@
+"""Submit the chain, whole or what is missing of it, and cancel it.
+
+RUN/jobs.tsv names every job at once after its submission; RUN/slurm/<n>/ holds what submission n runs: the job scripts,
+the resolved recipe and DeepSpeed JSON, git commit and package versions.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shlex
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+
+from trainer import artifacts
+from trainer.chain import slurm
+from trainer.chain.settings import Settings
+from trainer.chain.stages import Stage, chain, missing
+from trainer.config import load_recipe, to_dict
+from trainer.ds_config import read_ds_config, resolve
+from trainer.schema import Recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = ("submitted", "stage", "array", "job", "depends", "script")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of RUN/jobs.tsv."""
+
+    submitted: str
+    stage: str
+    array: str  # "0,2", or "-" for a plain job
+    job: str
+    depends: str  # ids, or "-"
+    script: str
+
+
+@dataclass(frozen=True)
+class Order:
+    """One sbatch call of a chain, before the ids of the others are known."""
+
+    stage: Stage
+    elements: list[int]
+    script: Path
+    flags: list[str]
+    after: list[str]  # stages of the same submission
+
+
+def submit(settings: Settings) -> int:
+    """Submit what is missing of the chain.
+
+    Raises:
+        ValueError: the recipe, the DeepSpeed JSON and the ranks do not fit, or jobs of this run are still live.
+        SlurmError: a submission failed; what had been submitted before it is cancelled.
+    """
+    recipe, ds_values = load(settings)
+    with _locked(settings.run):
+        refuse_live(settings.run)
+        folder = settings.run / "slurm" / str(1 + len(list(settings.run.glob("slurm/[0-9]*"))))
+        orders = plan_orders(settings, recipe, folder)
+        if not orders:
+            print(f"{settings.run}: every stage is complete, nothing to submit")
+            return 0
+        write_folder(settings, recipe, ds_values, folder, orders)
+        (settings.run / "logs").mkdir(exist_ok=True)  # Slurm starts no job whose log folder is absent, and says nothing
+        _submit_all(settings.run, orders)
+    print(f"\nstate and progress: bash slurm/m2mkd_vmoe.sh status --out {shlex.quote(settings.out)}")
+    return 0
+
+
+def load(settings: Settings) -> tuple[Recipe, dict]:
+    """Recipe and DeepSpeed JSON with the overrides, checked against the ranks of every stage. Without torch."""
+    recipe = load_recipe(settings.recipe, [o for o in settings.overrides if not o.startswith("ds.")])
+    ds_values = read_ds_config(settings.ds_config, [o for o in settings.overrides if o.startswith("ds.")])
+    for stage in chain(recipe):
+        if stage.phase in ("teacher", "meta", "distill", "train"):
+            moe = recipe.student.moe.num_experts if stage.phase in ("distill", "train") else 0
+            local = settings.ranks_per_node
+            resolve(ds_values, getattr(recipe, stage.phase), world=settings.nodes_of(stage.name) * local,
+                    local_world=local, num_experts=moe, phase=stage.phase)  # fmt: skip
+    return recipe, ds_values
+
+
+def plan_orders(settings: Settings, recipe: Recipe, folder: Path) -> list[Order]:
+    """The sbatch calls for what is missing, in order; finished stages drop out of the dependencies."""
+    orders: list[Order] = []
+    for stage in chain(recipe):
+        elements = missing(stage, settings.run, recipe)
+        again = [order.stage.name for order in orders if order.stage.name in stage.needs]
+        if again and stage.phase == "evaluate":
+            elements = [0]
+        if elements:
+            script = folder / f"{stage.name}.sbatch"
+            orders.append(Order(stage, elements, script, _element_flags(settings, stage, elements), again))
+    return orders
+
+
+def write_folder(settings: Settings, recipe: Recipe, ds_values: dict, folder: Path, orders: Sequence[Order]) -> None:
+    """Write everything the jobs of one submission read, and what repeats it."""
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
+    (folder / "ds_config.json").write_text(json.dumps(ds_values, indent=1) + "\n")
+    about = {"settings": asdict(settings), "git_commit": artifacts.git_commit(), "versions": artifacts.versions()}
+    (folder / "submission.json").write_text(json.dumps(about, indent=1) + "\n")
+    for order in orders:
+        order.script.write_text(render(settings, order.stage, folder))
+
+
+def render(settings: Settings, stage: Stage, folder: Path) -> str:
+    """The job script: header, settings, and the one body slurm/phase.sbatch."""
+    body = (ROOT / "slurm/phase.sbatch").read_text().split("\n", 1)[1]
+    arguments = ["--recipe", str(folder / "recipe.yaml"), "--out", str(settings.run)]
+    if stage.phase != "download":
+        arguments += ["--ds_config", str(folder / "ds_config.json"), "--phase", stage.phase, *stage.overrides]
+    values = {
+        "ROOT": str(ROOT), "RUN": str(settings.run), "STAGE": stage.name, "PHASE": stage.phase,
+        "ARTIFACTS": list(stage.artifacts), "INPUTS": list(stage.inputs), "TRAINER_ARGS": arguments,
+        "PYTHON": settings.python, "ENV_FILE": settings.env_file, "SRUN_ARGS": shlex.split(settings.srun_args),
+        "GPUS": 0 if stage.phase == "download" else settings.gpus_per_node, "WARN_SECONDS": settings.warn_seconds,
+        "MAX_REQUEUES": settings.max_requeues, "MAX_IDLE_REQUEUES": settings.max_idle_requeues,
+    }  # fmt: skip
+    lines = [f"#SBATCH {flag}" for flag in header(settings, stage)] + [""]
+    for name, value in values.items():
+        quoted = f"({shlex.join(value)})" if isinstance(value, list) else shlex.quote(str(value))
+        lines.append(f"{name}={quoted}")
+    return "#!/bin/bash\n" + "\n".join(lines) + "\n" + body
+
+
+def header(settings: Settings, stage: Stage) -> list[str]:
+    """The sbatch flags of a stage that do not depend on what is missing."""
+    log = settings.run / "logs" / f"{stage.name}-{'%A_%a' if stage.array else '%j'}.out"
+    cpu_only = stage.phase == "download"
+    flags = {
+        "job-name": f"{settings.run.name}-{stage.name}",
+        "output": str(log),
+        "nodes": settings.nodes_of(stage.name),
+        "ntasks-per-node": 1 if cpu_only else settings.ranks_per_node,
+        "cpus-per-task": settings.cpus_per_task,
+        "gres": f"gpu:{settings.gpus_per_node}" if settings.gpus_per_node and not cpu_only else "",
+        "mem": settings.mem,
+        "time": settings.time_of(stage.name),
+        "signal": f"B:USR1@{settings.warn_seconds}",
+        "partition": (settings.download_partition or settings.partition) if cpu_only else settings.partition,
+        "account": settings.account,
+        "qos": settings.qos,
+        "constraint": settings.constraint,
+        "exclude": settings.exclude,
+        "mail-user": settings.mail,
+        "mail-type": "END,FAIL,REQUEUE" if settings.mail else "",
+    }
+    lines = [f"--{name}={shlex.quote(str(value))}" for name, value in flags.items() if value != ""]
+    return ["--requeue", "--open-mode=append", *lines, *shlex.split(settings.sbatch_args)]
+
+
+def rows(run: Path) -> list[Row]:
+    """What was submitted for this run, oldest first."""
+    path = run / "jobs.tsv"
+    lines = path.read_text().splitlines()[1:] if path.is_file() else []
+    return [Row(*line.split("\t")) for line in lines if line.count("\t") == len(COLUMNS) - 1]
+
+
+def refuse_live(run: Path) -> None:
+    """Raise ValueError when jobs of this run still wait or run: two chains would write the same folders."""
+    live = [job for job in slurm.jobs(row.job for row in rows(run)) if job.live]
+    if live:
+        shown = ", ".join(f"{job.id} {job.state}" for job in live[:6]) + (" ..." if len(live) > 6 else "")
+        raise ValueError(f"jobs of {run} are still live ({shown}): wait for them, or stop them with `cancel`")
+
+
+def cancel(run: Path) -> int:
+    """Cancel every live job of the run and wait until none is left."""
+    live = [job for job in slurm.jobs(row.job for row in rows(run)) if job.live]
+    if not live:
+        print(f"{run}: no live jobs")
+        return 0
+    ids = sorted({job.array for job in live})
+    slurm.cancel(ids)
+    end = time.monotonic() + 60
+    while time.monotonic() < end and any(job.live for job in slurm.jobs(ids)):
+        time.sleep(0.5)
+    print(f"{run}: cancelled {', '.join(ids)}; what was saved stays, `submit` goes on from it")
+    return 0
+
+
+def _element_flags(settings: Settings, stage: Stage, elements: list[int]) -> list[str]:
+    if not stage.array:
+        return []
+    throttle = f"%{settings.array_throttle}" if settings.array_throttle else ""
+    return [f"--array={','.join(map(str, elements))}{throttle}"]
+
+
+def _submit_all(run: Path, orders: Sequence[Order]) -> None:
+    ids: dict[str, str] = {}
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a driver job that is cancelled half-way
+    try:
+        for order in orders:
+            parents = [ids[name] for name in order.after]
+            flags = [*order.flags, *dependency(parents)]
+            ids[order.stage.name] = slurm.submit(flags, str(order.script))
+            shown = ",".join(map(str, order.elements)) if order.stage.array else "-"
+            _record(run, Row(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), order.stage.name, shown,
+                             ids[order.stage.name], ":".join(parents) or "-", str(order.script)))  # fmt: skip
+            after = f" after {', '.join(order.after)}" if order.after else ""
+            print(f"{order.stage.name}{f' [{shown}]' if order.stage.array else ''}: job {ids[order.stage.name]}{after}",
+                  flush=True)  # fmt: skip
+    except BaseException:
+        if ids:
+            print(f"cancelling what was submitted before: {', '.join(ids.values())}", flush=True)
+            slurm.cancel(list(ids.values()))
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def dependency(parents: Sequence[str]) -> list[str]:
+    """Flags that let a job start only when all parents ended well, and end it when one cannot."""
+    return [f"--dependency=afterok:{':'.join(parents)}", "--kill-on-invalid-dep=yes"] if parents else []
+
+
+def _record(run: Path, row: Row) -> None:
+    path = run / "jobs.tsv"
+    new = not path.exists()
+    with path.open("a") as f:
+        if new:
+            f.write("\t".join(COLUMNS) + "\n")
+        f.write("\t".join(asdict(row).values()) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    (run / "slurm").mkdir(parents=True, exist_ok=True)
+    with (run / "slurm/lock").open("w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another submission of {run} is under way: look at `status` in a moment") from None
+        yield
