@@ -108,6 +108,8 @@ def test_stages_of_a_recipe_with_baselines_and_a_hub_teacher():
         "train_scratch": ("download",), "train_scratch_equal_cost": ("distill",), "evaluate": ("train",),
     }  # fmt: skip
     assert [s.name for s in chain(load_recipe(RECIPE))] == ["teacher", "meta", "distill", "train", "evaluate"]
+    *_, train, evaluate = chain(load_recipe(RECIPE, ["train.start=scratch"]))
+    assert train.artifacts == evaluate.inputs == ("train_scratch",) and evaluate.artifacts == ("evaluate_scratch",)
 
 
 def test_evaluation_older_than_the_training_is_missing(tmp_path):

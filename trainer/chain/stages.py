@@ -46,7 +46,8 @@ def chain(recipe: Recipe) -> list[Stage]:
         if start != recipe.train.start:
             after, inputs = (first, teacher) if start == "scratch" else (("distill",), (*teacher, "meta", *modules))
             stages.append(Stage(name, "train", after, inputs, (name,), (f"train.start={start}",)))
-    stages.append(Stage("evaluate", "evaluate", ("train",), (trained,), ("evaluate",)))
+    evaluated = artifact_name("evaluate", start=recipe.train.start)
+    stages.append(Stage("evaluate", "evaluate", ("train",), (trained,), (evaluated,)))
     return stages
 
 
@@ -66,10 +67,10 @@ def missing(stage: Stage, out: Path, recipe: Recipe) -> list[int]:
     for i, name in enumerate(stage.artifacts):
         if not (out / name / "result.json").is_file():
             todo.append(i)
-        elif name == "evaluate":
+        elif stage.phase == "evaluate":
             made = [(out / n / "result.json").stat().st_mtime for n in (*stage.inputs, name) if (out / n).is_dir()]
             if made != sorted(made):  # trained anew since
                 todo.append(i)
-        elif name != "download":
+        elif stage.phase != "download":
             require(out, name, recipe, "the chain")
     return todo
