@@ -6,6 +6,7 @@ python -m trainer.chain.dryrun --recipe R --ds_config J --out RUN --ranks 'nodes
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -99,7 +100,7 @@ class DryRun:
             mlp_dim=t.mlp_dim, labels=self.run.labels, preprocessing=preprocessing,
         )  # fmt: skip
         save_teacher(model, self.scratch, preprocessing)
-        self.run.__dict__["teacher"] = load_teacher(self.scratch)
+        self.run = dataclasses.replace(self.run, planned_teacher=load_teacher(self.scratch))
         self._cost("teacher", "teacher", training_flops(self.run.teacher.model, self.run.tokens))
         return self.given_teacher()
 
