@@ -24,8 +24,9 @@ def check(run: Run, phases: Sequence[str]) -> None:
     Raises:
         ValueError: what does not fit, before any training.
     """
+    labels = run.labels  # opens the data, which may be a download of hours
     if "teacher" in phases and not (run.out / "teacher" / "result.json").is_file():
-        run = dataclasses.replace(run, planned_teacher=planned_teacher(run.recipe.teacher, run.labels))
+        run = dataclasses.replace(run, planned_teacher=planned_teacher(run.recipe.teacher, labels))
     experts = run.recipe.student.moe.num_experts
     for section in ("teacher", "meta", "distill", "train"):
         if section in phases:

@@ -61,7 +61,6 @@ def _run(recipe: Recipe, ds_values: dict, phase: str, module: int | str | None, 
 
         command = ["trainer/run.py", *(a for a in arguments if not a.startswith("--local_rank"))]
         run = Run(recipe, ds_values, out, dist, shlex.join(command))
-        interrupt.HEARTBEAT.watch(recipe.run.hang_seconds)
         _call(run, phase, module)
         code = 0
     except interrupt.Interrupted as stop:
@@ -98,6 +97,7 @@ def _call(run, phase: str, module: int | str | None) -> None:
     phases = [phase] if phase != "all" else [name for name in steps if name != "teacher" or not recipe.teacher.source]
     with run.dist.together():
         preflight.check(run, phases)
+    interrupt.HEARTBEAT.watch(recipe.run.hang_seconds)  # from here on: what came before may be a download of hours
     if phase != "all":
         for step in steps[phase]:
             step()
