@@ -1,6 +1,6 @@
-"""Saving and resuming inside a phase: DeepSpeed's files, each rank's generators, and one atomic commit.
+"""Saving and resuming inside a phase: DeepSpeed's files and one atomic commit.
 
-FOLDER/checkpoints/step_00000123/...   what DeepSpeed writes, rank_{r}.pt, manifest.json (sizes and SHA-256)
+FOLDER/checkpoints/step_00000123/...   what DeepSpeed writes, rank_{r}.json, manifest.json (sizes and SHA-256)
 FOLDER/checkpoints/latest.json         names the newest complete one; replaced last, so a kill at any point before
                                        leaves the previous checkpoint in force
 """
@@ -11,17 +11,47 @@ import hashlib
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from trainer.artifacts import file_record, write_json
-from trainer.dist import Dist, rng_state, set_rng_state
+from trainer.dist import Dist
 from trainer.engine import Engine
+from trainer.schema import RunConfig
 
 BYTES_PER_PARAMETER = 16  # fp32 weight, two moments, and the working copy: what a first checkpoint needs at most
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where a phase goes on: steps done, what save() was given as `state`, `own` of every rank then, topology then."""
+
+    step: int
+    state: dict[str, Any]
+    own: list[dict[str, Any]]
+    topology: dict[str, Any]
+
+
+class Saver:
+    """Checkpoints of one phase."""
+
+    def __init__(self, engine: Engine, folder: Path, run: RunConfig, dist: Dist):
+        self.engine, self.folder, self.run, self.dist = engine, folder, run, dist
+        self.failed = False
+
+    def resume(self) -> Resumed | None:
+        """Load the newest checkpoint (collective)."""
+        found = resume(self.engine, self.folder, self.dist)
+        return None if found is None else Resumed(found["step"], found["state"], self.dist.gather(found["own"]), {})
+
+    def save(self, step: int, *, state: dict[str, Any], own: dict[str, Any], score: float | None = None,
+             wait: bool = False) -> None:  # fmt: skip
+        """Write a checkpoint (collective)."""
+        save(self.engine, self.folder, step=step, state=state, own=own, keep=self.run.keep, dist=self.dist)
+
+    def close(self) -> None:
+        """Wait for the save in flight."""
 
 
 def save(engine: Engine, folder: Path, *, step: int, state: dict[str, Any], own: dict[str, Any], keep: int,
@@ -43,7 +73,7 @@ def save(engine: Engine, folder: Path, *, step: int, state: dict[str, Any], own:
     dist.agree(_prepare(engine, root, tag) if dist.main else None)
     try:
         engine.deepspeed.save_checkpoint(str(root), tag=tag, save_latest=False)
-        torch.save(_portable(rng_state()) | {"own": own}, root / tag / f"rank_{dist.rank}.pt")
+        (root / tag / f"rank_{dist.rank:05d}.json").write_text(json.dumps(own))
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError of several lines
         reason = str(error).splitlines()[0]
         raise OSError(f"cannot write checkpoint {root / tag}: {reason}. {_ADVICE}") from error
@@ -78,9 +108,8 @@ def resume(engine: Engine, folder: Path, dist: Dist) -> dict[str, Any] | None:
         problem = error
     dist.agree(problem)
     engine.deepspeed.load_checkpoint(str(root), tag=tag)
-    saved = torch.load(root / tag / f"rank_{dist.rank}.pt", weights_only=True)
-    set_rng_state(_native(saved))
-    return {"step": manifest["step"], "state": manifest["state"], "own": saved["own"]}
+    own = json.loads((root / tag / f"rank_{dist.rank:05d}.json").read_text())
+    return {"step": manifest["step"], "state": manifest["state"], "own": own}
 
 
 def _read_manifest(root: Path) -> tuple[str, dict[str, Any]]:
@@ -161,14 +190,3 @@ def _records(folder: Path, dist: Dist) -> dict[str, dict[str, Any]]:
             os.fsync(f.fileno())
         mine[str(path.relative_to(folder))] = file_record(path)
     return {name: record for part in dist.gather(mine) for name, record in part.items()}
-
-
-def _portable(state: dict[str, Any]) -> dict[str, Any]:
-    """Generators' states as tensors and plain values, so that torch.load(weights_only=True) reads them."""
-    name, keys, *rest = state["numpy"]
-    return state | {"numpy": (name, torch.from_numpy(keys.astype(np.int64)), *rest)}
-
-
-def _native(state: dict[str, Any]) -> dict[str, Any]:
-    name, keys, *rest = state["numpy"]
-    return state | {"numpy": (name, keys.numpy().astype(np.uint32), *rest)}

@@ -153,21 +153,20 @@ def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
         torch.backends.cudnn.benchmark = False
 
 
-def rng_state() -> dict[str, Any]:
-    """State of every generator a training step may draw from, on this rank."""
-    state = {"random": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
+def seed_draws(seed: int, step: int, place: int) -> None:
+    """Seed every generator for one micro-batch: what is drawn there depends on (seed, step, place) and nothing else.
 
+    Dropout, drop path and routing noise are then the same whatever the ranks and the accumulation are, and a resumed
+    run needs no generator's state.
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what rng_state() returned."""
-    random.setstate(state["random"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    Args:
+        step: optimiser steps done before.
+        place: number of the micro-batch in the step, micro_step x world + rank, as in trainer/data/sampler.py.
+    """
+    words = np.random.SeedSequence([seed, step, place]).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(words[0])
+    torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
 
 
 def _export(ranks: dict[str, int]) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from models.moe import routing_metrics
 from models.preprocessing import Preprocessing
-from trainer import checkpoint
+from trainer.checkpoint import Saver
 from trainer.data.loader import Batch, eval_batches, make_mixup, steps_per_epoch, train_batches
 from trainer.data.sources import ImageSource
-from trainer.dist import Dist
+from trainer.dist import Dist, seed_draws
 from trainer.ds_config import Settings
 from trainer.engine import Engine
 from trainer.interrupt import HEARTBEAT, Interrupted, Interruption
@@ -75,14 +75,15 @@ def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, di
         Interrupted: on all ranks, after a warning signal to any of them and a checkpoint of this very step.
     """
     per_epoch = epoch_length(data, engine.settings)
-    resumed = checkpoint.resume(engine, folder, dist)
-    done, state = (resumed["step"], resumed["state"]) if resumed else (0, {"seconds": 0.0, "evaluation": {}})
+    saver = Saver(engine, folder, task.run, dist)
+    resumed = saver.resume()
+    done, state = (resumed.step, resumed.state) if resumed else (0, {"seconds": 0.0, "evaluation": {}})
     started = time.perf_counter() - state["seconds"]
     evaluation = state["evaluation"]
     monitor = _Monitor(folder, task, per_epoch, done, dist)
     step = _TrainStep(engine, objective, data, task, dist)
     if resumed:
-        step.restore(resumed["own"])
+        step.restore(resumed.own)
     interruption = Interruption(dist, done)
     for micro_batches in step.batches(done, per_epoch):
         step.run(done, micro_batches)
@@ -99,10 +100,11 @@ def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, di
         if last or stopping or done % task.run.save_every == 0 or (ended and epoch % task.run.save_epochs == 0):
             step.stop_if_not_finite()
             state = {"evaluation": evaluation, "seconds": time.perf_counter() - started}
-            checkpoint.save(engine, folder, step=done, state=state, own=step.running(), keep=task.run.keep, dist=dist)
+            saver.save(done, state=state, own=step.running(), score=evaluation.get("accuracy"), wait=last or stopping)
         if stopping:
             monitor.close()
             raise Interrupted(f"{task.description}: interrupted, saved after step {done}; the same command continues")
+    saver.close()
     monitor.close()
     return Outcome(evaluation, state["seconds"], done, done * engine.settings.global_batch)
 
@@ -187,9 +189,11 @@ class _TrainStep:
             self.since = time.perf_counter()  # evaluations and saves between two intervals do not count as training
         for part, batch in enumerate(micro_batches):
             images, target = batch.images, batch.labels
+            place = part * self.dist.world + self.dist.rank
             if self.mixup is not None:
-                place = (done * len(micro_batches) + part) * self.dist.world + self.dist.rank
-                images, target = self.mixup(images, target, self.task.seed * 1_000_003 + place)
+                number = done * len(micro_batches) * self.dist.world + place
+                images, target = self.mixup(images, target, self.task.seed * 1_000_003 + number)
+            seed_draws(self.task.seed, done, place)
             images = images.to(self.dist.device, self.engine.dtype, non_blocking=True)
             loss, parts = self.objective(self.engine, images, target.to(self.dist.device, non_blocking=True))
             self.engine.backward(loss)
@@ -230,12 +234,21 @@ class _TrainStep:
 
     def running(self) -> dict[str, Any]:
         """What a checkpoint between two metrics rows must hold, so that the next row is the same after a resume."""
-        return {"sums": dict(self.sums), "count": self.count, "skipped": sorted(self.skipped)}
+        sums = {name: float(value) for name, value in self.sums.items()}
+        return {"sums": sums, "count": self.count, "skipped": sorted(self.skipped)}
 
-    def restore(self, running: dict[str, Any]) -> None:
-        """Put back what running() returned; the speed counts from here."""
-        self.sums = {name: value.to(self.dist.device) for name, value in running["sums"].items()}
-        self.count, self.skipped, self.since = running["count"], set(running["skipped"]), time.perf_counter()
+    def restore(self, saved: list[dict[str, Any]]) -> None:
+        """Put back what running() returned on every rank then; the speed counts from here.
+
+        On another number of ranks each takes the mean over those of then, which leaves the mean of the row the same.
+        """
+        same = len(saved) == self.dist.world
+        mine = [saved[self.dist.rank]] if same else saved
+        for name in mine[0]["sums"]:
+            mean = sum(own["sums"][name] for own in mine) / len(mine)
+            self.sums[name] = torch.tensor(mean, device=self.dist.device)
+        self.skipped = set().union(*(own["skipped"] for own in mine))
+        self.count, self.since = mine[0]["count"], time.perf_counter()
 
     def _reset(self) -> None:
         self.sums: dict[str, Tensor] = {}

@@ -222,7 +222,9 @@ class RunConfig:
     eval_every: int = knob(1, "epochs between evaluations; the last epoch is always evaluated")
     save_every: int = knob(1000, "optimiser steps between checkpoints; every epoch's end is one too, see save_epochs")
     save_epochs: int = knob(1, "epochs between checkpoints at an epoch's end")
-    keep: int = knob(2, "checkpoints kept per phase")
+    keep: int = knob(2, "newest checkpoints kept per phase")
+    keep_best: bool = knob(False, "keep the checkpoint of the best evaluation as well")
+    keep_every: int = knob(0, "keep every checkpoint whose step is a multiple of this as well; 0 = none")
     eval_batch: int = knob(0, "images per rank in evaluation; 0 = the micro-batch")
     deterministic: bool = knob(False, "deterministic GPU kernels, slower in MoE dispatch; the CPU always has them")
     hang_seconds: float = knob(1800.0, "seconds without a finished step after which a rank ends itself; 0 = never")
@@ -230,8 +232,22 @@ class RunConfig:
     def __post_init__(self):
         for name in ("log_every", "eval_every", "save_every", "save_epochs", "keep"):
             require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "1 or more")
+        require(self.keep_every >= 0, "run.keep_every", self.keep_every, "0 (none) or a number of steps")
         require(self.hang_seconds >= 0, "run.hang_seconds", self.hang_seconds, "0 (never) or seconds")
         require(self.eval_batch >= 0, "run.eval_batch", self.eval_batch, "0 (the micro-batch) or more")
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """Where results are pushed on the hub. The token comes from HF_TOKEN or `hf auth login`, never from here."""
+
+    repo: str = knob("", "owner/name to push to; empty = nothing is pushed")
+    revision: str = knob("main", "branch to push to; made when it does not exist")
+    private: bool = knob(True, "whether a repo that has to be created is private")
+    stages: Literal["last", "all"] = knob(
+        "last", "push the trained student only, or also meta model and distilled modules"
+    )
+    license: str = knob("", "licence of the student, as the hub spells it (apache-2.0, mit, ...); empty = not stated")
 
 
 @dataclass(frozen=True)
@@ -248,6 +264,7 @@ class Recipe:
     student: StudentConfig = field(default_factory=lambda: StudentConfig(variant="m2mkd-B/16"))
     train: TrainConfig = section(TrainConfig)
     run: RunConfig = section(RunConfig)
+    hub: HubConfig = section(HubConfig)
 
     def __post_init__(self):
         require(self.modules >= 1, "modules", self.modules, "1 or more")
