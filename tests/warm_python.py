@@ -46,7 +46,8 @@ class WarmPython:
 
         Args:
             kill_when: kill -9 all ranks as soon as it holds.
-            options: file_limit (bytes a file may grow to), free_bytes (what shutil.disk_usage answers).
+            options: file_limit (bytes a file may grow to), free_bytes (what shutil.disk_usage answers),
+                grace (seconds the other ranks get once one has failed).
         """
         self.count += 1
         logs = [str(self.folder / f"call{self.count}_rank{rank}.log") for rank in range(ranks)]
@@ -80,8 +81,10 @@ def serve() -> None:
     """Read one line of JSON per piece of work, fork its ranks, answer with their ids and then their exit codes."""
     import models  # noqa: F401  first: it mends torchvision beside a CPU torch
 
-    for name in ("datasets", "transformers.models.vit.modeling_vit", "trainer.run", "trainer.report_plots"):
-        importlib.import_module(name)
+    for name in ("datasets", "transformers.models.vit.modeling_vit", "trainer.run", "trainer.report_plots",
+                 "deepspeed.runtime.zero.muon.muon_optimizer"):  # fmt: skip
+        importlib.import_module(name)  # the last one is what every deepspeed.initialize imports, 1.5 s of it inductor
+    importlib.import_module("deepspeed").ops.__compatible_ops__  # noqa: B018  probed on first use
     for phase in ("teacher", "meta", "distill", "train", "evaluate"):
         importlib.import_module(f"trainer.phases.{phase}")
     answers = os.fdopen(os.dup(1), "w")
@@ -90,7 +93,7 @@ def serve() -> None:
         work = json.loads(line)
         pids = [_fork(work, rank) for rank in range(len(work["logs"]))]
         print(json.dumps(pids), file=answers, flush=True)
-        codes = _wait(pids)
+        codes = _wait(pids, work.get("grace", GRACE))
         Path(work["logs"][0] + ".done").touch()
         print(json.dumps(codes), file=answers, flush=True)
 
@@ -131,7 +134,7 @@ def _restrict(work: dict[str, Any]) -> None:
         shutil.disk_usage = lambda path: shutil._ntuple_diskusage(total, total - work["free_bytes"], work["free_bytes"])
 
 
-def _wait(pids: list[int]) -> list[int]:
+def _wait(pids: list[int], grace: float) -> list[int]:
     """Exit codes (negative = signal), in order; when one fails the others are killed after a while, as launchers do."""
     codes: dict[int, int] = {}
     failed_at = None
@@ -141,7 +144,7 @@ def _wait(pids: list[int]) -> list[int]:
             codes[pid] = os.waitstatus_to_exitcode(status)
             failed_at = failed_at or (time.monotonic() if codes[pid] else None)
             continue
-        if failed_at and time.monotonic() - failed_at > GRACE:
+        if failed_at and time.monotonic() - failed_at > grace:
             _signal([p for p in pids if p not in codes], signal.SIGKILL)
         time.sleep(0.01)
     return [codes[pid] for pid in pids]
