@@ -8,12 +8,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
 
-from tests.launch import TINY, launch, started
+from tests.launch import TINY, started
 from trainer.tracking import read_metrics
 
 PHASES = ("teacher", "meta", "distill_0", "distill_1", "train")
-TIMING = ("time", "images_per_s")
+TIMING = ("time", "images_per_s", "memory")
 
 
 def latest(phase: Path) -> str:
@@ -28,7 +30,7 @@ def saved(phase: Path) -> bool:
 
 
 def saving(phase: Path) -> bool:
-    """A checkpoint exists and the folder of the next one too, not committed yet."""
+    """A checkpoint is in force and the folder of the next one is there."""
     tag = latest(phase)
     return bool(tag) and any(path.name > tag for path in phase.glob("checkpoints/step_*"))
 
@@ -67,8 +69,8 @@ def test_killed_at_any_point(warm, chain, tmp_path):
     for phase, reached in KILLS:
         killed = warm.run(command, ranks=2, kill_when=lambda: reached(out / phase))  # noqa: B023  called at once
         assert killed.code == -9
-        # what the kill was meant to hit is what the next start finds
-        assert reached(out / phase), f"{phase} moved on before the kill"
+        # what the kill was meant to hit is what the next start finds; a save takes milliseconds and may come through
+        assert reached(out / phase) or reached is saving, f"{phase} moved on before the kill"
         assert done(out / phase) == (reached is done)
     finished = warm.run(command, ranks=2)
     assert finished.code == 0, finished.output
@@ -81,7 +83,7 @@ def test_killed_at_any_point(warm, chain, tmp_path):
     assert not list(out.rglob("*.tmp"))
 
 
-def test_killed_under_the_launcher(chain, tmp_path):
+def test_killed_under_the_launcher(warm, chain, tmp_path):
     """One rank alone dies in distill: the launcher ends the other, and the same command goes on."""
     out = tmp_path / "out"
     for phase in ("teacher", "meta", "distill_0"):
@@ -97,28 +99,32 @@ def test_killed_under_the_launcher(chain, tmp_path):
         assert job.wait(60).code != 0
     assert not done(out / "distill_1")
 
-    finished = launch("deepspeed", 2, command)
+    finished = warm.run(command, ranks=2)
     assert finished.code == 0, finished.output
     assert "[distill 2/2] resumed after step" in finished.output
     assert_same_run(out, chain[0])
 
 
-def test_other_world_size_is_refused(warm, chain, tmp_path):
-    """A checkpoint of two ranks is not loaded by one."""
+def test_another_number_of_ranks_goes_on(warm, chain, tmp_path):
+    """Two ranks with two experts each saved it, one rank goes on with the same micro-batches: the same to rounding."""
     out = tmp_path / "out"
-    shutil.copytree(chain[0] / "teacher", out / "teacher")
-    (out / "teacher/result.json").unlink()
-    before = hashes(out)
-    finished = warm.run([*TINY, "--phase", "teacher", "--out", out])
-    assert finished.code == 2
-    assert "was saved with {'world': 2" in finished.output and "this run has {'world': 1" in finished.output
-    assert hashes(out) == before
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file."""
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(folder.rglob("*")) if path.is_file()}  # fmt: skip
+    shutil.copytree(chain[0], out)
+    root = out / "train/checkpoints"
+    shutil.rmtree(root / "step_00000012")
+    (root / "latest.json").write_text('{"tag": "step_00000009"}')
+    for name in ("result.json", "model.safetensors"):
+        (out / "train" / name).unlink()
+    batch = ["ds.train_micro_batch_size_per_gpu=8", "ds.gradient_accumulation_steps=2"]
+    finished = warm.run([*TINY, "--phase", "train", "--out", out, *batch])
+    assert finished.code == 0 and "[train] resumed after step 9" in finished.output, finished.output
+    weights, expected = (load_file(folder / "train/model.safetensors") for folder in (out, chain[0]))
+    start = load_file(out / "distill_0/model.safetensors")["stage.blocks.0.attn.qkv.weight"]
+    assert (expected["blocks.0.attn.qkv.weight"] - start).abs().max() > 1e-3  # training moves the weights by far more
+    for name, value in expected.items():
+        assert_close(weights[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    rows, wanted = ([row for row in read_metrics(folder / "train/metrics.jsonl") if row["step"] == 12]
+                    for folder in (out, chain[0]))  # fmt: skip
+    assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in wanted], abs=1e-5)
 
 
 @pytest.mark.parametrize("phase", PHASES)

@@ -1,0 +1,138 @@
+"""How long a checkpoint keeps training waiting: a phase of the embedded demo with no save, with saves in the
+background, and with saves that are waited for, 100 steps each in turn; beside it the floor, one copy of the same bytes.
+
+    python benchmarks/save_overhead.py --phase teacher
+    python -m torch.distributed.run --nproc_per_node 2 benchmarks/save_overhead.py --phase train
+
+Images are noise of the demo's size, so that data loading does not hide the save.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import models  # noqa: F401  isort: skip  first: it mends torchvision beside a CPU torch
+import torch
+
+from models.teacher import load_teacher, new_teacher, save_teacher
+from models.vmoe import VMoE
+from trainer.checkpoint import Saver
+from trainer.config import load_recipe
+from trainer.context import Run
+from trainer.dist import seed_everything, start, stop
+from trainer.ds_config import read_ds_config
+from trainer.engine import Engine, build_engine
+from trainer.objectives import Classify
+from trainer.preflight import trained_preprocessing
+
+STEPS = 100  # of an interval: one save
+KINDS = ("none", "background", "waited for")
+
+
+def main() -> None:
+    """Measure and print a table on rank 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--phase", choices=("teacher", "train"), default="train")
+    parser.add_argument("--recipe", default="recipes/demo.yaml")
+    parser.add_argument("--ds_config", default="ds_configs/cpu_debug.json")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    run = Run(load_recipe(options.recipe, []), read_ds_config(options.ds_config), Path("unused"), start(), "benchmark")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(run.dist.gather(scratch)[0])  # rank 0's, for all
+        engine, step = _training(run, options.phase, Path(scratch))
+        lines = _measure(run, engine, step, folder / options.phase, options.rounds)
+        if run.dist.main:
+            print("\n".join(lines))
+        run.dist.barrier()
+    stop()
+
+
+def _training(run: Run, phase: str, scratch: Path) -> tuple[Engine, Callable[[int], None]]:
+    """The engine of a phase and one optimiser step on noise."""
+    t, experts = run.recipe.teacher, 0
+    images = trained_preprocessing(t)
+    seed_everything(0, 0, deterministic=False)
+    module = new_teacher(
+        image_size=t.image_size, patch_size=t.patch_size, width=t.width, depth=t.depth, heads=t.heads,
+        mlp_dim=t.mlp_dim, labels=run.labels, preprocessing=images,
+    )  # fmt: skip
+    if phase == "train":
+        save_teacher(module, scratch / "teacher", images)
+        run = dataclasses.replace(run, planned_teacher=load_teacher(str(scratch / "teacher")))
+        module, experts = VMoE(run.student_config()), run.recipe.student.moe.num_experts
+    schedule = getattr(run.recipe, phase)
+    settings = run.settings(phase, schedule, experts)
+    objective = Classify(module, (t.image_size // t.patch_size) ** 2 + 1)
+    engine = build_engine(module, schedule, settings, steps_per_epoch=STEPS, dist=run.dist)
+    noise = torch.randn(settings.micro_batch, images.in_chans, images.image_size, images.image_size)
+    noise = noise.to(run.dist.device, engine.dtype)
+    labels = torch.arange(settings.micro_batch, device=run.dist.device) % len(run.labels)
+
+    def step(number: int) -> None:
+        for _ in range(settings.accumulation):
+            loss, _ = objective(engine, noise, labels)
+            engine.backward(loss)
+            engine.step(number)
+
+    module.train()
+    return engine, step
+
+
+def _measure(run: Run, engine: Engine, step: Callable[[int], None], folder: Path, rounds: int) -> list[str]:
+    """The table: per kind the median of an interval, of what training waited, and of its share."""
+    saver, done = Saver(engine, folder, run.recipe.run, run.dist), 0
+    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    waited: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for round_ in range(rounds + 1):
+        for kind in KINDS:
+            run.dist.barrier()
+            begin, blocked = time.perf_counter(), 0.0
+            for inside in range(STEPS):
+                step(done)
+                done += 1
+                if kind != "none" and inside in (0, STEPS - 1):
+                    before = time.perf_counter()
+                    if inside == 0:
+                        saver.save(done, state={}, own={}, wait=kind == "waited for")
+                        last = done
+                    else:
+                        saver.save(last, state={}, own={})  # saved already: waits for it, as the next save would
+                    blocked += time.perf_counter() - before
+            if round_:  # the first one warms up
+                seconds[kind].append(time.perf_counter() - begin)
+                waited[kind].append(blocked)
+    copied = saver.host_bytes
+    saver.close()
+    alone, floor = statistics.median(seconds["none"]), _copy_seconds(copied)
+    lines = [f"{run.dist.world} ranks, {copied:,} bytes copied per rank and save, a save every {STEPS} steps",
+             "saves        seconds   training waits (ms)   share of it   longer by"]  # fmt: skip
+    for kind in KINDS:
+        whole, wait = statistics.median(seconds[kind]), statistics.median(waited[kind])
+        lines.append(f"{kind:<11} {whole:8.3f}   {1e3 * wait:19.2f}   {wait / alone:11.2%}   {whole / alone - 1:9.2%}")
+    lines.append(f"one copy    {'':8}   {1e3 * floor:19.2f}   {floor / alone:11.2%}   the floor")
+    return lines
+
+
+def _copy_seconds(count: int) -> float:
+    source, target = torch.ones(count, dtype=torch.uint8), torch.empty(count, dtype=torch.uint8)
+    times = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
