@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from trainer.dist import Dist
@@ -36,7 +36,7 @@ def listen() -> None:
 
 
 class Interruption:
-    """Asks the other ranks about once a second whether one of them was warned; all ranks ask after the same steps.
+    """Asks the other ranks about once a second whether one of them must stop; all ranks ask after the same steps.
 
     The answer and the distance to the next question come out of one all-reduce, so every rank has the same ones. No
     number of the training is touched and no random number drawn: the weights stay the same bit for bit.
@@ -45,22 +45,26 @@ class Interruption:
     def __init__(self, dist: Dist, done: int):
         self.dist, self.last, self.next, self.asked = dist, done, done + 1, time.monotonic()
 
-    def agreed(self, done: int) -> bool:
-        """Whether all ranks stop after step `done` (collective at some steps, the same on every rank)."""
+    def agreed(self, done: int, failed: bool = False) -> Literal["", "warned", "failed"]:
+        """Why all ranks stop after step `done`, "" = they go on (collective at some steps, the same on every rank).
+
+        Args:
+            failed: this rank's save in the background has failed; goes before a warning.
+        """
         if done < self.next:
-            return False
+            return ""
         now = time.monotonic()
         pace = (now - self.asked) / (done - self.last)
-        warned, slowest = float(_warned.is_set()), pace
+        warned, broken, slowest = float(_warned.is_set()), float(failed), pace
         if self.dist.world > 1:  # on a GPU this waits for the queued steps, once a second
             import torch
 
-            answer = torch.tensor([warned, slowest], dtype=torch.float64, device=self.dist.device)
+            answer = torch.tensor([warned, broken, slowest], dtype=torch.float64, device=self.dist.device)
             torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
-            warned, slowest = answer.tolist()
+            warned, broken, slowest = answer.tolist()
         self.last, self.asked = done, now
         self.next = done + max(1, min(ASK_AT_MOST, int(ASK_EVERY / max(slowest, 1e-6))))
-        return warned > 0
+        return "failed" if broken else "warned" if warned else ""
 
 
 class Heartbeat:
@@ -68,24 +72,37 @@ class Heartbeat:
 
     def __init__(self):
         self.moved = time.monotonic()
+        self.resting = threading.Event()
 
     def beat(self) -> None:
         """Something moved: a step or a batch of an evaluation."""
         self.moved = time.monotonic()
 
     def watch(self, limit: float) -> None:
-        """Start watching, for the rest of the process. 0 = never."""
+        """Start watching. 0 = never."""
         if limit:
             self.beat()
-            threading.Thread(target=self._watch, args=(limit,), daemon=True, name="heartbeat").start()
+            self.resting = threading.Event()
+            arguments = (limit, self.resting)
+            threading.Thread(target=self._watch, args=arguments, daemon=True, name="heartbeat").start()
 
-    def _watch(self, limit: float) -> None:
+    def rest(self) -> None:
+        """Stop watching: what this process does from here on is not training."""
+        self.resting.set()
+
+    def _watch(self, limit: float, resting: threading.Event) -> None:
         while (still := time.monotonic() - self.moved) < limit:
-            time.sleep(min(limit - still, limit / 10) + 0.01)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            # should the hung thread never let go of python's lock, this one could not run: then C ends the process
+            faulthandler.dump_traceback_later(limit, exit=True, file=sys.__stderr__)
+            if resting.wait(min(limit - still, limit / 10) + 0.01):
+                faulthandler.cancel_dump_traceback_later()
+                return
+        faulthandler.cancel_dump_traceback_later()
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         print(
-            f"error: no step finished for {still:.0f} s (run.hang_seconds={limit:g}): another rank is gone or a "
-            "collective hangs. The stacks are above; the last checkpoint is complete",
+            f"error: nothing moved for {still:.0f} s (run.hang_seconds={limit:g}): another rank is gone or stopped, a "
+            "collective hangs, or a file or a data loading process does not answer. The stacks are above; the last "
+            "checkpoint is complete",
             file=sys.stderr,
             flush=True,
         )

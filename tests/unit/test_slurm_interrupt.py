@@ -51,7 +51,8 @@ def test_one_warned_rank_stops_all_after_the_same_step(clock, monkeypatch):
     ranks = [interrupt.Interruption(SimpleNamespace(world=2, device=torch.device("cpu")), 0) for _ in range(2)]
     stopped = []
     for done in range(1, 40):
-        votes = torch.tensor([float(done >= 9), 0.25])  # the other rank was warned during step 9; 4 steps a second
+        # of the other rank: warned during step 9, no failed save, 4 steps a second
+        votes = torch.tensor([float(done >= 9), 0.0, 0.25])
 
         def all_reduce(answer, op, votes=votes):
             answer.copy_(torch.maximum(answer, votes.to(answer)))
@@ -65,6 +66,19 @@ def test_one_warned_rank_stops_all_after_the_same_step(clock, monkeypatch):
             stopped.append(done)
             break
     assert stopped == [9]  # asked after steps 1, 5, 9
+
+
+def test_a_failed_save_of_one_rank_goes_before_a_warning(clock, monkeypatch):
+    def all_reduce(answer, op):
+        answer.copy_(torch.maximum(answer, torch.tensor([1.0, 0.0, 0.25]).to(answer)))  # the other rank is warned
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    ranks = SimpleNamespace(world=2, device=torch.device("cpu"))
+    for failed, why in ((True, "failed"), (False, "warned")):
+        interruption = interrupt.Interruption(ranks, 0)
+        clock.seconds += 1
+        assert interruption.agreed(1, failed) == why
+    assert interrupt.Interruption(alone(), 0).agreed(1, failed=True) == "failed"
 
 
 def test_signal_is_noted_and_a_second_sigterm_ends_the_process():
@@ -88,3 +102,12 @@ def test_process_without_a_heartbeat_ends_with_its_own_code_and_says_where():
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout) == (interrupt.EXIT_HUNG, "a second of beats\n")
     assert "run.hang_seconds=0.6" in done.stderr and "stuck_in_a_collective" in done.stderr
+
+
+def test_process_that_never_lets_go_of_pythons_lock_ends_too():
+    code = (
+        "import ctypes\nfrom trainer.interrupt import HEARTBEAT\nHEARTBEAT.watch(0.6)\n"
+        "def stuck_with_the_lock():\n    ctypes.PyDLL(None).sleep(15)\nstuck_with_the_lock()\nprint('went on')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout) == (1, "") and "stuck_with_the_lock" in done.stderr
