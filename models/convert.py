@@ -42,7 +42,7 @@ def to_timm(original: nn.Module) -> VisionTransformer:
             becomes a register token) or DeiTForImageClassificationWithTeacher (two heads, averaged).
 
     Raises:
-        ValueError: an activation or image shape that has no counterpart.
+        ValueError: an activation or image shape that has no counterpart, or logits that are not finite.
         RuntimeError: the logits of both differ, so the conversion is wrong for this release of transformers or timm.
     """
     config = original.config
@@ -96,6 +96,8 @@ def _check_same_logits(original: nn.Module, model: VisionTransformer) -> None:
     size = (2, original.config.num_channels, original.config.image_size, original.config.image_size)
     images = torch.randn(size, generator=torch.Generator().manual_seed(0))
     expected = original.eval()(pixel_values=images).logits
+    if not expected.isfinite().all():
+        raise ValueError("its logits are not finite: check layer_norm_eps and the other settings of config.json.")
     difference = (model(images) - expected).abs().max().item()
     if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
         raise RuntimeError(
@@ -151,11 +153,14 @@ def from_processor(processor, model: VisionTransformer) -> Preprocessing:
     crop_pct = getattr(processor, "crop_pct", None)  # written by to_processor
     if crop_pct is None or math.floor(image_size / crop_pct) != resize:
         crop_pct = crop_pct_of(image_size, resize)
+    resample = int(processor.resample)
+    if resample not in INTERPOLATIONS.values():
+        raise ValueError(f"the image processor's resample is {resample}, expected one of {INTERPOLATIONS}.")
     return Preprocessing(
         image_size=image_size,
         mean=processor.image_mean if normalise else (0.0,) * in_chans,
         std=processor.image_std if normalise else (1.0,) * in_chans,
-        interpolation={number: name for name, number in INTERPOLATIONS.items()}[int(processor.resample)],
+        interpolation={number: name for name, number in INTERPOLATIONS.items()}[resample],
         crop_pct=crop_pct,
         crop_mode=crop_mode,
         in_chans=in_chans,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+MIN_CROP_PCT = 0.05  # below, an image is blown up to many times what is used of it
 CROP_MODES = ("center", "squash")
 # PIL's Image.Resampling numbers, as preprocessor_config.json stores them
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
@@ -30,8 +31,8 @@ class Preprocessing:
         object.__setattr__(self, "std", tuple(float(value) for value in self.std))
         if self.image_size < 1:
             raise ValueError(f"preprocessing image_size must be at least 1, got {self.image_size}.")
-        if not 0 < self.crop_pct <= 1:
-            raise ValueError(f"preprocessing crop_pct must lie in (0, 1], got {self.crop_pct}.")
+        if not MIN_CROP_PCT <= self.crop_pct <= 1:
+            raise ValueError(f"preprocessing crop_pct is {self.crop_pct}, expected {MIN_CROP_PCT} to 1.")
         if self.crop_mode not in CROP_MODES:
             raise ValueError(f"preprocessing crop_mode {self.crop_mode!r} is not one of {', '.join(CROP_MODES)}.")
         if self.interpolation not in INTERPOLATIONS:
@@ -42,8 +43,10 @@ class Preprocessing:
                 f"preprocessing needs {self.in_chans} values of mean and std (in_chans), "
                 f"got mean {self.mean} and std {self.std}."
             )
-        if min(self.std) <= 0:
-            raise ValueError(f"preprocessing std must be above 0, got {self.std}.")
+        if not all(math.isfinite(value) for value in self.mean + self.std) or min(self.std) <= 0:
+            raise ValueError(
+                f"preprocessing has mean {self.mean} and std {self.std}, expected finite values and std above 0."
+            )
 
     @property
     def resize_size(self) -> int:

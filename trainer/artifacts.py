@@ -11,14 +11,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trainer.config import first_difference, to_dict
+from trainer.config import build, first_difference, read_yaml, to_dict
+from trainer.redaction import refuse_secrets
 from trainer.schema import Recipe
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The sections of the recipe an artifact depends on (evaluate: those of what it measures); others may change.
 DEFINED_BY = {
@@ -38,6 +44,7 @@ DEFINED_BY = {
         "student",
         "train",
     ),
+    "push": ("seed", "data", "augment", "teacher", "modules", "meta", "distill", "student", "train"),
 }
 NOT_DEFINING = {"data": ("workers",), "train": ("start", "baselines")}
 PACKAGES = ("torch", "deepspeed", "timm", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy")
@@ -62,15 +69,18 @@ def open_folder(out: Path, name: str, recipe: Recipe, run: dict[str, Any]) -> tu
         (folder, whether the artifact is already complete).
 
     Raises:
-        ValueError: the folder belongs to another recipe; the first differing key is named.
+        ValueError: the folder belongs to another recipe (the first differing key is named), or a token or password
+            would be written.
     """
     folder = out / name
     begun = folder.is_dir() and any(path.name != "config.yaml" for path in folder.iterdir())
     if begun:  # a folder left by a start that was refused holds nothing that a corrected recipe could spoil
         _refuse_other_recipe(folder, name, recipe, f"{folder} belongs to another run")
     if not begun or not (folder / "config.yaml").is_file():
+        text = yaml.safe_dump(run | {"recipe": to_dict(recipe)}, sort_keys=False)
+        refuse_secrets(text.splitlines(), "the recipe or the command line")
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.yaml", yaml.safe_dump(run | {"recipe": to_dict(recipe)}, sort_keys=False))
+        write_text(folder / "config.yaml", text)
     return folder, (folder / "result.json").is_file()
 
 
@@ -93,17 +103,47 @@ def require(out: Path, name: str, recipe: Recipe, needed_by: str) -> tuple[Path,
     try:
         result = json.loads((folder / "result.json").read_text())
         files = result["files"].items()
-    except (ValueError, TypeError, KeyError, AttributeError):
+        made_as = artifact_name(result["phase"], result.get("module"), name.partition("_")[2] or "distilled")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(
             f"{folder / 'result.json'} is truncated or altered: delete {folder} and run {command} again"
         ) from None
+    if made_as != name:
+        raise ValueError(f"{folder} holds the result of {made_as}: delete {folder} and run {command} again")
     for file, record in files:
+        if Path(file).name != file:  # another folder's file is no part of this artifact
+            raise ValueError(f"{folder / 'result.json'} names {file!r}: delete {folder} and run {command} again")
         if not (folder / file).is_file() or file_record(folder / file) != record:
             raise ValueError(
                 f"{folder / file} is missing, truncated or altered (SHA-256 differs from result.json): "
                 f"delete {folder} and run {command} again"
             )
     return folder, result
+
+
+def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of an artifact, once they are known to fit.
+
+    Args:
+        expected: tensors with the names and shapes wanted, e.g. the state dict of a module on the meta device.
+
+    Raises:
+        ValueError: a name, shape or type that differs, or a value that is not finite; the tensor is named.
+    """
+    from models.checkpoint_checks import load_state
+
+    with reading(folder):
+        return load_state(folder, expected)
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """A block that reads an artifact: a ValueError in it also says how to make the artifact again."""
+    try:
+        yield
+    except ValueError as error:
+        again = f"delete {folder} and run {_command(folder.name)} again"
+        raise ValueError(f"{str(error).rstrip('.')}: {again}") from None
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
@@ -164,8 +204,9 @@ def _refuse_other_recipe(folder: Path, name: str, recipe: Recipe, what: str) -> 
     if not path.is_file():
         return
     try:
-        there = _defining(yaml.safe_load(path.read_text())["recipe"], name)
-    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError):
+        # through the schema: a key that came later has its default, and nothing odd is compared or shown
+        there = _defining(to_dict(build(Recipe, read_yaml(path.read_text(), str(path))["recipe"])), name)
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} is truncated or altered: delete {folder} and run {_command(name)} again") from None
     difference = first_difference(there, _defining(to_dict(recipe), name))
     if difference:

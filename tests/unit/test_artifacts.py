@@ -6,7 +6,9 @@ import re
 import subprocess
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import save_file
 
 from trainer import artifacts
 from trainer.artifacts import artifact_name, open_folder, require, write_json, write_result
@@ -188,7 +190,7 @@ def test_another_recipe_is_refused_by_the_key_that_differs(tmp_path, change, inv
 
 def test_every_section_of_the_recipe_counts_somewhere():
     counted = {section for sections in artifacts.DEFINED_BY.values() for section in sections}
-    assert counted == set(to_dict(Recipe())) - {"run"}
+    assert counted == set(to_dict(Recipe())) - {"run", "hub"}
 
 
 def test_an_unfinished_folder_of_another_recipe_is_not_touched(tmp_path):
@@ -234,3 +236,54 @@ def test_a_value_that_is_not_finite_is_an_error_and_leaves_the_file(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(path, {"loss": float("nan")})
     assert json.loads(path.read_text()) == {"loss": 1.5}
+
+
+def test_a_key_that_came_later_has_its_default(tmp_path):
+    """A run folder of an earlier release, whose config.yaml does not know the key, stays in use."""
+    folder = finished(tmp_path)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    del config["recipe"]["data"]["max_pixels"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match="max_pixels: 100000000 there, 5 here"):
+        require(tmp_path, "meta", recipe(data={"max_pixels": 5}), "--phase distill")
+
+
+def test_another_artifact_in_the_folder_is_refused(tmp_path):
+    folder, _ = open_folder(tmp_path, "distill_0", recipe(), RUN)
+    write_result(folder, {"phase": "distill", "module": 1})
+    with pytest.raises(ValueError, match=r"distill_0 holds the result of distill_1: delete .* --phase distill --mod"):
+        require(tmp_path, "distill_0", recipe(), "--phase train")
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../meta/config.yaml", "checkpoints/x"])
+def test_a_result_names_files_of_its_own_folder_only(tmp_path, name):
+    folder = finished(tmp_path)
+    result = json.loads((folder / "result.json").read_text())
+    result["files"][name] = {"bytes": 1, "sha256": ""}
+    write_json(folder / "result.json", result)
+    with pytest.raises(ValueError, match=f"result.json names '{name}'"):
+        require(tmp_path, "meta", recipe(), "--phase distill")
+
+
+def test_a_token_is_not_written(tmp_path):
+    token = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWx"
+    for made_with, run in ((recipe(), {**RUN, "command": f"run.py {token}"}), (recipe(hub={"repo": token}), RUN)):
+        with pytest.raises(ValueError, match=r"holds a token or password .*\*\*\*.* HF_TOKEN") as caught:
+            open_folder(tmp_path, "meta", made_with, run)
+        assert token not in str(caught.value) and not list(tmp_path.rglob("*"))
+
+
+def test_weights_that_do_not_fit_name_the_tensor_and_the_command(tmp_path):
+    good = {"a": torch.zeros(2, 3), "b": torch.zeros(2)}
+    for bad, message in (
+        ({"b": torch.zeros(4)}, r"b with shape \(4,\)"),
+        ({"b": torch.zeros(2, dtype=torch.int32)}, "b as I32"),
+        ({"b": torch.tensor([0.0, float("nan")])}, "1 values in b that are NaN"),
+        ({"c": torch.zeros(1)}, "has c"),
+    ):
+        save_file(good | bad, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=message) as caught:
+            artifacts.load_weights(tmp_path, good)
+        assert f"delete {tmp_path} and run" in str(caught.value)
+    save_file(good, tmp_path / "model.safetensors")
+    assert artifacts.load_weights(tmp_path, good).keys() == good.keys()

@@ -141,7 +141,7 @@ def test_evaluation_sees_every_image_once_in_equal_shapes(source, batch, world):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_images(tmp_path, workers):
     for number in range(6):
-        path = tmp_path / "train" / "cat" / f"{number}.png"
+        path = tmp_path / "train" / ("cat", "dog")[number == 5] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
     (tmp_path / "train" / "cat" / "4.png").write_text("not an image")

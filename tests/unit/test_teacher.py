@@ -51,6 +51,17 @@ def test_transformers_logits(tmp_path, name, changes):
     assert teacher.model.num_prefix_tokens == (1 if name.startswith("ViT") else 2)
 
 
+@pytest.mark.parametrize("layout", ["transformers", "timm"])
+def test_weights_are_there_also_inside_a_meta_device(tmp_path, layout):
+    if layout == "timm":
+        save_timm(tmp_path, tiny("vit"))
+    else:
+        save_transformers(tmp_path, "ViTForImageClassification")
+    with torch.device("meta"):
+        teacher = load_teacher(str(tmp_path))
+    assert torch.equal(teacher.model(images()), load_teacher(str(tmp_path)).model(images()))
+
+
 def test_conversion_checks_itself(tmp_path, monkeypatch):
     save_transformers(tmp_path, "ViTForImageClassification", layer_norm_eps=0.3)
     monkeypatch.setattr(convert, "partial", lambda norm, eps: norm)
@@ -230,7 +241,7 @@ def test_weights_that_lack_a_block(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     kept = {name: value for name, value in weights.items() if ".layer.1." not in name}
     save_file(kept, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="do not fit its config"):
+    with pytest.raises(ValueError, match=r"num_hidden_layers=3, which does not fit the 2 blocks"):
         load_teacher(str(tmp_path))
 
 

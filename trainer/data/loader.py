@@ -5,6 +5,7 @@ rank, world size, or on what else the process drew. B = batch, C = channels or c
 """
 
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -188,11 +189,17 @@ def _load(
         batch_size=None,  # an item is a batch already
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_outlast_a_warning,
         generator=torch.Generator(),  # torch draws a worker seed per iterator, by default from the global state
     )
     for batch in loader:
         source.skipped.update(batch.skipped)  # a worker's own copy of the source is lost with it
         yield batch
+
+
+def _outlast_a_warning(_worker: int) -> None:
+    """A SIGTERM to a whole job step warns its ranks: their data workers must live until the checkpoint is saved."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 @contextmanager

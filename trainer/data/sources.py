@@ -1,41 +1,44 @@
 """Where images come from: the embedded digits, a folder in ImageFolder layout, or anything `datasets` loads map-style.
 
 A source is random access (`image(i)`, `label(i)`), because a map-style source with a seeded sampler resumes exactly and
-a streamed one with a shuffle buffer does not. Images are decoded here, by PIL, for every source alike.
+a streamed one with a shuffle buffer does not. Images are decoded by decode.py for every source alike.
 """
 
-import io
 import logging
 import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from trainer.data.decode import SKIP_HINT, UnreadableImageError, decode, printable
+from trainer.data.hub_splits import check_columns, labels_and_targets, listed, load_splits, refuse_outside
 from trainer.schema import DataConfig
-
-if TYPE_CHECKING:
-    import datasets
 
 logger = logging.getLogger(__name__)
 DIGITS_FILE = Path(__file__).with_name("digits.npz")  # see DIGITS.md
 SPLITS = ("train", "val")
-NAMES_SHOWN = 10  # of a long list in an error message
-
-
-class UnreadableImageError(ValueError):
-    """An image that PIL cannot decode, named by file or row."""
 
 
 class ImageSource(ABC):
-    """The images of one split. `rows` are the numbers of the images used, `targets` their labels."""
+    """The images of one split. `rows` are the numbers of the images used, `targets` their labels.
+
+    Raises:
+        ValueError: no images, or fewer than two classes.
+    """
+
+    origin: str  # where they come from, for the record: a folder, or a hub id with the commit it resolved to
 
     def __init__(self, name: str, labels: Sequence[str], targets: np.ndarray, data: DataConfig):
+        if not len(targets):
+            raise ValueError(f"{name} has no images: check data.path and the names of its splits.")
+        if len(labels) < 2:
+            raise ValueError(f"{name} has one class ({listed(labels)}): give images of two or more to tell apart.")
         self.name = name
+        self.max_pixels = data.max_pixels
         self.labels = list(labels)
         self.skip_unreadable = data.skip_unreadable
         self.skipped: set[int] = set()  # indices found unreadable so far; only filled when skip_unreadable is on
@@ -97,6 +100,8 @@ class DigitsSource(ImageSource):
     Sorted by class, every fifth image is validation: stratified, and the same on every machine.
     """
 
+    origin = "embedded digits"
+
     def __init__(self, data: DataConfig, split: str):
         with np.load(DIGITS_FILE) as arrays:
             values_NHW, targets = arrays["images"], arrays["labels"].astype(np.int64)
@@ -112,12 +117,9 @@ class DigitsSource(ImageSource):
 
 
 class FolderSource(ImageSource):
-    """PATH/<split>/<class>/*.jpg, as torchvision's ImageFolder reads it."""
+    """PATH/<split>/<class>/*.jpg, as torchvision's ImageFolder reads it; links are followed, also out of PATH."""
 
     def __init__(self, data: DataConfig, split: str):
-        from torchvision.datasets import ImageFolder
-        from torchvision.datasets.folder import IMG_EXTENSIONS
-
         root = Path(data.path).expanduser()
         train_classes = _class_folders(root, data.train_split, "data.train_split")
         name = data.train_split if split == "train" else data.val_split
@@ -125,20 +127,21 @@ class FolderSource(ImageSource):
         if classes != train_classes:
             raise ValueError(
                 f"the class folders of {root / data.train_split} and {root / name} differ: "
-                f"only in {data.train_split}: {_listed(set(train_classes) - set(classes))}; "
-                f"only in {name}: {_listed(set(classes) - set(train_classes))}."
+                f"only in {data.train_split}: {listed(set(train_classes) - set(classes))}; "
+                f"only in {name}: {listed(set(classes) - set(train_classes))}. Give both the same folders."
             )
-        samples = ImageFolder(root / name, allow_empty=True).samples
-        if not samples:
-            raise ValueError(f"no images under {root / name}; looked for {', '.join(IMG_EXTENSIONS)} in class folders.")
+        paths = [_pictures(root / name / label) for label in classes]
+        if not any(paths):
+            raise ValueError(f"no images under {root / name}; expected {', '.join(IMG_EXTENSIONS)} in class folders.")
         # one array, not a million str objects: reference counts would copy those into every worker process
-        self._paths = np.array([os.fsencode(path) for path, _ in samples])
-        targets = np.array([target for _, target in samples], dtype=np.int64)
+        self._paths = np.array([path for found in paths for path in found])
+        targets = np.repeat(np.arange(len(classes)), [len(found) for found in paths])
+        self.origin = str(root)
         super().__init__(f"folder {root / name}", classes, targets, data)
 
     def _read(self, row: int) -> Image.Image:
         path = os.fsdecode(self._paths[row])
-        return _decode(path, path)
+        return decode(path, path, self.max_pixels)
 
 
 class HubSource(ImageSource):
@@ -147,13 +150,13 @@ class HubSource(ImageSource):
     def __init__(self, data: DataConfig, split: str):
         import datasets
 
-        splits = _load_splits(data.path)
+        splits, self.origin = load_splits(data.path)
         name = data.train_split if split == "train" else data.val_split
         for key, wanted in (("data.train_split", data.train_split), (f"data.{split}_split", name)):
             if wanted not in splits:
-                raise ValueError(f"{key} {wanted!r} is not in {data.path}; splits there: {_listed(splits)}.")
-            _check_columns(splits[wanted], data)
-        labels, targets = _labels_and_targets(splits[data.train_split], splits[name], data)
+                raise ValueError(f"{key} {wanted!r} is not in {data.path}; splits there: {listed(splits)}.")
+            check_columns(splits[wanted], data)
+        labels, targets = labels_and_targets(splits[data.train_split], splits[name], data)
         # undecoded, so that every source decodes alike and an error can name the file
         images = splits[name].with_format(None).select_columns([data.image_key])
         try:
@@ -161,9 +164,10 @@ class HubSource(ImageSource):
         except (TypeError, ValueError, NotImplementedError) as error:
             raise ValueError(
                 f"data.image_key {data.image_key!r} of {data.path} is no image column but "
-                f"{images.features[data.image_key]}; columns there: {_listed(splits[name].features)}."
+                f"{images.features[data.image_key]}; columns there: {listed(splits[name].features)}."
             ) from error
         self._image_key = data.image_key
+        refuse_outside(self._images, data.image_key, data.path)
         super().__init__(f"hub {data.path} {name}", labels, targets, data)
 
     def _read(self, row: int) -> Image.Image:
@@ -171,107 +175,45 @@ class HubSource(ImageSource):
         content, path = file.get("bytes"), file.get("path")
         description = f"row {row} of {self.name}" + (f" ({path})" if path else "")
         if content is None and path is None:
-            raise UnreadableImageError(f"image {description} is empty. {_SKIP_HINT}")
-        return _decode(io.BytesIO(content) if content is not None else path, description)
+            raise UnreadableImageError(f"image {description} is empty. {SKIP_HINT}")
+        return decode(path if content is None else content, description, self.max_pixels)
 
 
 _SOURCES = {"digits": DigitsSource, "folder": FolderSource, "hub": HubSource}
-_SKIP_HINT = "Repair or remove it, or set data.skip_unreadable=true."
-
-
-def _decode(file: str | io.BytesIO, description: str) -> Image.Image:
-    """Decode to RGB as torchvision and timm do (EXIF rotation is not applied); every failure names the image."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                return image.convert("RGB")
-    except MemoryError:
-        raise
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error and more
-        raise UnreadableImageError(
-            f"image {description} cannot be read: {type(error).__name__}: {error}. {_SKIP_HINT}"
-        ) from error
 
 
 def _class_folders(root: Path, split: str, key: str) -> list[str]:
     folder = root / split
     if not folder.is_dir():
         if not root.is_dir():
-            raise ValueError(f"data.path {root} is not a folder.")
+            raise ValueError(f"data.path {root} is not a folder: give the one that holds the splits.")
         found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        raise ValueError(f"{key} {split!r} is not a folder in {root}; folders there: {_listed(found)}.")
+        raise ValueError(f"{key} {split!r} is not a folder in {root}; folders there: {listed(found)}.")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
-        raise ValueError(f"no class folders in {folder}; images belong in {folder}/<class>/.")
+        raise ValueError(f"no class folders in {folder}; expected images in {folder}/<class>/.")
+    if odd := [name for name in classes if not name.isprintable()]:  # they become labels in JSON files and reports
+        raise ValueError(f"the class folder {odd[0]!a} of {folder} has a name that is no text: give it another.")
     return classes
 
 
-def _load_splits(path: str) -> "datasets.DatasetDict":
-    import datasets
+def _pictures(folder: Path) -> list[bytes]:
+    """Paths of all images below a class folder, in ImageFolder's order.
 
-    folder = Path(path).expanduser()
-    try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-            loaded = datasets.load_from_disk(str(folder))
-        elif folder.exists():
-            loaded = datasets.load_dataset(str(folder))
-        else:
-            repo_id, _, revision = path.partition("@")
-            loaded = datasets.load_dataset(repo_id, revision=revision or None)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"data.path {path!r} cannot be loaded: {type(error).__name__}: {error}. Expected a hub id, id@revision, "
-            "a save_to_disk folder, or a folder of images or parquet files."
-        ) from error
-    if isinstance(loaded, datasets.Dataset):  # save_to_disk of one split does not keep a split's name as a key
-        return datasets.DatasetDict({str(loaded.split or "train"): loaded})
-    return loaded
+    Raises:
+        ValueError: a folder that is reached twice, through links in a circle or to one place: ImageFolder would count
+            its images many times over, or never end.
+    """
+    found, seen = [], set()
+    for path, _, files in os.walk(folder, followlinks=True, onerror=_raise):
+        about = os.stat(path)
+        if (about.st_dev, about.st_ino) in seen:
+            raise ValueError(f"{printable(path)} leads to a folder that was read already: remove the link.")
+        seen.add((about.st_dev, about.st_ino))
+        pictures = [name for name in sorted(files) if name.lower().endswith(IMG_EXTENSIONS)]
+        found.append((path, [os.fsencode(os.path.join(path, name)) for name in pictures]))
+    return [name for _, names in sorted(found) for name in names]
 
 
-def _check_columns(split: "datasets.Dataset", data: DataConfig) -> None:
-    for key, column in (("data.image_key", data.image_key), ("data.label_key", data.label_key)):
-        if column not in split.features:
-            raise ValueError(f"{key} {column!r} is not a column of {data.path}; columns: {_listed(split.features)}.")
-
-
-def _labels_and_targets(
-    train: "datasets.Dataset", chosen: "datasets.Dataset", data: DataConfig
-) -> tuple[list[str], np.ndarray]:
-    """Label names, fixed by the train split, and the label number of every row of `chosen`."""
-    import datasets
-
-    what = f"data.label_key {data.label_key!r} of {data.path}"
-    feature, values = chosen.features[data.label_key], _column(chosen, data.label_key)
-    if isinstance(feature, datasets.ClassLabel):
-        labels = train.features[data.label_key].names
-        if feature.names != labels:
-            raise ValueError(f"{what} has other class names in {data.train_split} than in {data.val_split}.")
-    else:
-        train_values = _column(train, data.label_key)
-        kinds = {type(value) for value in [*train_values, *values]}
-        if kinds == {int}:
-            labels = [str(number) for number in range(max(train_values) + 1)]
-        elif kinds == {str}:
-            labels = sorted(set(train_values))
-            numbers = {label: number for number, label in enumerate(labels)}
-            values = [numbers.get(value, value) for value in values]
-        else:
-            raise ValueError(f"{what} must hold class labels, integers or strings and no gaps, got {feature}.")
-    for row, value in enumerate(values):
-        if not isinstance(value, int) or not 0 <= value < len(labels):
-            raise ValueError(
-                f"{what}: row {row} is labelled {value!r}, expected one of {len(labels)} labels of split "
-                f"{data.train_split!r} ({_listed(labels)})."
-            )
-    return labels, np.array(values, dtype=np.int64)
-
-
-def _column(split: "datasets.Dataset", key: str) -> list[Any]:
-    return split.with_format(None).select_columns([key])[:][key]  # leaves the images of the other column undecoded
-
-
-def _listed(names: Any) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return (", ".join(map(str, names[:NAMES_SHOWN])) or "none") + more
+def _raise(error: OSError) -> None:
+    raise error
