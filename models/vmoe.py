@@ -1,120 +1,33 @@
-"""V-MoE: a vision transformer some of whose MLPs are mixtures of experts; the variants, the model, save and load.
+"""V-MoE: a vision transformer some of whose MLPs are mixtures of experts; the model, save and load.
 
 Weights published by `save_pretrained` load with torch alone, whatever number of ranks they were trained on. B images,
 T tokens, D width.
 """
 
 import functools
-import json
+import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
-from safetensors.torch import load_file, save_file
-from timm.layers import Mlp
+from timm.layers import Mlp, to_2tuple
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from models.hub_files import CheckpointFiles
-from models.moe import GELU, MoE, MoEConfig, draw, lecun_normal_, paper
+from models.hub_files import CheckpointFiles, Weights
+from models.moe import GELU, MoE, draw, lecun_normal_
 from models.preprocessing import Preprocessing
 from models.stitch import stitch
+from models.vmoe_config import POOLS, VARIANTS, VMoEConfig, decode_variant, moe_numbers
+from models.vmoe_files import check_counts, fill, read, write
 
-# Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", appendix B
-VARIANTS = {
-    "S": {"depth": 8, "width": 512, "mlp_dim": 2048, "heads": 8},
-    "B": {"depth": 12, "width": 768, "mlp_dim": 3072, "heads": 12},
-    "L": {"depth": 24, "width": 1024, "mlp_dim": 4096, "heads": 16},
-    "H": {"depth": 32, "width": 1280, "mlp_dim": 5120, "heads": 16},
-}
-POOLS = {"token": "token", "mean": "avg"}  # our name -> timm's
-MODEL_TYPE = "vmoe"  # in config.json
-
-
-@dataclass(frozen=True, kw_only=True)
-class VMoEConfig:
-    image_size: int  # pixels
-    patch_size: int  # pixels
-    in_chans: int = 3
-    width: int
-    depth: int  # blocks
-    heads: int
-    mlp_dim: int
-    num_classes: int
-    moe_blocks: str = "every-2"  # "all", "none", "every-n", "last-n" (of the odd ones) or block numbers as "1,3"
-    moe: MoEConfig = field(default_factory=MoEConfig)
-    gelu: str = "erf"  # or "tanh"
-    pool: str = "token"  # head on the class token, or on the "mean" of the patch tokens
-    class_token: bool = True
-    reg_tokens: int = 0  # prefix tokens beside the class token, to match a teacher that has more than one
-    representation_size: int = 0  # width of a tanh layer before the head, 0 = none
-    drop_rate: float = 0.0  # dropout on positions, after attention and in dense MLPs; experts have moe.dropout
-    drop_path_rate: float = 0.0
-    stitch_blocks: Mapping[str, int] | None = None  # kept stitches: block number -> width of the teacher
-    seed: int = 0  # of the initial values
-
-    def __post_init__(self) -> None:
-        if isinstance(self.moe, Mapping):  # from JSON
-            object.__setattr__(self, "moe", MoEConfig(**self.moe))
-        if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.")
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}.")
-        for name, known in (("gelu", GELU), ("pool", POOLS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(known)}.")
-        if self.pool == "token" and not self.class_token:
-            raise ValueError("pool 'token' needs class_token; use pool 'mean' without it.")
-        if strange := [block for block in self.stitch_blocks or () if block not in map(str, range(1, self.depth))]:
-            raise ValueError(f"stitch_blocks {strange} are not inner blocks '1'..'{self.depth - 1}'.")
-        moe_numbers(self.moe_blocks, self.depth)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "VMoEConfig":
-        for kind, given in ((cls, values), (MoEConfig, values.get("moe", {}))):
-            if unknown := sorted(set(given) - {f.name for f in fields(kind)}):
-                raise ValueError(f"unknown keys {unknown} in a {kind.__name__}; was it saved by a newer version?")
-        return cls(**values)
-
-
-def moe_numbers(spec: str, depth: int) -> tuple[int, ...]:
-    """Numbers of the blocks with experts; see VMoEConfig.moe_blocks.
-
-    Raises:
-        ValueError: a spec that is not understood, or blocks the model does not have.
-    """
-    kind, _, count = spec.partition("-")
-    if spec in ("all", "none"):
-        return tuple(range(depth)) if spec == "all" else ()
-    if kind in ("every", "last") and count.isdigit() and 1 <= int(count) <= depth:
-        n = int(count)
-        return tuple(range(n - 1, depth, n) if kind == "every" else range(1, depth, 2)[-n:])
-    numbers = [int(part) for part in spec.split(",") if part.strip().isdigit()]
-    if len(numbers) != len(spec.split(",")) or len(set(numbers)) < len(numbers) or max(numbers) >= depth:
-        raise ValueError(
-            f"moe_blocks {spec!r} is not understood for {depth} blocks: use all, none, every-2, last-2 or different "
-            f"block numbers below {depth} as 1,3."
-        )
-    return tuple(sorted(numbers))
-
-
-def decode_variant(name: str) -> dict[str, Any]:
-    """Fields of VMoEConfig for "B/16" (sizes) or "m2mkd-B/16" (also experts and routing of the m2mKD student).
-
-    Raises:
-        ValueError: an unknown size or patch size.
-    """
-    size, _, patch = name.removeprefix("m2mkd-").partition("/")
-    if size not in VARIANTS or not patch.isdigit() or int(patch) < 1:
-        raise ValueError(f"variant {name!r} is not known: use one of {', '.join(VARIANTS)} with a patch size, as B/16.")
-    fields_ = {**VARIANTS[size], "patch_size": int(patch)}
-    if name.startswith("m2mkd-"):
-        fields_ |= {"moe_blocks": "all", "moe": paper(num_experts=8, k=2), "gelu": "erf"}
-    return fields_
+__all__ = ["VARIANTS", "VMoE", "VMoEBlock", "VMoEConfig", "decode_variant", "load_expert_parallel", "moe_numbers"]
+log = logging.getLogger(__name__)
 
 
 class VMoEBlock(Block):
@@ -132,8 +45,9 @@ class VMoE(VisionTransformer, ModelHubMixin):
     """timm's VisionTransformer with MoE blocks; images (B, C, H, W) -> logits (B, classes).
 
     Attributes:
-        config: what it was built from.
+        config: what it is, kept true by reset_classifier and set_input_size.
         preprocessing, labels: what its images must look like and what its classes are called; None when not known.
+        source: the directory, or the hub id with its commit, that it was loaded from; None for a new one.
     """
 
     def __init__(self, config: VMoEConfig) -> None:
@@ -152,6 +66,7 @@ class VMoE(VisionTransformer, ModelHubMixin):
             pos_drop_rate=config.drop_rate,
             proj_drop_rate=config.drop_rate,
             drop_path_rate=config.drop_path_rate,
+            dynamic_img_size=config.dynamic_img_size,
             weight_init="skip",
             act_layer=functools.partial(nn.GELU, approximate=GELU[config.gelu]),
             block_fn=functools.partial(_block, config),
@@ -159,6 +74,7 @@ class VMoE(VisionTransformer, ModelHubMixin):
         self.config = config
         self.preprocessing: Preprocessing | None = None
         self.labels: list[str] | None = None
+        self.source: str | None = None
         features, self.pre_logits = config.width, nn.Identity()
         if config.representation_size:
             features, self.pre_logits = config.representation_size, nn.Linear(features, config.representation_size)
@@ -175,6 +91,37 @@ class VMoE(VisionTransformer, ModelHubMixin):
         x = self.head_drop(x)
         return x if pre_logits else self.head(x)
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for `num_classes` (0 = none), and with `global_pool` ("token", "avg" or "") another pooling.
+
+        Raises:
+            ValueError: another pooling.
+        """
+        names = {timm: ours for ours, timm in POOLS.items()}
+        if global_pool is not None and global_pool not in names:
+            raise ValueError(f"global_pool {global_pool!r} is not known; use one of {', '.join(map(repr, names))}.")
+        super().reset_classifier(0, global_pool)
+        self.config = replace(self.config, num_classes=num_classes, pool=names[self.global_pool])
+        self.num_classes, self.labels = num_classes, None
+        if num_classes:
+            like = self.norm.weight
+            self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+            reset_head(self.head)
+
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
+        """Take images of another size: position embeddings and patch kernel are resampled.
+
+        Raises:
+            ValueError: images that are not square.
+        """
+        height, width = self.patch_embed.img_size if img_size is None else to_2tuple(img_size)
+        if height != width:
+            raise ValueError(f"a V-MoE is built for square images, got {height}x{width}; dynamic_img_size takes any.")
+        patch_size = patch_size or self.config.patch_size
+        config = replace(self.config, image_size=height, patch_size=patch_size)
+        super().set_input_size((height, width), to_2tuple(patch_size))
+        self.config, self.preprocessing = config, self.preprocessing and replace(self.preprocessing, image_size=height)
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -182,60 +129,108 @@ class VMoE(VisionTransformer, ModelHubMixin):
         preprocessing: Preprocessing | None = None,
         labels: Sequence[str] | None = None,
         state: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str = "5GB",
         config: None = None,  # these two only because ModelHubMixin.push_to_hub passes them along
         model_card_kwargs: None = None,
     ) -> None:
-        """Write config.json and model.safetensors.
+        """Write config.json and the weights: model.safetensors, or shards and their index; see models/vmoe_files.py.
 
         Args:
             preprocessing, labels: travel with the model; by default its own.
             state: weights to write in place of the model's own, by plain names: full_state_dict of the model in
                 training, which is collective, while one rank writes.
+            max_shard_size: bytes of one weights file, a number or text like "5GB".
 
         Raises:
-            ValueError: an expert parallel model without `state`, or labels of another number than the classes.
+            ValueError: an expert parallel model without `state`, labels of another number than the classes, or weights
+                that are not those of this model, so that nobody could load them.
         """
-        if state is None and any(hasattr(module, "deepspeed_moe") for module in self.modules()):
+        parts = any(hasattr(module, "deepspeed_moe") for module in self.modules())
+        if state is None and (parts or any(parameter.is_meta for parameter in self.parameters())):
             raise ValueError("this model holds one rank's experts: pass state=models.moe.full_state_dict(model).")
         state = self.state_dict() if state is None else state
         preprocessing, labels = preprocessing or self.preprocessing, labels or self.labels
         if labels is not None and len(labels) != self.num_classes:
             raise ValueError(f"{len(labels)} labels were given for {self.num_classes} classes.")
-        content = {"model_type": MODEL_TYPE, **asdict(self.config)}
-        if preprocessing is not None:
-            content["preprocessing"] = preprocessing.to_dict()
-        if labels is not None:
-            content["labels"] = list(labels)
-        directory = Path(save_directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-        (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+        with torch.device("meta"):
+            expected = VMoE(self.config).state_dict()
+        for name in sorted(expected.keys() | state.keys()):
+            here, there = (tuple(side[name].shape) if name in side else "missing" for side in (state, expected))
+            if here != there:
+                raise ValueError(f"{name} is {here} in the weights to save and {there} in a model of this config.")
+        write(Path(save_directory), self.config, state, preprocessing, labels, max_shard_size)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> "VMoE":
+    def from_pretrained(
+        cls, source: str | Path | CheckpointFiles, revision: str | None = None, *, config: VMoEConfig | None = None
+    ) -> "VMoE":
         """Load from a directory or from the hub ("owner/name" or "owner/name@revision"); strict, safetensors only.
 
-        Returns the model in evaluation mode, in the precision it was saved in.
+        Args:
+            config: build this on the weights: it may differ from what was saved in dropout, noise, capacities and loss
+                weights.
+
+        Returns the model in evaluation mode, in the precision it was saved in, its weights mapped from the files.
 
         Raises:
-            ValueError: not found, not a V-MoE of ours, or without safetensors weights.
-            RuntimeError: weights that do not fit the config (torch's strict loading).
+            ValueError: not found, not a V-MoE of ours, without safetensors weights, weights that are damaged, not
+                finite or do not fit, or a `config` that makes another function of them.
         """
-        files = CheckpointFiles(str(source), revision)
-        if (path := files.find("config.json")) is None:
-            raise ValueError(f"{files} has no config.json, so it is not a saved V-MoE.")
-        content = json.loads(path.read_text())
-        if (model_type := content.pop("model_type", None)) != MODEL_TYPE:
-            raise ValueError(f"{files} is a {model_type!r}, not a {MODEL_TYPE!r}; load teachers with load_teacher.")
-        preprocessing, labels = content.pop("preprocessing", None), content.pop("labels", None)
+        return cls._load(source, revision, config, lambda name: True)
+
+    @classmethod
+    def _load(
+        cls,
+        source: str | Path | CheckpointFiles,
+        revision: str | None,
+        config: VMoEConfig | None,
+        needed: Callable[[str], bool],
+    ) -> "VMoE":
+        files = source if isinstance(source, CheckpointFiles) else CheckpointFiles(str(source), revision)
+        saved, preprocessing, labels = read(files)
+        config = saved if config is None else config.on_weights_of(saved, str(files))
+        weights = Weights(files)
+        check_counts(config, weights)
         with torch.device("meta"):
-            model = cls(VMoEConfig.from_dict(content))
-        *_, weights = files.weights()
-        model.load_state_dict(load_file(weights), assign=True)
-        model.preprocessing = None if preprocessing is None else Preprocessing.from_dict(preprocessing)
-        model.labels = labels
+            model = cls(config)
+        fill(model, weights, needed)
+        model.preprocessing, model.labels, model.source = preprocessing, labels, str(files)
+        log.info("loaded %s: %.3f GB read", files, weights.bytes_read / 1e9)
         return model.eval()
+
+
+def load_expert_parallel(
+    source: str | Path,
+    ep_size: int,
+    ep_rank: int,
+    revision: str | None = None,
+    *,
+    config: VMoEConfig | None = None,
+) -> VMoE:
+    """A saved V-MoE with the experts of one rank only: the bytes of the others are not read.
+
+    Their parameters stay on the meta device, where models.moe.expert_parallel(model, ep_size), which every rank has to
+    call next, leaves them behind.
+
+    Args:
+        ep_size, ep_rank: ranks that share the experts, and which of them this is: rank % ep_size.
+        source, revision, config: as VMoE.from_pretrained.
+
+    Raises:
+        ValueError: an ep_size that does not divide the experts, and whatever VMoE.from_pretrained raises.
+    """
+    experts = read(CheckpointFiles(str(source), revision))[0].moe.num_experts
+    if ep_size < 1 or experts % ep_size or not 0 <= ep_rank < ep_size:
+        raise ValueError(
+            f"rank {ep_rank} of ep_size {ep_size} cannot share {experts} experts of {source}: ep_size must divide them."
+        )
+    held = experts // ep_size
+
+    def needed(name: str) -> bool:
+        expert = re.search(r"\.mlp\.experts\.(\d+)\.", name)
+        return expert is None or int(expert[1]) // held == ep_rank
+
+    return VMoE._load(source, revision, config, needed)
 
 
 def _block(config: VMoEConfig, dim: int, depth: int, **options: Any) -> VMoEBlock:
@@ -264,9 +259,9 @@ def _initialise(model: VMoE, config: VMoEConfig) -> None:
             draw(parameter, nn.init.normal_, config.seed, name, std=0.02)
         elif where.endswith((".fc1", ".fc2")) and kind == "bias":
             draw(parameter, nn.init.normal_, config.seed, name, std=1e-6)
-        elif name == "head.bias":
-            parameter.fill_(-math.log(config.num_classes))
-        elif kind == "bias" or where == "head" or name in ("cls_token", "reg_token"):
+        elif where == "head":
+            continue
+        elif kind == "bias" or name in ("cls_token", "reg_token"):
             parameter.zero_()
         elif where.endswith(".qkv"):  # query, key and value are layers of their own in the official code
             for part, chunk in zip("qkv", parameter.chunk(3)):
@@ -275,3 +270,12 @@ def _initialise(model: VMoE, config: VMoEConfig) -> None:
             draw(parameter, lecun_normal_, config.seed, name)
         else:
             draw(parameter, nn.init.xavier_uniform_, config.seed, name)
+    if config.num_classes:
+        reset_head(model.head)
+
+
+@torch.no_grad()
+def reset_head(head: nn.Linear) -> None:
+    """The official start: every class equally likely under a sigmoid loss, whatever the features."""
+    nn.init.zeros_(head.weight)
+    nn.init.constant_(head.bias, -math.log(head.out_features))

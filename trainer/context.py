@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.flops import forward_flops, num_tokens
@@ -47,6 +49,12 @@ class Run:
         """Training and validation images."""
         return open_source(self.recipe.data, "train"), open_source(self.recipe.data, "val")
 
+    def with_teacher(self, planned: Teacher) -> Run:
+        """The same run with a stand-in for the teacher it is going to train, and its data open already."""
+        run = dataclasses.replace(self, planned_teacher=planned)
+        vars(run)["sources"] = self.sources  # where cached_property keeps it: opening a large folder takes minutes
+        return run
+
     @property
     def labels(self) -> list[str]:
         """Class names of the data."""
@@ -73,6 +81,20 @@ class Run:
         return teacher
 
     @cached_property
+    def teacher_record(self) -> dict[str, Any]:
+        """What tells this teacher from others, wherever it lies: its sizes and the SHA-256 of its weights.
+
+        Ask before anything trains: training moves the teacher to the device and to the type of the student.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.teacher.model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
+        model = self.teacher.model
+        sizes = {"width": model.embed_dim, "blocks": len(model.blocks)}
+        return {"source": self.teacher.source, **sizes, "sha256": digest.hexdigest()}
+
+    @cached_property
     def data(self) -> Data:
         """Images with the teacher's preprocessing and the recipe's training transforms."""
         return self.data_for(self.teacher.preprocessing)
@@ -91,17 +113,25 @@ class Run:
     def teacher_depths(self) -> tuple[int, ...]:
         """Blocks per teacher module."""
         r = self.recipe
-        return _depths(r.teacher.depths, len(self.teacher.model.blocks), r.modules, "teacher")
+        return module_depths(r.teacher.depths, len(self.teacher.model.blocks), r.modules, "teacher")
 
-    def student_config(self, drop_path: float = 0.0) -> VMoEConfig:
-        """The student that fits this teacher and data. Raises ValueError when sizes are open or do not fit."""
-        return student_config(self.recipe, self.teacher, len(self.labels), drop_path)
+    def student_config(self, drop_path: float = 0.0, recipe: Recipe | None = None) -> VMoEConfig:
+        """The student that fits this teacher and data, of another recipe if given.
+
+        Raises:
+            ValueError: sizes that are open or do not fit.
+        """
+        images, tokens = self.teacher.preprocessing, self.teacher.model.num_prefix_tokens
+        return student_config(
+            recipe or self.recipe, len(self.labels), drop_path,
+            image_size=images.image_size, in_chans=images.in_chans, prefix_tokens=tokens,
+        )  # fmt: skip
 
     def student_modules(self, drop_path: float = 0.0) -> list[StudentModule]:
         """The student's modules with their stitch layers, freshly initialised from the recipe's seed."""
         student = VMoE(self.student_config(drop_path))
         check_pair(self.teacher.model, student)
-        depths = _depths(self.recipe.student.depths, len(student.blocks), self.recipe.modules, "student")
+        depths = module_depths(self.recipe.student.depths, len(student.blocks), self.recipe.modules, "student")
         return build_student_modules(student, depths, self.teacher.model.embed_dim, seed=self.recipe.seed)
 
     def teacher_stages(self) -> list[nn.Module]:
@@ -120,7 +150,7 @@ class Run:
         """The meta model of phase meta and its result."""
         folder, result = artifacts.require(self.out, "meta", self.recipe, needed_by)
         meta = self.new_meta()
-        meta.load_state_dict(load_file(folder / "model.safetensors"))
+        meta.load_state_dict(artifacts.load_weights(folder, meta.state_dict()))
         return meta, result
 
     def settings(self, section: str, schedule: ScheduleConfig, num_experts: int = 0) -> Settings:
@@ -169,8 +199,13 @@ class Run:
         return eval_batch(self.recipe.run, settings)
 
     def finish(self, folder: Path, phase: str, module: int | None, outcome: Outcome, settings: Settings, *,
-               epochs: int, flops_per_image: int, metrics: dict[str, float]) -> None:  # fmt: skip
-        """Write result.json on rank 0 and let the others wait for it."""
+               epochs: int, flops_per_image: int, metrics: dict[str, float],
+               made_with: dict[str, Any] | None = None) -> None:  # fmt: skip
+        """Write result.json on rank 0 and let the others wait for it.
+
+        Args:
+            made_with: what the artifact came from beside the recipe (teacher, meta, init), by name.
+        """
         if self.dist.main:
             result = {
                 "phase": phase,
@@ -186,13 +221,18 @@ class Run:
                 "global_batch": settings.global_batch,
                 "device": str(self.dist.device.type),
                 "command": self.command,
+                "data": self.sources[0].origin,
+                "health": outcome.health,
+                **(made_with or {}),
             }
             artifacts.write_result(folder, result)
         self.dist.barrier()
 
 
-def student_config(recipe: Recipe, teacher: Teacher, num_classes: int, drop_path: float = 0.0) -> VMoEConfig:
-    """The V-MoE a recipe asks for, with image size, channels and prefix tokens taken from the teacher.
+def student_config(
+    recipe: Recipe, num_classes: int, drop_path: float, *, image_size: int, in_chans: int, prefix_tokens: int
+) -> VMoEConfig:
+    """The V-MoE a recipe asks for, for images and prefix tokens like the teacher's (or like another model's).
 
     Raises:
         ValueError: an unknown variant, or sizes that do not fit together.
@@ -200,20 +240,19 @@ def student_config(recipe: Recipe, teacher: Teacher, num_classes: int, drop_path
     s = recipe.student
     sizes = {n: getattr(s, n) for n in ("patch_size", "width", "depth", "heads", "mlp_dim")}
     values = (decode_variant(s.variant) if s.variant else {}) | {k: v for k, v in sizes.items() if v is not None}
-    prefix = teacher.model.num_prefix_tokens
-    class_token = prefix > 0
+    class_token = prefix_tokens > 0
     return VMoEConfig(
         **values
         | {
-            "image_size": teacher.preprocessing.image_size,
-            "in_chans": teacher.preprocessing.in_chans,
+            "image_size": image_size,
+            "in_chans": in_chans,
             "num_classes": num_classes,
             "moe_blocks": s.moe_blocks,
             "moe": MoEConfig(**to_dict(s.moe)),
             "gelu": s.gelu,
             "pool": s.pool if class_token else "mean",
             "class_token": class_token,
-            "reg_tokens": max(prefix - 1, 0) if s.reg_tokens is None else s.reg_tokens,
+            "reg_tokens": max(prefix_tokens - 1, 0) if s.reg_tokens is None else s.reg_tokens,
             "drop_rate": s.drop_rate,
             "drop_path_rate": drop_path,
             "seed": recipe.seed,
@@ -221,7 +260,7 @@ def student_config(recipe: Recipe, teacher: Teacher, num_classes: int, drop_path
     )
 
 
-def _depths(given: tuple[int, ...], blocks: int, modules: int, name: str) -> tuple[int, ...]:
+def module_depths(given: tuple[int, ...], blocks: int, modules: int, name: str) -> tuple[int, ...]:
     """Blocks per module as the recipe gives them, checked, or as equal as possible."""
     if given and (min(given) < 1 or sum(given) != blocks):
         raise ValueError(

@@ -7,6 +7,7 @@ import logging
 from torch import nn
 
 from models.meta import MetaModel
+from trainer import reuse
 from trainer.context import Run, save_weights
 from trainer.loop import Predictor, evaluate
 from trainer.objectives import Classify, MatchTeacher
@@ -16,11 +17,15 @@ FAR_BELOW = 0.9  # a hybrid under this share of the teacher's accuracy teaches l
 
 
 def run(run: Run) -> None:
-    """Train OUT/meta."""
+    """Train OUT/meta, or take it from meta.source."""
     recipe, m = run.recipe, run.recipe.meta
     folder, done = run.open("meta")
     if done:
         return
+    if m.source:
+        reuse.take_meta(run, folder)
+        return
+    made_with = {"teacher": run.teacher_record}
     settings = run.settings("meta", m)
     meta, stages = run.new_meta(), run.teacher_stages()
     smoothing = recipe.augment.label_smoothing
@@ -37,7 +42,7 @@ def run(run: Run) -> None:
         _report(metrics, recipe.modules)
     run.finish(
         folder, "meta", None, outcome, settings,
-        epochs=m.epochs, flops_per_image=objective.flops_per_image, metrics=metrics,
+        epochs=m.epochs, flops_per_image=objective.flops_per_image, metrics=metrics, made_with=made_with,
     )  # fmt: skip
 
 

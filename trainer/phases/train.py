@@ -1,4 +1,4 @@
-"""Phase train: the student end to end, from the distilled modules or from scratch.
+"""Phase train: the student end to end, from the distilled modules, from a V-MoE (train.init) or from scratch.
 
 "scratch_equal_cost" is the honest rival: scratch with as many epochs as meta model, distillation and end-to-end
 training cost together in FLOPs.
@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
-from safetensors.torch import load_file
-
+from models.flops import num_tokens
 from models.moe import load_full_state_dict
 from models.stitch import assemble_student
 from models.vmoe import VMoE
-from trainer import artifacts
+from models.vmoe_files import write_config
+from trainer import artifacts, reuse
 from trainer.context import Run
 from trainer.objectives import Classify
 from trainer.schema import TrainConfig
@@ -26,23 +27,38 @@ def run(run: Run, start: str) -> None:
     folder, done = run.open("train", start=start)
     if done:
         return
-    student = _distilled(run) if start == "distilled" else VMoE(run.student_config(schedule.drop_path))
-    config = student.config
     settings = run.settings("train", schedule, recipe.student.moe.num_experts)
-    objective = Classify(student, run.tokens, recipe.augment.label_smoothing)
+    student, made_with = _start(run, start, settings.ep_size)
+    config = student.config
+    data = run.data if student.preprocessing is None else run.data_for(student.preprocessing)
+    objective = Classify(student, num_tokens(student), recipe.augment.label_smoothing)
     if start == "scratch_equal_cost":
         schedule = _at_equal_cost(run, schedule, objective.flops_per_image)
     name = {"distilled": "train", "scratch": "scratch", "scratch_equal_cost": "scratch, equal cost"}[start]
-    outcome, state, engine = run.train(objective, run.data, schedule, settings, folder, name)
+    if run.dist.main:
+        write_config(folder, config, data.preprocessing, run.labels)  # makes a model of an exported checkpoint
+    outcome, state, engine = run.train(objective, data, schedule, settings, folder, name)
     engine.close()
     if run.dist.main:
         trained = VMoE(config)
         load_full_state_dict(trained, state)
-        trained.save_pretrained(folder, preprocessing=run.data.preprocessing, labels=run.labels)
+        trained.save_pretrained(folder, preprocessing=data.preprocessing, labels=run.labels)
     run.finish(
         folder, "train", None, outcome, settings,
         epochs=schedule.epochs, flops_per_image=objective.flops_per_image, metrics=outcome.evaluation,
+        made_with=made_with,
     )  # fmt: skip
+
+
+def _start(run: Run, start: str, ep_size: int) -> tuple[VMoE, dict[str, Any]]:
+    """The student before training, and what it was made with."""
+    schedule = run.recipe.train
+    if start != "distilled":
+        return VMoE(run.student_config(schedule.drop_path)), {}
+    if schedule.init:
+        student = reuse.initial_student(run, ep_size)
+        return student, {"init": student.source}
+    return _distilled(run), {"teacher": run.teacher_record}
 
 
 def _distilled(run: Run) -> VMoE:
@@ -50,7 +66,7 @@ def _distilled(run: Run) -> VMoE:
     modules = run.student_modules(run.recipe.train.drop_path)
     for i, module in enumerate(modules):
         folder, _ = artifacts.require(run.out, f"distill_{i}", run.recipe, "--phase train")
-        load_full_state_dict(module, load_file(folder / "model.safetensors"))
+        load_full_state_dict(module, artifacts.load_weights(folder, module.state_dict()))
     return assemble_student(modules, run.recipe.train.stitches)
 
 

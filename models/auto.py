@@ -1,0 +1,156 @@
+"""V-MoE among transformers' Auto classes: after `import models.auto` they read what save_pretrained wrote.
+
+    import models.auto
+    model = AutoModelForImageClassification.from_pretrained("owner/name")
+    processor = AutoImageProcessor.from_pretrained("owner/name")
+
+Same config.json, same weights file, no code from the hub. B images, C classes.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ViTImageProcessor,
+    ViTImageProcessorPil,
+)
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import can_return_tuple
+
+from models.convert import to_processor
+from models.moe import auxiliary_loss
+from models.preprocessing import Preprocessing
+from models.vmoe import VMoE, VMoEConfig, reset_head
+from models.vmoe_config import MODEL_TYPE
+
+
+class VMoETransformersConfig(PreTrainedConfig):
+    """config.json as transformers sees it: `labels` become id2label, the other keys attributes."""
+
+    model_type = MODEL_TYPE
+    attribute_map = {  # noqa: RUF012  transformers' words
+        "hidden_size": "width",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "heads",
+        "intermediate_size": "mlp_dim",
+        "num_channels": "in_chans",
+    }
+
+    def __post_init__(self, **content: Any) -> None:
+        labels = content.get("labels")
+        if self.id2label is None and labels and content.get("num_labels", len(labels)) == len(labels):
+            self.id2label = dict(enumerate(labels))
+            self.label2id = {label: i for i, label in enumerate(labels)}
+        content.setdefault("num_labels", content.get("num_classes"))
+        super().__post_init__(**content)
+
+    def vmoe(self) -> VMoEConfig:
+        """The configuration of the model, with the number of classes asked for here."""
+        values = {name: getattr(self, name) for name in VMoEConfig.__dataclass_fields__ if hasattr(self, name)}
+        return VMoEConfig.from_dict(values | {"num_classes": self.num_labels})
+
+
+class VMoEForImageClassification(PreTrainedModel):
+    """`vmoe` behind transformers' interface; the loss includes the balance losses of the experts."""
+
+    config_class = VMoETransformersConfig
+    base_model_prefix = "vmoe"  # weights on disk carry no prefix
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _no_split_modules = ["VMoEBlock"]  # noqa: RUF012
+
+    def __init__(self, config: VMoETransformersConfig) -> None:
+        super().__init__(config)
+        self.vmoe = VMoE(config.vmoe())
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # VMoE starts itself; only a head for other classes than the saved ones is made by transformers
+        if module is self.vmoe.head and isinstance(module, nn.Linear):
+            reset_head(module)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, *arguments: Any, output_loading_info: bool = False, **options: Any
+    ) -> Any:
+        """As transformers', but a tensor that is missing or left over is an error.
+
+        Raises:
+            ValueError: naming it.
+        """
+        model, info = super().from_pretrained(name, *arguments, output_loading_info=True, **options)
+        if wrong := sorted(info["missing_keys"]) or sorted(info["unexpected_keys"]):
+            raise ValueError(f"the weights of {name} do not fit its config.json: {wrong[:3]} are missing or left over.")
+        model.vmoe.preprocessing = _preprocessing(model.config.to_dict())
+        labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
+        model.vmoe.labels = None if labels == [f"LABEL_{i}" for i in range(len(labels))] else labels
+        return (model, info) if output_loading_info else model
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
+        """Images (B, channels, H, W) and class indices (B,) -> logits (B, C) and, with labels, the loss."""
+        logits = self.vmoe(pixel_values)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config) + auxiliary_loss(self.vmoe)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        state_dict: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str = "5GB",
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **_: Any,
+    ) -> None:
+        """Write what VMoE.save_pretrained writes, so that all three routes read it again.
+
+        Raises:
+            ValueError: push_to_hub, which is a call of its own.
+        """
+        if push_to_hub:
+            raise ValueError("save_pretrained does not push: call model.push_to_hub(repo_id) as well.")
+        if is_main_process:
+            prefix = f"{self.base_model_prefix}."
+            state = state_dict and {name.removeprefix(prefix): value for name, value in state_dict.items()}
+            self.vmoe.save_pretrained(save_directory, state=state, max_shard_size=max_shard_size)
+
+
+class _FromModelConfig:
+    """Image settings from the `preprocessing` in config.json, unless the processor was saved on its own."""
+
+    @classmethod
+    def get_image_processor_dict(cls, name: str | Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        content, rest = super().get_image_processor_dict(name, **options | {"image_processor_filename": "config.json"})
+        if (preprocessing := _preprocessing(content)) is None:
+            return super().get_image_processor_dict(name, **options)
+        return to_processor(preprocessing).to_dict(), rest
+
+
+class VMoEImageProcessor(_FromModelConfig, ViTImageProcessor):
+    """ViTImageProcessor on torchvision."""
+
+
+class VMoEImageProcessorPil(_FromModelConfig, ViTImageProcessorPil):
+    """ViTImageProcessor on PIL."""
+
+
+def _preprocessing(content: Mapping[str, Any]) -> Preprocessing | None:
+    values = content.get("preprocessing")
+    return None if values is None else Preprocessing.from_dict(values)
+
+
+AutoConfig.register(MODEL_TYPE, VMoETransformersConfig)
+AutoModelForImageClassification.register(VMoETransformersConfig, VMoEForImageClassification)
+AutoImageProcessor.register(
+    VMoETransformersConfig,
+    image_processor_classes={"torchvision": VMoEImageProcessor, "pil": VMoEImageProcessorPil},
+)

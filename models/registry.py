@@ -1,0 +1,154 @@
+"""V-MoE among timm's models: after `import models.registry`, whatever is written for timm can use it.
+
+    import models.registry
+    timm.create_model("vmoe_base_patch16_224", num_classes=10, moe={"num_experts": 16})
+    timm.create_model("hf-hub:owner/name", pretrained=True, features_only=True)  # what save_pretrained wrote
+
+"vmoe_*" are the sizes of the V-MoE paper with the routing of its ImageNet-1k recipe, "vmoe_m2mkd_*" the students of the
+m2mKD paper (experts in every block). There are no weights by these names: weights come by hf-hub: or local-dir:.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import to_2tuple
+from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import nn
+
+from models.hub_files import CheckpointFiles
+from models.moe import official
+from models.vmoe import VMoE, VMoEConfig, decode_variant
+from models.vmoe_config import MODEL_TYPE, POOLS
+from models.vmoe_files import ARCHITECTURE, TIMM_NAMES, read
+
+VARIANTS = {
+    "vmoe_small_patch16_224": "S/16",
+    "vmoe_base_patch16_224": "B/16",
+    "vmoe_large_patch16_224": "L/16",
+    "vmoe_huge_patch14_224": "H/14",
+    "vmoe_m2mkd_small_patch16_224": "m2mkd-S/16",
+    "vmoe_m2mkd_base_patch16_224": "m2mkd-B/16",
+    "vmoe_m2mkd_large_patch16_224": "m2mkd-L/16",
+    "vmoe_m2mkd_huge_patch14_224": "m2mkd-H/14",
+    ARCHITECTURE: "B/16",  # what saved models are built by: their config.json has all the arguments
+}
+IMAGES = {"input_size": (3, 224, 224), "fixed_input_size": True, "crop_pct": 0.9, "interpolation": "bicubic",
+          "mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}  # fmt: skip
+default_cfgs = generate_default_cfgs(
+    {name: {"first_conv": "patch_embed.proj", "classifier": "head", **IMAGES} for name in VARIANTS}
+)
+
+
+def _register(name: str, variant: str) -> None:
+    def create(pretrained: bool = False, **options: Any) -> nn.Module:
+        return _create(name, variant, pretrained, **options)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"V-MoE {variant}; options are timm's for a vision transformer and the fields of VMoEConfig."
+    register_model(create)
+
+
+def _create(
+    name: str,
+    variant: str,
+    pretrained: bool,
+    pretrained_cfg: PretrainedCfg | Mapping[str, Any] | str | None = None,
+    out_indices: int | list[int] = 3,
+    cache_dir: str | Path | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The model, or with features_only=True timm's extractor around it.
+
+    Raises:
+        ValueError: options that make no model, or weights that do not fit.
+    """
+    files = _saved(pretrained_cfg, cache_dir) if pretrained else None
+    return build_model_with_cfg(
+        functools.partial(_model, variant, files),
+        name,
+        pretrained and files is None,  # timm reads what timm wrote
+        pretrained_cfg=pretrained_cfg,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": out_indices, "feature_cls": "getter"},
+        cache_dir=cache_dir,
+        **options,
+    )
+
+
+def _saved(cfg: Any, cache_dir: str | Path | None) -> CheckpointFiles | None:
+    """The files timm was pointed to, when save_pretrained wrote them."""
+    cfg = cfg if isinstance(cfg, Mapping) else {}
+    source = {"hf-hub": cfg.get("hf_hub_id"), "local-dir": cfg.get("file")}.get(cfg.get("source"))
+    if source is None:
+        return None
+    files = CheckpointFiles(source, cache_dir=cache_dir)
+    path = files.find("config.json")
+    return files if path and json.loads(path.read_text()).get("model_type") == MODEL_TYPE else None
+
+
+def _model(variant: str, files: CheckpointFiles | None, drop_rate: float = 0.0, **options: Any) -> VMoE:
+    """A new V-MoE, or the one of `files` changed to `options`."""
+    config = _config(variant, options)
+    model = VMoE(config) if files is None else _adapted(files, config)
+    model.head_drop.p = drop_rate  # timm's word for the dropout in front of the head
+    return model.train()
+
+
+def _config(variant: str, options: Mapping[str, Any]) -> VMoEConfig:
+    ours = {timm_name: name for name, timm_name in TIMM_NAMES.items()}
+    values = {"image_size": 224, "num_classes": 1000, "gelu": "tanh", "moe": official(), **decode_variant(variant)}
+    known = {TIMM_NAMES.get(f.name, f.name) for f in fields(VMoEConfig)}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"options {unknown} are not known; known: {', '.join(sorted(known | {'drop_rate'}))}.")
+    given = {ours.get(name, name): value for name, value in options.items()}
+    given["moe"] = asdict(values["moe"]) | dict(given.get("moe", {}))
+    if "image_size" in given:
+        height, width = to_2tuple(given["image_size"])
+        if height != width:
+            raise ValueError(f"img_size must be square, got {height}x{width}; dynamic_img_size=True takes any image.")
+        given["image_size"] = height
+    if "pool" in given:
+        pools = {timm_name: name for name, timm_name in POOLS.items()}
+        if given["pool"] not in pools:
+            raise ValueError(f"global_pool {given['pool']!r} is not known; use one of {', '.join(map(repr, pools))}.")
+        given["pool"] = pools[given["pool"]]
+    return VMoEConfig(**values | given)
+
+
+def _adapted(files: CheckpointFiles, config: VMoEConfig) -> VMoE:
+    """The saved model with the head, pooling, image size and channels of `config`, as timm adapts its own."""
+    saved, *_ = read(files)
+    same = {name: getattr(saved, name) for name in ("image_size", "patch_size", "in_chans", "num_classes", "pool")}
+    model = VMoE.from_pretrained(files, config=replace(config, **same))
+    if (config.num_classes, config.pool) != (saved.num_classes, saved.pool):
+        head = model.head
+        model.reset_classifier(config.num_classes, POOLS[config.pool])
+        if config.num_classes == saved.num_classes:
+            model.head = head
+    if (config.image_size, config.patch_size) != (saved.image_size, saved.patch_size):
+        model.set_input_size(config.image_size, config.patch_size)
+    if config.in_chans != saved.in_chans:
+        _set_in_chans(model, config.in_chans)
+    return model
+
+
+def _set_in_chans(model: VMoE, in_chans: int) -> None:
+    """Images of another number of channels: the patch kernels are summed or repeated, as timm does."""
+    old = model.patch_embed.proj
+    new = nn.Conv2d(in_chans, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None)
+    with torch.no_grad():
+        new.weight = nn.Parameter(adapt_input_conv(in_chans, old.weight, base_chans=model.in_chans))
+        new.bias = old.bias
+    model.patch_embed.proj, model.in_chans = new, in_chans
+    model.config, model.preprocessing = replace(model.config, in_chans=in_chans), None
+
+
+for _name, _variant in VARIANTS.items():
+    _register(_name, _variant)
