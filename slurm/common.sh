@@ -31,7 +31,7 @@ fail() {
 saved_step() {
     local latest=$RUN/$artifact/checkpoints/latest.json
     [[ -s $RUN/$artifact/result.json ]] && { echo done; return; }
-    [[ -s $latest ]] && sed -n 's/.*"step_0*\([0-9]\+\)".*/\1/p' "$latest" | grep . || echo none
+    [[ -s $latest ]] && sed -n 's/.*"tag": *"step_0*\([0-9]\+\)".*/\1/p' "$latest" | grep . || echo none
 }
 
 job_state() {

@@ -1,11 +1,17 @@
 """The long form, by `make slurm-test`: a quarter of an hour and more on two cores."""
 
+import os
 import random
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.slurm.chain import ARTIFACTS, Chain, same_weights
+from tests.hub_server import environment
+from tests.slurm.chain import ARTIFACTS, ROOT, Chain, same_weights
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +98,33 @@ def test_without_gpus_ranks_are_counted_by_node(chain, reference):
     for artifact in ("teacher", "meta"):
         weights = f"{artifact}/model.safetensors"
         assert (chain.out / weights).read_bytes() == (reference / weights).read_bytes()
+
+
+HUB = """from tests.hub_server import HubServer
+hub = HubServer("10.213.0.1")  # the login node's place in the cluster's own network
+print(hub.url, flush=True)
+hub.server.serve_forever()"""
+PULL = "from huggingface_hub import hf_hub_download as get; print(get('alice/model', 'model.safetensors'))"
+
+
+def test_push_by_a_job_on_a_node_with_internet(cluster, chain, reference, tmp_path):
+    """What is trained already is checked against the hub by the download job, and pushed by one task without GPU."""
+    shutil.copytree(reference, chain.out)
+    hub = subprocess.Popen(cluster.inside([sys.executable, "-c", HUB], ROOT), stdout=subprocess.PIPE, text=True,
+                           env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    try:
+        chain.settings |= environment(hub.stdout.readline().strip(), tmp_path / "home")
+        jobs = chain.submit("hub.repo=alice/model")
+        assert list(jobs) == ["download", "push"] and chain.rows()[-1][4] == jobs["download"]
+        assert [chain.until_ended(job) for job in jobs.values()] == ["COMPLETED", "COMPLETED"], chain.logs()
+        assert "alice/model@main, commit" in chain.command("status").stdout
+        pulled = cluster.out(sys.executable, "-c", PULL, **chain.settings).strip()
+        assert Path(pulled).read_bytes() == (reference / "train/model.safetensors").read_bytes()
+        nothing = chain.command("submit", "hub.repo=alice/model")
+        assert "every stage is complete" in nothing.stdout, nothing.stdout + nothing.stderr
+    finally:
+        hub.kill()
+        hub.wait(30)
 
 
 def test_body_that_meets_on_localhost_trains_nothing(cluster, chain):

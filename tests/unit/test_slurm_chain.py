@@ -11,7 +11,7 @@ import yaml
 from trainer.chain import settings as chain_settings
 from trainer.chain import slurm, status, submit
 from trainer.chain.settings import Settings
-from trainer.chain.stages import chain, missing
+from trainer.chain.stages import Stage, chain, missing
 from trainer.config import load_recipe, to_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,7 +53,9 @@ def finish(settings, *artifacts):
     for name in artifacts:
         folder = settings.run / name
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").write_text(json.dumps({"files": {}, "metrics": {"accuracy": 0.5}}))
+        phase, _, module = name.partition("_")
+        result = {"phase": phase, "module": int(module) if module else None, "files": {}, "metrics": {"accuracy": 0.5}}
+        (folder / "result.json").write_text(json.dumps(result))
 
 
 def calls(fake, program):
@@ -110,6 +112,40 @@ def test_stages_of_a_recipe_with_baselines_and_a_hub_teacher():
     assert [s.name for s in chain(load_recipe(RECIPE))] == ["teacher", "meta", "distill", "train", "evaluate"]
     *_, train, evaluate = chain(load_recipe(RECIPE, ["train.start=scratch"]))
     assert train.artifacts == evaluate.inputs == ("train_scratch",) and evaluate.artifacts == ("evaluate_scratch",)
+
+
+def test_a_recipe_with_a_hub_repo_checks_it_first_and_pushes_last():
+    recipe = load_recipe(RECIPE, ["hub.repo=alice/model"])
+    first, *_, last = chain(recipe)
+    assert first.name == "download" and chain(recipe)[1].needs == ("download",)
+    assert last == Stage("push", "push", ("download", "evaluate"), ("train", "evaluate"), ("push",))
+
+
+def test_jobs_of_the_push_and_the_download_need_internet_and_no_gpu(tmp_path, fake):
+    settings = settings_for(tmp_path, nodes="2", partition="gpu", download_partition="login",
+                            overrides=("hub.repo=alice/model",))  # fmt: skip
+    submit.submit(settings)
+    for name in ("download", "push"):
+        lines = (settings.run / f"slurm/1/{name}.sbatch").read_text().splitlines()
+        assert {"#SBATCH --nodes=1", "#SBATCH --ntasks-per-node=1", "#SBATCH --partition=login", "GPUS=0"} <= set(lines)
+        assert not any("gres" in line for line in lines if line.startswith("#SBATCH"))
+    assert [(row.stage, row.depends) for row in submit.rows(settings.run)][-1] == ("push", "101:106")
+    assert f"--ds_config {settings.run}/slurm/1/ds_config.json --phase push" in "\n".join(lines)
+
+
+def test_a_push_is_missing_when_its_input_or_its_goal_is_another(tmp_path):
+    settings, recipe = settings_for(tmp_path), load_recipe(RECIPE, ["hub.repo=alice/model"])
+    push = chain(recipe)[-1]
+    assert missing(push, settings.run, recipe) == [0]
+    finish(settings, "train", "evaluate", "push")
+    path = settings.run / "push/result.json"
+    goal = {"repo": "alice/model", "revision": "main", "commit": "abcdef0123"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | goal))
+    assert missing(push, settings.run, recipe) == []
+    assert status.progress(settings.run, "push") == "alice/model@main, commit abcdef0"
+    assert missing(push, settings.run, load_recipe(RECIPE, ["hub.repo=alice/model", "hub.revision=v2"])) == [0]
+    os.utime(settings.run / "push/result.json", (50, 50))
+    assert missing(push, settings.run, recipe) == [0]
 
 
 def test_evaluation_older_than_the_training_is_missing(tmp_path):
@@ -227,6 +263,16 @@ def test_status_tells_state_progress_and_reason(tmp_path, fake, capsys):
     assert "FAILED" in lines["distill_1"] and "out of luck (restart 1)" in lines["distill_1"]
     assert "waits: Dependency" in lines["train"]
     assert "ENDED" in lines["evaluate"]  # Slurm no longer knows it
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_the_job_body_reads_the_newest_save_not_the_best(tmp_path, indent):
+    folder = tmp_path / "train/checkpoints"
+    folder.mkdir(parents=True)
+    names = {"tag": "step_00000120", "best": "step_00000040"}
+    (folder / "latest.json").write_text(json.dumps(names, indent=indent) + "\n")
+    command = f"RUN={tmp_path} artifact=train; source {ROOT}/slurm/common.sh; saved_step"
+    assert subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout == "120\n"
 
 
 def test_status_without_a_controller_shows_the_disk(tmp_path, fake, capsys, monkeypatch):

@@ -1,135 +1,87 @@
-"""Teachers from a hub: the real client against a stand-in on this machine."""
+"""Teachers from a hub: the real client against the stand-in on this machine."""
 
-import http.server
 import shutil
-import threading
-from functools import partial
-from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 from vit_families import images, save_timm, save_transformers, tiny
 
-from models import hub_files
 from models.teacher import load_teacher
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """The two calls of the hub that a download makes: HEAD and GET of owner/name/resolve/revision/file."""
-
-    root: Path  # holds owner/name/commit/file
-    branches = {"main": "b" * 40, "v1": "a" * 40}  # noqa: RUF012
-    asked: list[str]
-
-    def do_HEAD(self):
-        self.do_GET()
-
-    def do_GET(self):
-        owner, name, _, revision, filename = self.path.lstrip("/").split("/", 4)
-        self.asked.append(f"{revision}/{filename}")
-        if name == "gated":
-            return self.answer(403, {"X-Error-Code": "GatedRepo"})
-        if not (self.root / owner / name).is_dir():
-            return self.answer(401, {"X-Error-Code": "RepoNotFound"})
-        commit = self.branches.get(revision, revision)
-        if not (self.root / owner / name / commit).is_dir():
-            return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-        path = self.root / owner / name / commit / filename
-        if not path.is_file():
-            return self.answer(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
-        body = path.read_bytes()
-        return self.answer(200, {"X-Repo-Commit": commit, "ETag": f'"{hash(body)}"'}, body)
-
-    def answer(self, status: int, headers: dict[str, str], body: bytes = b""):
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *arguments):
-        pass
+from tests.hub_server import HubServer
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    handler = type("TestHub", (Hub,), {"root": tmp_path / "hub", "asked": []})
-    (tmp_path / "hub").mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    download = partial(
-        huggingface_hub.hf_hub_download,
-        endpoint=f"http://127.0.0.1:{server.server_port}",
-        cache_dir=tmp_path / "cache",
-        token=False,
-    )
-    monkeypatch.setattr(hub_files, "hf_hub_download", download)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield handler
-    server.shutdown()
-    server.server_close()
+    with HubServer() as hub:
+        hub.connect(monkeypatch, tmp_path / "home", token=None)
+        yield hub
 
 
-def test_hub_revision_is_pinned_and_recorded(hub, monkeypatch):
-    repo = hub.root / "someone" / "vit"
-    old = save_transformers(repo / ("a" * 40), "ViTForImageClassification", num_labels=3)
-    save_transformers(repo / ("b" * 40), "ViTForImageClassification", num_labels=6)
-    (repo / ("a" * 40) / "pytorch_model.bin").write_bytes(b"never read")
+def asked(hub) -> set[tuple[str, str]]:
+    """(revision, file) of every file asked for."""
+    return {tuple(path.split("/resolve/")[1].split("/", 1)) for step, path in hub.requests if step == "resolve"}
+
+
+def test_hub_revision_is_pinned_and_recorded(hub, monkeypatch, tmp_path):
+    old = save_transformers(tmp_path / "old", "ViTForImageClassification", num_labels=3)
+    save_transformers(tmp_path / "new", "ViTForImageClassification", num_labels=6)
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"never read")
+    v1, main = hub.seed("someone/vit", tmp_path / "old", "v1"), hub.seed("someone/vit", tmp_path / "new")
 
     teacher = load_teacher("someone/vit@v1")
     assert teacher.num_classes == 3
-    assert teacher.source == f"someone/vit@{'a' * 40}"
+    assert teacher.source == f"someone/vit@{v1}"
     with torch.no_grad():
         assert torch.allclose(teacher.model(images()), old(images()).logits, rtol=0, atol=1e-5)
     # the branch is asked for once; every other file comes from the commit it was then
-    assert {name for name in hub.asked if not name.startswith("a" * 40)} == {"v1/config.json"}
+    assert {(revision, name) for revision, name in asked(hub) if revision != v1} == {("v1", "config.json")}
     assert load_teacher("someone/vit", revision="v1").source == teacher.source
-    assert load_teacher("someone/vit").source == f"someone/vit@{'b' * 40}"
-    assert not any(name.endswith(".bin") for name in hub.asked)
+    assert load_teacher("someone/vit").source == f"someone/vit@{main}"
+    assert not any(name.endswith(".bin") for _, name in asked(hub))
 
     with pytest.raises(ValueError, match="two revisions"):
         load_teacher("someone/vit@v1", revision="main")
     # everything cached: works without a hub, and says which commit it was
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert load_teacher("someone/vit@v1").source == teacher.source
 
 
-def test_hub_timm_layout(hub):
+def test_hub_timm_layout(hub, tmp_path):
     model = tiny("deit3").requires_grad_(False)
-    save_timm(hub.root / "timm" / "deit3" / ("a" * 40), model)
+    save_timm(tmp_path / "deit3", model)
+    commit = hub.seed("timm/deit3", tmp_path / "deit3", "v1")
     for source in ("timm/deit3@v1", "hf-hub:timm/deit3@v1"):
         teacher = load_teacher(source)
-        assert teacher.source == f"timm/deit3@{'a' * 40}"
+        assert teacher.source == f"timm/deit3@{commit}"
         assert torch.equal(teacher.model(images()), model(images()))
 
 
-def test_hub_family_is_refused_before_the_weights_are_downloaded(hub):
-    directory = hub.root / "someone" / "swin" / ("b" * 40)
-    transformers.SwinConfig().save_pretrained(directory)
-    (directory / "model.safetensors").write_bytes(b"large")
+def test_hub_family_is_refused_before_the_weights_are_downloaded(hub, tmp_path):
+    transformers.SwinConfig().save_pretrained(tmp_path / "swin")
+    (tmp_path / "swin" / "model.safetensors").write_bytes(b"large")
+    hub.seed("someone/swin", tmp_path / "swin")
     with pytest.raises(ValueError, match=r"someone/swin.*Swin"):
         load_teacher("someone/swin")
-    assert {name.split("/")[-1] for name in hub.asked} == {"config.json"}
+    assert {name for _, name in asked(hub)} == {"config.json"}
 
 
-def test_hub_pickled_weights_are_refused(hub):
-    directory = hub.root / "someone" / "old" / ("b" * 40)
-    save_transformers(directory, "ViTForImageClassification")
-    shutil.move(directory / "model.safetensors", directory / "pytorch_model.bin")
+def test_hub_pickled_weights_are_refused(hub, tmp_path):
+    save_transformers(tmp_path / "old", "ViTForImageClassification")
+    shutil.move(tmp_path / "old" / "model.safetensors", tmp_path / "old" / "pytorch_model.bin")
+    hub.seed("someone/old", tmp_path / "old")
     with pytest.raises(ValueError, match=r"someone/old.*Only safetensors"):
         load_teacher("someone/old")
 
 
-def test_sharded_weights_from_the_hub(hub):
-    directory = hub.root / "someone" / "big" / ("b" * 40)
+def test_sharded_weights_from_the_hub(hub, tmp_path):
+    directory = tmp_path / "big"
     model = save_transformers(directory, "ViTForImageClassification")
     (directory / "model.safetensors").unlink()
     model.save_pretrained(directory, max_shard_size="20KB")
     assert len(list(directory.glob("model-*.safetensors"))) > 1
+    hub.seed("someone/big", directory)
     with torch.no_grad():
         expected = model(images()).logits
     assert torch.allclose(load_teacher("someone/big").model(images()), expected, rtol=0, atol=1e-5)
@@ -144,13 +96,44 @@ def test_sharded_weights_from_the_hub(hub):
         ("not a/hub id", r"not a/hub id.*spelling"),
     ],
 )
-def test_hub_errors_name_the_id_and_the_next_step(hub, source, message):
-    save_timm(hub.root / "someone" / "there" / ("b" * 40), tiny("vit"))
+def test_hub_errors_name_the_id_and_the_next_step(hub, tmp_path, source, message):
+    save_timm(tmp_path / "there", tiny("vit"))
+    hub.seed("someone/there", tmp_path / "there")
+    hub.seed("someone/gated", tmp_path / "there", gated=True)
     with pytest.raises(ValueError, match=message):
         load_teacher(source)
 
 
 def test_hub_offline(hub, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"someone/vit.*HF_HUB_OFFLINE=1"):
         load_teacher("someone/vit")
+
+
+@pytest.mark.parametrize("kind, times", [("truncate", 1), ("truncate", 3), ("drop", 1), (503, 1)])
+def test_a_download_that_breaks_off_gives_the_teacher_or_an_error(hub, tmp_path, monkeypatch, kind, times):
+    model = tiny("vit").requires_grad_(False)
+    save_timm(tmp_path / "vit", model)
+    hub.seed("someone/vit", tmp_path / "vit")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    hub.fail("resolve", kind, times)
+    try:
+        teacher = load_teacher("someone/vit")
+    except ValueError as error:
+        assert "someone/vit" in str(error) and "\n" not in str(error)
+        teacher = load_teacher("someone/vit")  # once more, and nothing half-written is in the way
+    assert torch.equal(teacher.model(images()), model(images()))
+
+
+def test_a_hub_that_is_gone_never_gives_another_commit_than_the_pinned_one(hub, tmp_path):
+    """With the server away the client falls back to what a branch was when it was last seen; a commit is what it is."""
+    save_timm(tmp_path / "vit", tiny("vit"))
+    old = hub.seed("someone/vit", tmp_path / "vit")
+    assert load_teacher("someone/vit").source == f"someone/vit@{old}"
+    (tmp_path / "vit" / "README.md").write_text("newer")
+    new = hub.seed("someone/vit", tmp_path / "vit")
+    hub.stop()
+    with pytest.raises(ValueError, match=rf"someone/vit.*{new}"):
+        load_teacher(f"someone/vit@{new}")
+    assert load_teacher(f"someone/vit@{old}").source == f"someone/vit@{old}"
+    assert load_teacher("someone/vit").source == f"someone/vit@{old}"  # and says so

@@ -1,4 +1,6 @@
-"""Stage download, on a CPU node with internet: fill the Hugging Face caches, so that compute nodes can work offline.
+"""Stage download, on a CPU node with internet, before all others: what can only be done there.
+
+It fills the Hugging Face caches, so that compute nodes can work offline, and asks whether the push at the end may be.
 
 python -m trainer.chain.download --recipe RUN/slurm/1/recipe.yaml --out RUN
 """
@@ -16,16 +18,19 @@ from trainer.config import load_recipe
 
 
 def main() -> int:
-    """Open the teacher and the data once, as the phases will, and leave RUN/download/result.json."""
+    """Open teacher and data once, as the phases will, check the hub, and leave RUN/download/result.json."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     recipe, started = load_recipe(options.recipe), time.monotonic()
     from models.teacher import load_teacher
+    from trainer import hub
     from trainer.data.sources import open_source
 
     try:
+        if recipe.hub.repo:
+            hub.check_hub(recipe.hub)
         if recipe.teacher.source:
             load_teacher(recipe.teacher.source)
         for split in ("train", "val"):

@@ -6,14 +6,13 @@ python -m trainer.chain.dryrun --recipe R --ds_config J --out RUN --ranks 'nodes
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -41,17 +40,24 @@ def main() -> int:
     parser.add_argument("--ranks", required=True, help="JSON: stage -> [nodes, ranks per node]")
     options = parser.parse_args()
     ranks = json.loads(options.ranks)
-    report = {"checks": [], "problems": [], "flops": {}}
+    report = {}
     with tempfile.TemporaryDirectory() as folder:
         dry = DryRun(load_recipe(options.recipe), read_ds_config(options.ds_config), Path(options.out), ranks, folder)
-        for name, check in dry.checks():
-            try:
-                report["checks"].append(f"{name}: {check()}")
-            except (ValueError, OSError, RuntimeError) as error:
-                report["problems"].append(f"{name}: {error}")
+        report["checks"], report["problems"] = carry_out(dry.checks())
         report["flops"] = dry.flops
     Path(options.report).write_text(json.dumps(report))
     return 0
+
+
+def carry_out(checks: Iterable[tuple[str, Callable[[], str]]]) -> tuple[list[str], list[str]]:
+    """What was found and what is wrong, as "name: text"; one cause that stops several checks is said once."""
+    good, problems = [], {}
+    for name, check in checks:
+        try:
+            good.append(f"{name}: {check()}")
+        except (ValueError, OSError, RuntimeError) as error:
+            problems.setdefault(str(error), f"{name}: {error}")
+    return good, list(problems.values())
 
 
 class DryRun:
@@ -62,6 +68,7 @@ class DryRun:
         self.ds_values = ds_values
         self.run = self._run("meta")
         self.flops: dict[str, float] = {}  # of a whole stage, per artifact
+        self.images: dict[str, float] = {}  # passed through it in training, per artifact
         self.parameters = 0
 
     def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
@@ -84,12 +91,14 @@ class DryRun:
         return f"{train.name}, {len(train):,} training and {len(val):,} validation images, {len(train.labels)} classes"
 
     def hub(self) -> str:
-        """What compute nodes cannot download, and whether there is a token for gated and private repositories."""
-        names = hub_names(self.recipe)
-        if not names:
-            return "nothing is needed from the hub"
+        """What compute nodes cannot download, and whether there is a token for private repositories and the push."""
+        names, repo = hub_names(self.recipe), self.recipe.hub.repo
         token = "HF_TOKEN" in os.environ or (_hf_home() / "token").is_file()
-        return f"{', '.join(names)} by the download job; {'a' if token else 'no'} token for gated or private ones"
+        if repo and not token:
+            raise ValueError(f"no token to push to {repo}: log in with `hf auth login`, or set HF_TOKEN")
+        found = f"{', '.join(names)} by the download job; {'a' if token else 'no'} token for gated or private ones"
+        pushed = f"{repo}, which the download job checks or makes, is pushed to" if repo else ""
+        return "; ".join(filter(None, [found if names else "nothing is needed from the hub", pushed]))
 
     def new_teacher(self) -> str:
         """The teacher the chain trains, with random weights in a temporary folder."""
@@ -100,7 +109,7 @@ class DryRun:
             mlp_dim=t.mlp_dim, labels=self.run.labels, preprocessing=preprocessing,
         )  # fmt: skip
         save_teacher(model, self.scratch, preprocessing)
-        self.run = dataclasses.replace(self.run, planned_teacher=load_teacher(self.scratch))
+        self.run = self.run.with_teacher(load_teacher(self.scratch))
         self._cost("teacher", "teacher", training_flops(self.run.teacher.model, self.run.tokens))
         return self.given_teacher()
 
@@ -146,6 +155,8 @@ class DryRun:
         before = sum(v for k, v in self.flops.items() if k == "meta" or k.startswith("distill_"))
         self.flops["train_scratch"] = self.flops["train"]
         self.flops["train_scratch_equal_cost"] = self.flops["train"] + math.ceil(before / epoch) * epoch
+        for name in ("train_scratch", "train_scratch_equal_cost"):
+            self.images[name] = self.flops[name] / objective.flops_per_image
         return f"student of {sum(p.numel() for p in student.parameters()) / 1e6:.3g} M parameters; {found}"
 
     def disk(self) -> str:
@@ -165,7 +176,8 @@ class DryRun:
         settings = run.settings(section, schedule, experts)
         per_epoch = epoch_length(self.run.data, settings)
         steps = schedule.epochs * per_epoch
-        self.flops[artifact] = float(steps * settings.global_batch * flops_per_image)
+        self.images[artifact] = float(steps * settings.global_batch)
+        self.flops[artifact] = self.images[artifact] * flops_per_image
         return (f"{steps:,} steps of {settings.global_batch} images on {run.dist.world} ranks (micro-batch "
                 f"{settings.micro_batch} x {settings.accumulation}, ep {settings.ep_size})")  # fmt: skip
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.chain import slurm
-from trainer.chain.settings import STAGES, Settings
+from trainer.chain.settings import ONLINE, STAGES, Settings
 from trainer.chain.stages import chain
 from trainer.chain.status import table
 from trainer.chain.submit import ROOT, Order, dependency, header, load, plan_orders, write_folder
@@ -65,7 +65,7 @@ def commands(settings: Settings, orders: Sequence[Order]) -> str:
         if order.stage.overrides:
             run += " " + shlex.join(order.stage.overrides)
         module = " --module $SLURM_ARRAY_TASK_ID" if order.stage.array else ""
-        tasks = settings.nodes_of(order.stage.name) * settings.ranks_per_node
+        tasks = 1 if order.stage.phase in ONLINE else settings.nodes_of(order.stage.name) * settings.ranks_per_node
         if order.stage.phase != "download":
             lines.append(
                 f"#   runs, as {tasks} tasks: {' '.join(run.split())}{module} {shlex.join(order.stage.overrides)}"
@@ -81,7 +81,7 @@ def cost(
     lines, expected, limit = [], 0.0, 0.0
     for order in orders:
         name = order.stage.name
-        units = 0 if order.stage.phase == "download" else settings.nodes_of(name) * settings.ranks_per_node
+        units = 0 if order.stage.phase in ONLINE else settings.nodes_of(name) * settings.ranks_per_node
         needed = [flops.get(order.stage.artifacts[i]) for i in order.elements]
         hours = sum(needed) / flops_per_second / 3600 if None not in needed else None
         most = len(order.elements) * units * settings.hours_of(name)
@@ -95,7 +95,17 @@ def cost(
 
 def speed(settings: Settings) -> tuple[float, str]:
     """FLOP/s of one rank and where the number is from: this run, --speed-from, or an assumption said to be one."""
-    for folder in [settings.run, *([Path(settings.speed_from)] if settings.speed_from else [])]:
+    folders = [settings.run, *([Path(settings.speed_from)] if settings.speed_from else [])]
+    return measured_speed(folders) or (
+        ASSUMED_FLOPS,
+        f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s per GPU, an assumption (no stage of {settings.run} is finished; "
+        "--speed-from FINISHED_RUN uses a measured one)",
+    )
+
+
+def measured_speed(folders: Sequence[Path]) -> tuple[float, str] | None:
+    """FLOP/s of one rank in the slowest finished stage of the first of these run folders that has one, and its name."""
+    for folder in folders:
         found = []
         for path in sorted(folder.glob("*/result.json")):
             result = json.loads(path.read_text())
@@ -104,8 +114,7 @@ def speed(settings: Settings) -> tuple[float, str]:
         if found:
             slowest, stage = min(found)
             return slowest, f"{slowest / 1e9:.3g} GFLOP/s per rank, measured in {folder / stage} (its slowest stage)"
-    return ASSUMED_FLOPS, (f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s per GPU, an assumption (no stage of {settings.run} is "
-                           "finished; --speed-from FINISHED_RUN uses a measured one)")  # fmt: skip
+    return None
 
 
 def _dry_run(settings: Settings, recipe: Recipe, folder: Path) -> dict:

@@ -14,7 +14,9 @@ from typing import Any
 from trainer.schema import knob, require
 
 COMMANDS = ("submit", "plan", "status", "cancel")
-STAGES = ("download", "teacher", "meta", "distill", "train", "train_scratch", "train_scratch_equal_cost", "evaluate")
+STAGES = ("download", "teacher", "meta", "distill", "train", "train_scratch", "train_scratch_equal_cost", "evaluate",
+          "push")  # fmt: skip
+ONLINE = ("download", "push")  # one task without GPU on a node with internet
 TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 
 
@@ -32,7 +34,7 @@ class Settings:
     mem: str = knob("", "memory per node, as sbatch --mem; empty = the cluster's default")
     time: str = knob("24:00:00", "time limit of one job; per stage: 24:00:00,evaluate=01:00:00")
     partition: str = knob("", "partition; empty = the cluster's default, here and below")
-    download_partition: str = knob("", "partition of the CPU job that downloads teacher and data")
+    download_partition: str = knob("", "partition of the CPU jobs that download and push")
     account: str = knob("", "account to charge")
     qos: str = knob("", "quality of service")
     constraint: str = knob("", "node features")
@@ -77,7 +79,7 @@ class Settings:
         """Nodes of a stage's jobs."""
         value = _per_stage("nodes", self.nodes, stage)
         require(value.isdigit(), "nodes", self.nodes, 'a whole number, or "4,distill=1"')
-        return 1 if stage == "download" else int(value)
+        return 1 if stage in ONLINE else int(value)
 
     def time_of(self, stage: str) -> str:
         """Time limit of a stage's jobs."""

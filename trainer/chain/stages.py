@@ -8,6 +8,8 @@ from pathlib import Path
 from trainer.artifacts import artifact_name, require
 from trainer.schema import Recipe
 
+FOLLOWING = ("evaluate", "push")  # done again when what they look at was made anew
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -28,7 +30,7 @@ def chain(recipe: Recipe) -> list[Stage]:
     The same phases as --phase all, with the baselines as jobs of their own.
     """
     stages, first, teacher = [], (), ()
-    if hub_names(recipe):
+    if hub_names(recipe) or recipe.hub.repo:
         stages.append(Stage("download", "download", (), (), ("download",)))
         first = ("download",)
     if not recipe.teacher.source:
@@ -48,6 +50,8 @@ def chain(recipe: Recipe) -> list[Stage]:
             stages.append(Stage(name, "train", after, inputs, (name,), (f"train.start={start}",)))
     evaluated = artifact_name("evaluate", start=recipe.train.start)
     stages.append(Stage("evaluate", "evaluate", ("train",), (trained,), (evaluated,)))
+    if recipe.hub.repo:
+        stages.append(Stage("push", "push", ("download", "evaluate"), (trained, evaluated), ("push",)))
     return stages
 
 
@@ -67,10 +71,16 @@ def missing(stage: Stage, out: Path, recipe: Recipe) -> list[int]:
     for i, name in enumerate(stage.artifacts):
         if not (out / name / "result.json").is_file():
             todo.append(i)
-        elif stage.phase == "evaluate":
+        elif stage.phase in FOLLOWING:
             made = [(out / n / "result.json").stat().st_mtime for n in (*stage.inputs, name) if (out / n).is_dir()]
-            if made != sorted(made):  # trained anew since
+            elsewhere = stage.phase == "push" and _pushed_to(out, recipe) != [recipe.hub.repo, recipe.hub.revision]
+            if made != sorted(made) or elsewhere:  # an input was made anew since
                 todo.append(i)
         elif stage.phase != "download":
             require(out, name, recipe, "the chain")
     return todo
+
+
+def _pushed_to(out: Path, recipe: Recipe) -> list[str]:
+    _, result = require(out, "push", recipe, "the chain")
+    return [result["repo"], result["revision"]]

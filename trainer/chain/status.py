@@ -44,7 +44,10 @@ def progress(run: Path, artifact: str) -> str:
     """Epoch, accuracy of the last evaluation and ETA of a stage, as far as known."""
     result, metrics = run / artifact / "result.json", run / artifact / "metrics.jsonl"
     if result.is_file():
-        accuracy = json.loads(result.read_text()).get("metrics", {}).get("accuracy")
+        made = json.loads(result.read_text())
+        if "repo" in made:
+            return f"{made['repo']}@{made['revision']}, commit {made['commit'][:7]}"
+        accuracy = made.get("metrics", {}).get("accuracy")
         return "complete" if accuracy is None else f"accuracy {accuracy:.1%}"
     parts = []
     log = _rank0_log(run, artifact)

@@ -21,8 +21,8 @@ import yaml
 
 from trainer import artifacts
 from trainer.chain import slurm
-from trainer.chain.settings import Settings
-from trainer.chain.stages import Stage, chain, missing
+from trainer.chain.settings import ONLINE, Settings
+from trainer.chain.stages import FOLLOWING, Stage, chain, missing
 from trainer.config import load_recipe, to_dict
 from trainer.ds_config import read_ds_config, resolve
 from trainer.schema import Recipe
@@ -95,7 +95,7 @@ def plan_orders(settings: Settings, recipe: Recipe, folder: Path) -> list[Order]
     for stage in chain(recipe):
         elements = missing(stage, settings.run, recipe)
         again = [order.stage.name for order in orders if order.stage.name in stage.needs]
-        if again and stage.phase == "evaluate":
+        if again and stage.phase in FOLLOWING:
             elements = [0]
         if elements:
             script = folder / f"{stage.name}.sbatch"
@@ -124,7 +124,7 @@ def render(settings: Settings, stage: Stage, folder: Path) -> str:
         "ROOT": str(ROOT), "RUN": str(settings.run), "STAGE": stage.name, "PHASE": stage.phase,
         "ARTIFACTS": list(stage.artifacts), "INPUTS": list(stage.inputs), "TRAINER_ARGS": arguments,
         "PYTHON": settings.python, "ENV_FILE": settings.env_file, "SRUN_ARGS": shlex.split(settings.srun_args),
-        "GPUS": 0 if stage.phase == "download" else settings.gpus_per_node, "WARN_SECONDS": settings.warn_seconds,
+        "GPUS": 0 if stage.phase in ONLINE else settings.gpus_per_node, "WARN_SECONDS": settings.warn_seconds,
         "MAX_REQUEUES": settings.max_requeues, "MAX_IDLE_REQUEUES": settings.max_idle_requeues,
     }  # fmt: skip
     lines = [f"#SBATCH {flag}" for flag in header(settings, stage)] + [""]
@@ -137,7 +137,7 @@ def render(settings: Settings, stage: Stage, folder: Path) -> str:
 def header(settings: Settings, stage: Stage) -> list[str]:
     """The sbatch flags of a stage that do not depend on what is missing."""
     log = settings.run / "logs" / f"{stage.name}-{'%A_%a' if stage.array else '%j'}.out"
-    cpu_only = stage.phase == "download"
+    cpu_only = stage.phase in ONLINE
     flags = {
         "job-name": f"{settings.run.name}-{stage.name}",
         "output": str(log),

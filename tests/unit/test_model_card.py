@@ -1,0 +1,147 @@
+"""The model card: what the hub reads out of it, and what it tells for each kind of run."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from tests.run_folder import finish_run, new_recipe, new_student
+from trainer import artifacts
+from trainer.config import build
+from trainer.model_card import PICTURE, hub_id, trained_with, write_card
+from trainer.schema import Recipe
+
+
+@pytest.fixture(autouse=True)
+def quick_commit(monkeypatch):
+    monkeypatch.setattr(artifacts, "git_commit", lambda: "0123abc+changes")
+
+
+@pytest.fixture(scope="module")
+def student():
+    return new_student()
+
+
+def card_of(out: Path, student, license: str | None = None, stages: tuple[str, ...] = (), **sections) -> ModelCard:
+    recipe = new_recipe(**sections)
+    finish_run(out, recipe, student)
+    return ModelCard(write_card(out, recipe, license, stages)["README.md"].decode())
+
+
+def test_the_hub_finds_metrics_data_and_licence(tmp_path, student):
+    sections = {
+        "data": {"source": "hub", "path": "ILSVRC/imagenet-1k@v1", "val_split": "val"},
+        "teacher": {"source": "hf-hub:timm/deit3@v2"},
+        "hub": {"license": "mit"},
+    }
+    card = card_of(tmp_path, student, "apache-2.0", **sections)
+    data = card.data
+    assert (data.license, data.datasets, data.pipeline_tag) == ("mit", ["ILSVRC/imagenet-1k"], "image-classification")
+    assert data.model_name == "model"
+    found = [(r.metric_type, r.metric_value, r.dataset_type, r.dataset_split, r.dataset_revision)
+             for r in data.eval_results]  # fmt: skip
+    assert found == [("accuracy", 0.8, "ILSVRC/imagenet-1k", "val", "v1"),
+                     ("loss", 0.625, "ILSVRC/imagenet-1k", "val", "v1")]  # fmt: skip
+    assert "[timm/deit3](https://huggingface.co/timm/deit3), revision `v2`; licence apache-2.0." in card.text
+
+
+def test_what_a_stranger_reads(tmp_path, student):
+    card = card_of(tmp_path, student, stages=("meta", "distill_0"), hub={"revision": "v3"})
+    for line in (
+        "2 blocks of width 16, patches of 4 pixels, images of 8 pixels; experts in blocks `1`: 2 per block, 1 used",
+        "| accuracy | 0.8 |",
+        "Measured by phase evaluate, on the published weights, on every image of split `validation`.",
+        "normalised with mean [0.5, 0.5, 0.5] and std [0.25, 0.25, 0.25]",
+        "A small vision transformer trained in the same run",
+        "Its accuracy on the same images: 0.75.",
+        "| 1 | 0.65 | 0.55 |",  # module 1: the teacher's, the student's
+        "| distill_1 | 1e+09 | 10 | 100 |",
+        "| total | 6e+09 | 60 | 600 |",  # four times 1e9, and 2e9
+        "2 x CPU (expert parallel 2) for `train`",
+        f"]({PICTURE})",
+        'VMoE.from_pretrained("alice/model", revision="v3")',
+        "Trained with commit `0123abc` of m2mkd",
+        "(`meta/`, `distill_0/`): recipes can start from them with `meta.source=alice/model@v3`",
+        "arxiv.org/abs/2402.16918",
+        "@misc{m2mkd2024",
+    ):
+        assert line in card.text, line
+    assert "None" not in card.content and "license" not in card.data.to_dict()
+
+
+def test_without_a_current_evaluation_the_end_of_training_counts(tmp_path, student):
+    recipe = new_recipe()
+    finish_run(tmp_path, recipe, student)
+    os.utime(tmp_path / "evaluate/result.json", (1, 1))  # measured before the student was trained anew
+    text = write_card(tmp_path, recipe, None, ())["README.md"].decode()
+    assert "| accuracy | 0.8125 |" in text and "Measured at the end of training" in text
+    (tmp_path / "evaluate/result.json").unlink()
+    assert write_card(tmp_path, recipe, None, ())["README.md"].decode() == text
+
+
+def test_a_student_from_scratch_has_no_teacher(tmp_path, student):
+    card = card_of(tmp_path, student, train={"start": "scratch"}, teacher={"source": "timm/deit3"})
+    assert "trained from scratch" in card.text and "None in this run." in card.text
+    assert "inside the meta model" not in card.text and "deit3" not in card.text
+    assert "| total | 2e+09 | 20 | 200 |" in card.text
+
+
+def test_what_others_trained_is_named(tmp_path, student):
+    recipe = new_recipe(train={"init": "someone/vmoe@v1"})
+    finish_run(tmp_path / "init", recipe, student)
+    text = write_card(tmp_path / "init", recipe, None, ())["README.md"].decode()
+    assert "began from the weights of [someone/vmoe](https://huggingface.co/someone/vmoe), revision `v1`." in text
+    recipe = new_recipe(meta={"source": "someone/pair"})
+    finish_run(tmp_path / "pair", recipe, student)
+    path = tmp_path / "pair/meta/result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"source": "someone/pair@abc"}))
+    text = write_card(tmp_path / "pair", recipe, None, ())["README.md"].decode()
+    assert "| meta, from [someone/pair](https://huggingface.co/someone/pair), revision `abc` | 1e+09 |" in text
+
+
+def test_the_card_does_not_tell_paths_of_this_machine(tmp_path, student):
+    images = tmp_path / "private" / "pets"
+    card = card_of(tmp_path / "out", student, data={"source": "folder", "path": str(images)},
+                   teacher={"source": str(tmp_path / "private" / "vit")})  # fmt: skip
+    assert str(tmp_path) not in card.content
+    assert "pets: trained on split" in card.text and "a local directory `vit`." in card.text
+    assert card.data.eval_results[0].dataset_type == "imagefolder" and card.data.get("datasets") is None
+
+
+def test_the_same_run_gives_the_same_card_and_no_matplotlib_no_picture(tmp_path, student, monkeypatch):
+    recipe = new_recipe()
+    finish_run(tmp_path, recipe, student)
+    first = write_card(tmp_path, recipe, None, ())
+    assert first == write_card(tmp_path, recipe, None, ()) and first[PICTURE].startswith(b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for name in [name for name in sys.modules if name.startswith(("matplotlib.", "trainer.report_plots"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("trainer.report_plots", raising=False)
+    assert set(write_card(tmp_path, recipe, None, ())) == {"README.md"}
+
+
+@pytest.mark.parametrize(
+    "source, found",
+    [
+        ("timm/vit", ("timm/vit", None)),
+        ("hf-hub:timm/vit@v1", ("timm/vit", "v1")),
+        ("./teacher", None),
+        ("/data/vit", None),
+        ("local-dir:vit", None),
+        (str(Path(__file__).parent), None),
+        ("", None),
+    ],
+)
+def test_names_of_the_hub(source, found):
+    assert hub_id(source) == found
+
+
+def test_the_teachers_commit_is_the_one_of_training(tmp_path):
+    recipe = build(Recipe, {"teacher": {"source": "timm/vit"}})
+    assert trained_with(tmp_path, recipe) == "timm/vit"
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "meta/result.json").write_text('{"teacher": {"source": "timm/vit@abc"}}')
+    assert trained_with(tmp_path, recipe) == "timm/vit@abc"

@@ -1,0 +1,86 @@
+"""Phase push: the trained student and its model card to the hub, as the recipe's section hub says.
+
+OUT/push records what was pushed where. It is complete as long as a push would send just that to just there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import TypeVar
+
+from trainer import artifacts, hub
+from trainer.context import Run
+from trainer.dist import Dist
+from trainer.interrupt import HEARTBEAT
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def run(run: Run) -> None:
+    """Push OUT/train and write OUT/push."""
+    target, started = run.recipe.hub, time.perf_counter()
+    planned = _on_main(run.dist, lambda: _plan(run))
+    folder, done = run.open("push")
+    if done:
+        return
+    commit = _on_main(run.dist, lambda: hub.push(planned[0], target))
+    if run.dist.main:
+        plan, teacher_license = planned
+        result = {
+            "phase": "push",
+            "module": None,
+            "metrics": {},
+            "repo": plan.repo,
+            "revision": plan.revision,
+            "commit": commit,
+            "pushed": plan.digests,
+            "teacher_license": teacher_license,
+            "seconds": time.perf_counter() - started,
+            "command": run.command,
+        }
+        artifacts.write_result(folder, result)
+        log.info("pushed to %s@%s, commit %s", plan.repo, plan.revision, commit)
+    run.dist.barrier()
+
+
+def _plan(run: Run) -> tuple[hub.Plan, str | None]:
+    """What to push and the teacher's licence; takes away the result of an earlier push that it does not match."""
+    path = run.out / "push" / "result.json"
+    try:
+        before = json.loads(path.read_text())
+        known = before["teacher_license"]
+    except (FileNotFoundError, ValueError, KeyError):
+        before, known = {}, hub.find_teacher_license(run.out, run.recipe)
+    plan = hub.plan(run.out, run.recipe, known)
+    there = [before.get(key) for key in ("repo", "revision", "pushed")]
+    if there != [plan.repo, plan.revision, plan.digests]:
+        path.unlink(missing_ok=True)
+    return plan, known
+
+
+def _on_main(dist: Dist, work: Callable[[], T]) -> T | None:
+    """work() on rank 0, None on the others (collective).
+
+    All ranks stay in touch meanwhile: an upload may outlast the time after which a waiting rank takes the others for
+    dead, or itself for hung.
+    """
+    outcome: Future[T] = Future()
+
+    def body() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    if dist.main:
+        threading.Thread(target=body, daemon=True, name="push").start()  # daemon: Ctrl-C need not wait for it
+    while not dist.gather(dist.main and bool(wait([outcome], timeout=1.0).done))[0]:
+        HEARTBEAT.beat()
+    with dist.together():
+        return outcome.result() if dist.main else None
