@@ -8,13 +8,11 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
+from trainer.report_data import END_SHARE, FLOP_UNITS, Loads, at_end
+
 # Okabe and Ito's colour-blind safe set; markers tell the runs apart in grey too
 STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"))
 GREY = "#555555"
-FLOP_UNITS = {1e21: "ZFLOP", 1e18: "EFLOP", 1e15: "PFLOP", 1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP", 1.0: "FLOP"}
-END_SHARE = 0.1  # of the logged steps: what "at the end" of training averages over
-
-Loads = Mapping[str, Sequence[tuple[int, Sequence[float]]]]  # layer -> (step, load per expert) of each logged step
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def draw_expert_load(path: Path, runs: Mapping[str, Loads]) -> None:
     figure = Figure(figsize=(4.6 * len(runs) + 1.4, 0.32 * most + 6.2), layout="constrained")
     axes = figure.subplots(2, len(runs), squeeze=False, height_ratios=[0.32 * most + 1.6, 3.2], sharey="row")
     figure.suptitle("Load of the experts")
-    ends = {name: {layer: _mean_at_end(steps) for layer, steps in loads.items()} for name, loads in runs.items()}
+    ends = {name: {layer: at_end(steps) for layer, steps in loads.items()} for name, loads in runs.items()}
     high = max(2.0, *(value for layers in ends.values() for row in layers.values() for value in row))
     for column, (name, loads) in enumerate(runs.items()):
         image = _draw_heatmap(axes[0, column], ends[name], TwoSlopeNorm(1.0, vmin=0.0, vmax=high))
@@ -124,11 +122,6 @@ def draw_expert_load(path: Path, runs: Mapping[str, Loads]) -> None:
     figure.colorbar(image, ax=list(axes[0]), label="load, share of uniform\n(1 = average expert of the layer)")
     figure.legend(*axes[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
-
-
-def _mean_at_end(steps: Sequence[tuple[int, Sequence[float]]]) -> list[float]:
-    last = [load for _, load in steps[-max(1, round(END_SHARE * len(steps))) :]]
-    return [sum(values) / len(last) for values in zip(*last)]
 
 
 def _draw_heatmap(axis: Axes, layers: Mapping[str, Sequence[float]], norm: TwoSlopeNorm):

@@ -1,16 +1,18 @@
-"""What a run tells while it runs: metrics.jsonl (one JSON row per logged step) and the progress bar or lines.
+"""What a run tells while it runs: metrics.jsonl (a JSON row per logged step), trackers, the progress bar or lines.
 
 Rank 0 only; no torch here. A row is a flat dict with at least "kind" ("train" | "eval"), "phase", "epoch" and "step".
 "step" counts the optimizer steps done, "epoch" of an evaluation the epochs done: after epoch 3 of 12 it is 3.
-Training rows hold loss, lr, images_per_s, time (unix) and, where they apply, "loss/<part>", grad_norm, accuracy and per
-MoE layer "load/<layer>" (share of the choices per expert), "kept/<layer>" and "gate_sum/<layer>". Evaluation rows hold
-accuracy (0..1), loss and images.
+Training rows hold loss, lr, images_per_s, memory (peak so far, bytes), time (unix) and, where they apply,
+"loss/<part>", grad_norm, accuracy and per MoE layer "load/<layer>" (share of the choices per expert), "kept/<layer>"
+and "gate_sum/<layer>". Evaluation rows hold accuracy (0..1), loss and images. events.jsonl beside it has a row for what
+happened to the run: {"event": "resumed", "step": 8, "time": ...}.
 """
 
 import json
 import math
 import os
 import re
+import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,9 +20,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+from trainer.trackers import Trackers
+
 
 class MetricsLog:
-    """Append-only metrics.jsonl of one phase; every row is flushed before write() returns.
+    """Append-only metrics.jsonl of one phase; every row is flushed before write() returns, and then given to trackers.
 
     A resumed run continues the file of the run it resumes: rows after `resume_step` are cut off in one atomic
     replacement, so that the file equals that of an uninterrupted run apart from timing. For this the rows of a step
@@ -29,17 +33,17 @@ class MetricsLog:
     Args:
         path: the file; its folder is created.
         resume_step: optimizer steps done at the checkpoint resumed from; 0 = from the start, which empties the file.
+        trackers: where rows go as well, as in run.trackers.
 
     Raises:
-        ValueError: when a line before the last one is not a JSON row.
+        ValueError: when a line before the last one is not a JSON row; a tracker that cannot start (see Trackers).
     """
 
-    def __init__(self, path: str | Path, resume_step: int = 0) -> None:
+    def __init__(self, path: str | Path, resume_step: int = 0, trackers: Sequence[str] = ()) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = []
-        if resume_step > 0 and self.path.exists():
-            kept = [line for line, row in _parsed_lines(self.path) if row["step"] <= resume_step]
+        before = _parsed_lines(self.path) if resume_step > 0 and self.path.exists() else []
+        kept = [line for line, row in before if row["step"] <= resume_step]
         rewritten = self.path.with_name(self.path.name + ".tmp")
         with rewritten.open("w") as file:
             file.writelines(line + "\n" for line in kept)
@@ -47,6 +51,10 @@ class MetricsLog:
             os.fsync(file.fileno())
         os.replace(rewritten, self.path)
         self._file = self.path.open("a")
+        sent = {row.get("kind"): row["step"] for _, row in before}  # steps only grow: the last one of each kind stays
+        self._trackers = Trackers(trackers, self.path.parent, resume_step, sent)
+        if resume_step:
+            self.event("resumed", resume_step)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; arrays and tensors become lists, non-finite floats null with their keys under "nonfinite"."""
@@ -61,9 +69,16 @@ class MetricsLog:
             plain["nonfinite"] = nonfinite
         self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
+        self._trackers.write(plain)
+
+    def event(self, name: str, step: int, **details: Any) -> None:
+        """Append to events.jsonl beside the file, which no resume cuts: "resumed", "rolled back", ..."""
+        with self.path.with_name("events.jsonl").open("a") as file:
+            file.write(json.dumps({"event": name, "step": step, "time": time.time(), **details}) + "\n")
 
     def close(self) -> None:
         self._file.close()
+        self._trackers.close()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -79,6 +94,18 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
         ValueError: when any other line is not a JSON row.
     """
     return [row for _, row in _parsed_lines(Path(path))]
+
+
+def peak_memory() -> int:
+    """Most memory this process has held so far, bytes: of its GPU where it trains on one, else of the machine."""
+    torch = sys.modules.get("torch")  # a process that has no torch yet holds nothing on a GPU
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)[1]) * 1024
+    except (OSError, TypeError):  # not Linux. There, ru_maxrss would count the launcher this process was forked from
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def relative_load(shares: Sequence[float]) -> list[float]:
@@ -205,8 +232,8 @@ def _parsed_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("not a row")
         except ValueError as error:
             if number == len(lines):
                 break

@@ -1,51 +1,23 @@
 """The report against run folders whose numbers are worked out by hand in the comments."""
 
-import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.report_folder import complete_run, put
 from trainer import report
+from trainer.report_data import read_phases
 
 ROOT = Path(__file__).parents[2]
-
-
-def put(folder, metrics=None, evaluations=None, flops=0.0, seconds=0.0, epochs=0, loads=(), **more):
-    """Write one phase; metrics None = unfinished."""
-    folder.mkdir(parents=True)
-    rows = [{"kind": "train", "phase": "train", "epoch": 0, "step": step, "loss": 1.0, "lr": 0.1, "load/10": load,
-             "load/9": [0.5, 0.5]} for step, load in enumerate(loads, start=1)]  # fmt: skip
-    for epoch, accuracy in (evaluations or {}).items():
-        rows.append({"kind": "eval", "phase": "train", "epoch": epoch, "step": 5 * epoch, "accuracy": accuracy})
-    if rows:
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    if metrics is not None:
-        result = {"phase": "train", "module": None, "metrics": metrics, "seconds": seconds, "images_seen": 100,
-                  "flops": flops, "epochs": epochs, "world_size": 2, "ep_size": 1, "git_commit": "abc1234",
-                  "versions": {"torch": "2.13.0"}, **more}  # fmt: skip
-        (folder / "result.json").write_text(json.dumps(result))
 
 
 @pytest.fixture
 def run(tmp_path):
     """A complete run of two modules."""
-    put(tmp_path / "teacher", {"accuracy": 0.9616}, flops=9e15, seconds=900.0)
-    meta = {"accuracy": 0.8, "teacher_accuracy": 0.5, "hybrid_accuracy/0": 0.91, "hybrid_accuracy/1": 0.925}
-    put(tmp_path / "meta", meta, flops=2e12, seconds=20.0)
-    put(tmp_path / "distill_0", {"hybrid_accuracy": 0.7, "teacher_hybrid_accuracy": 0.91}, flops=3e12, seconds=30.0)
-    put(tmp_path / "distill_1", {"hybrid_accuracy": 0.625, "teacher_hybrid_accuracy": 0.92}, flops=4e12, seconds=40.0)
-    evaluations = {0: 0.1, 1: 0.5, 2: 0.75, 3: 0.8, 4: 0.875}
-    put(tmp_path / "train", {"accuracy": 0.875}, evaluations, flops=1e12, seconds=10.4, epochs=4,
-        loads=[[0.5, 0.5], [0.75, 0.25]], command="python trainer/run.py --recipe recipes/demo.yaml")  # fmt: skip
-    # 10 epochs: 25% is epoch 2.5, evaluated at 2; 50% is epoch 5, evaluated at 4; 100% only in the result
-    put(tmp_path / "train_scratch", {"accuracy": 0.6}, {2: 0.2, 4: 0.4, 6: 0.5}, flops=2.5e12, seconds=25.0, epochs=10)
-    put(
-        tmp_path / "train_scratch_equal_cost", {"accuracy": 0.7}, {20: 0.65, 40: 0.7}, flops=1e13, seconds=99, epochs=40
-    )
-    put(tmp_path / "evaluate", {"accuracy": 0.8749})
-    return tmp_path
+    return complete_run(tmp_path)
 
 
 def cells(text, start):
@@ -138,14 +110,14 @@ def test_learning_curves_start_after_the_preparation(run, monkeypatch):
 
 
 def test_loads_are_in_network_order_and_relative_to_uniform(run):
-    record = report._read_phases(run)["train"]
+    record = read_phases(run)["train"]
     assert list(record.loads()) == ["9", "10"]
     assert record.loads()["10"] == [(1, [1.0, 1.0]), (2, [1.5, 0.5])]
 
 
 def test_rows_with_non_finite_numbers_are_left_out(tmp_path):
     put(tmp_path / "train", {"accuracy": 0.5}, {1: None, 2: 0.5}, epochs=2, loads=[[None, 0.5], [0.25, 0.75]])
-    record = report._read_phases(tmp_path)["train"]
+    record = read_phases(tmp_path)["train"]
     assert record.curve() == {2: 0.5}
     assert record.loads()["10"] == [(2, [0.5, 1.5])]
     report.write_report(tmp_path)
@@ -170,7 +142,16 @@ def test_a_folder_that_is_no_run_is_an_error_for_people(tmp_path, capsys):
     assert "holds no phase of a run: expected folders such as teacher, meta" in capsys.readouterr().err
 
 
-def test_a_broken_result_names_the_file(run):
+def test_a_broken_result_is_named_and_the_rest_is_shown(run):
     (run / "meta" / "result.json").write_text('{"phase": ')
-    with pytest.raises(ValueError, match=r"meta/result\.json is not JSON"):
-        report.write_report(run)
+    text = report.write_report(run)
+    assert "Damaged: meta/result.json cannot be read" in text
+    assert cells(text, "meta model") == ["-"] and cells(text, "m2mKD")[2] == "87.5"
+
+
+def test_only_phases_the_recipe_asks_for_are_missed(run):
+    for name in ("train_scratch", "train_scratch_equal_cost", "evaluate"):
+        shutil.rmtree(run / name)
+    recipe = "recipe: {teacher: {source: ''}, train: {baselines: [scratch]}}\n"
+    (run / "train" / "config.yaml").write_text(recipe)
+    assert "Missing phases: train_scratch, evaluate." in report.write_report(run)

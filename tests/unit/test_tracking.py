@@ -4,10 +4,15 @@ import io
 import itertools
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from trainer.tracking import MetricsLog, Progress, read_metrics, relative_load
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def train_row(step, **extra):
@@ -35,7 +40,9 @@ def test_resumed_file_equals_uninterrupted_one(tmp_path):
         for row in rows[3:]:
             log.write(row)
     assert resumed.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert [file.name for file in resumed.parent.iterdir()] == ["resumed.jsonl"]
+    assert sorted(file.name for file in resumed.parent.iterdir()) == ["events.jsonl", "resumed.jsonl"]
+    (event,) = map(json.loads, (resumed.parent / "events.jsonl").read_text().splitlines())
+    assert (event["event"], event["step"]) == ("resumed", 2)
 
 
 def test_start_without_resume_empties_the_file(tmp_path):
@@ -89,6 +96,15 @@ def test_non_finite_numbers_become_null_and_are_named(tmp_path):
     row = json.loads(text)
     assert row["loss"] is None and row["load/0"] == [0.5, None] and row["load/1"] == [0.5, 0.5]
     assert row["nonfinite"] == ["loss", "load/0"]
+
+
+def test_peak_memory_is_in_bytes_and_stays_after_a_release():
+    code = (
+        "from trainer.tracking import peak_memory; before = peak_memory(); held = b'x' * (64 << 20); del held;"
+        "print(peak_memory() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 60 << 20 < int(done.stdout) < 80 << 20
 
 
 def test_relative_load_is_one_for_uniform():
