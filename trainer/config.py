@@ -1,4 +1,4 @@
-"""Recipes: YAML with `extends:`, dotted overrides, replay of a saved run.
+"""Recipes: YAML with `extends:`, dotted overrides, and the origin of each value.
 
 Standard library and yaml only, so `--help` and a wrong flag answer before torch is imported. A recipe says WHAT is
 trained (model, data, schedule); the DeepSpeed JSON says HOW it is spread (ZeRO, precision, micro-batch, accumulation).
@@ -7,39 +7,58 @@ trained (model, data, schedule); the DeepSpeed JSON says HOW it is spread (ZeRO,
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import functools
 import math
+import reprlib
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from trainer.schema import Recipe, require
+from trainer.schema import Recipe
+
+DEFAULT, COMMAND_LINE = "default", "command line"  # origins of a value beside the files it may come from
 
 
-def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe, apply what it extends and then the overrides, and check everything.
+def load_recipe(path: str | Path, overrides: Sequence[str] = (), **sections: Any) -> Recipe:
+    """Read a recipe, apply what it extends and then the changes, and check everything.
 
     Args:
         path: YAML file; `extends: other.yaml` (relative to it) names one recipe it starts from.
-        overrides: "section.key=value" strings, the value read as YAML.
+        overrides: "section.key=value" strings as on the command line, the value read as YAML.
+        sections: the same from Python, applied last: train={"epochs": 3}, seed=1.
 
     Raises:
-        ValueError: unknown key (the close ones are named), wrong type, or a value out of range.
+        ValueError: no such file, unknown key (the close ones are named), wrong type, or a value out of range.
     """
-    values = _read_yaml(Path(path), seen=())
+    values = functools.reduce(_merge, (layer for _, layer in _layers(Path(path))), {})
     for text in overrides:
         _apply_override(values, text)
-    return build(Recipe, values)
+    return build(Recipe, _merge(values, sections))
+
+
+def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """Where each key of a recipe gets its value: "default", a file of the `extends` chain, or "command line".
+
+    Raises:
+        ValueError: the files cannot be read; the keys themselves are checked by load_recipe.
+    """
+    found = dict.fromkeys(all_keys(Recipe), DEFAULT)
+    for file, values in _layers(Path(path)):
+        found |= {key: file.name for key in found if _has(values, key.split("."))}
+    return found | {".".join(parse_override(text)[0]): COMMAND_LINE for text in overrides}
 
 
 def build(cls: type, values: dict[str, Any], where: str = "") -> Any:
     """Build a dataclass from nested dictionaries; unknown keys and wrong types are errors that name the key."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where.rstrip('.') or 'the recipe'} must be a section of keys, got {values!r}")
+        raise ValueError(f"{where.rstrip('.') or 'the recipe'} must be a section of keys, got {shown(values)}")
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
@@ -81,15 +100,47 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     name, equals, value = text.partition("=")
     if not equals or not name.strip():
         raise ValueError(f"cannot read the override {text!r}: expected section.key=value, e.g. train.epochs=3")
+    return name.strip().split("."), read_yaml(value, f"the value of the override {shown(text)}")
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """Plain YAML: no tag of it makes an object. Raises ValueError in one line that starts with `what`."""
     try:
-        return name.strip().split("."), yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ValueError(f"cannot read the value of the override {text!r} as YAML: {one_line(error)}") from None
+        return _Loader(text).get_single_data()
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date or a number python refuses
+        reason = "nested too deeply" if isinstance(error, RecursionError) else one_line(error)
+        raise ValueError(f"{what} is not valid YAML: {reason}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice: plain YAML would forget the first one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1 and key != "<<"]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def one_line(error: Exception) -> str:
     """What an error says, without the line breaks of PyYAML's messages."""
     return " ".join(str(error).split())
+
+
+def shown(value: Any) -> str:
+    """A value in an error message, cut to a line however large it is."""
+    return _SHORT.repr(value)
+
+
+def close(word: str, known: Sequence[str], otherwise: str = "") -> str:
+    """The end of a message about an unknown word: the close ones, or `otherwise`, by default all that are known."""
+    near = difflib.get_close_matches(word, known, n=3)
+    return f"Did you mean {', '.join(near)}?" if near else otherwise or f"Known: {', '.join(known)}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlevel = 1  # a few lines of YAML with aliases make lists whose plain repr would fill the memory
 
 
 def _apply_override(values: dict[str, Any], text: str) -> None:
@@ -103,23 +154,27 @@ def _apply_override(values: dict[str, Any], text: str) -> None:
     values[path[-1]] = value
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[Path, dict[str, Any]]]:
+    """(file, its own values) of a recipe and all it extends; the later ones win."""
     if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ValueError(f"no recipe at {path}. Recipes there: {', '.join(near) or 'none'}")
+        there = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ValueError(f"no recipe at {path}. Recipes there: {', '.join(there) or 'none'}")
     path = path.resolve()
     if path in seen:
         raise ValueError(f"recipe {path.name} extends itself through {' -> '.join(p.name for p in seen)}")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path} is not valid YAML: {one_line(error)}") from None
+        values = read_yaml(path.read_text(), f"recipe {path}") or {}
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {path} is not text: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} must hold sections of keys, got {type(values).__name__}")
     parent = values.pop("extends", None)
-    if parent is None:
-        return values
-    return _merge(_read_yaml(path.parent / str(parent), (*seen, path)), values)
+    below = [] if parent is None else _layers(path.parent / str(parent), (*seen, path))
+    return [*below, (path, values)]
+
+
+def _has(values: Any, keys: list[str]) -> bool:
+    return not keys or (isinstance(values, dict) and keys[0] in values and _has(values[keys[0]], keys[1:]))
 
 
 def _merge(base: dict, top: dict) -> dict:
@@ -138,40 +193,51 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         return build(hint, value if value is not None else {}, name + ".")
     if origin in (types.UnionType, typing.Union):
         return None if value is None else _convert(value, next(a for a in args if a is not type(None)), name)
-    if origin is Literal:
-        require(value in args, name, value, "one of " + ", ".join(map(str, args)))
-        return value
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{name} is {value!r}, expected a list such as [1, 2]")
-        if args[-1] is not Ellipsis:
-            require(len(value) == len(args), name, value, f"a list of {len(args)} values")
+            raise ValueError(f"{name} is {shown(value)}, expected a list such as [1, 2]")
+        if args[-1] is not Ellipsis and len(value) != len(args):
+            raise ValueError(f"{name} is {shown(value)}, expected a list of {len(args)} values")
         return tuple(_convert(v, args[0], f"{name}[{i}]") for i, v in enumerate(value))
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
-        try:
+    if hint is float and isinstance(value, str | int) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):  # YAML 1.1 reads 1e-3 as a string
             value = float(value)
-        except ValueError:
-            raise ValueError(f"{name} is {value!r}, expected a number") from None
     good = {
-        float: isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value),
+        float: isinstance(value, float) and math.isfinite(value),
         int: isinstance(value, int) and not isinstance(value, bool),
         bool: isinstance(value, bool),
         str: isinstance(value, str),
-    }[hint]
-    require(good, name, value, {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[hint])
-    return hint(value)
+    }.get(hint, isinstance(value, str) and value in args)
+    if not good:
+        raise ValueError(f"{name} is {shown(value)}, expected {describe(hint)}")
+    return value
+
+
+def describe(hint: Any) -> str:
+    """A type annotation of the schema in words: whole number, one of a, b, list of 2 numbers, text or null."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return f"{describe(next(a for a in args if a is not type(None)))} or null"
+    if origin is Literal:
+        return "one of " + ", ".join(args)
+    if origin is tuple:
+        many = {float: "numbers", int: "whole numbers", str: "texts"}[args[0]]
+        return f"list of {many}" if args[-1] is Ellipsis else f"list of {len(args)} {many}"
+    return {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[hint]
+
+
+def all_keys(cls: type = Recipe, where: str = "") -> list[str]:
+    """Dotted names of every key of a section and of the sections in it."""
+    names = []
+    for name, hint in typing.get_type_hints(cls).items():
+        names += all_keys(hint, f"{where}{name}.") if dataclasses.is_dataclass(hint) else [where + name]
+    return names
 
 
 def _close(where: str, key: str, cls: type) -> str:
-    """Name the close keys of this section, and full names elsewhere that end in the same key."""
+    """Name the close keys of this section, and full names elsewhere with the same last part."""
     here = [item.name for item in dataclasses.fields(cls)]
     near = [where + name for name in difflib.get_close_matches(key, here, n=3)]
-    near += [n for n in _all_keys(Recipe) if n.split(".")[-1] == key and n not in near][:3]
+    elsewhere = [name.rpartition(".")[0] for name in all_keys()] + all_keys()  # sections and keys
+    near += list(dict.fromkeys(n for n in elsewhere if n.split(".")[-1] == key and n not in near))[:3]
     return f"Did you mean {', '.join(near)}?" if near else f"Known here: {', '.join(here)}"
-
-
-def _all_keys(cls: type, where: str = "") -> list[str]:
-    names = []
-    for name, hint in typing.get_type_hints(cls).items():
-        names += _all_keys(hint, f"{where}{name}.") if dataclasses.is_dataclass(hint) else [where + name]
-    return names

@@ -6,15 +6,16 @@ Its section "trainer" is ours and never reaches DeepSpeed: {"ep_size": n | "auto
 
 from __future__ import annotations
 
-import difflib
+import copy
 import importlib.util
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config import parse_override
+from trainer.config import COMMAND_LINE, close, parse_override
 from trainer.schema import ScheduleConfig
 
 # What this trainer passes on; DeepSpeed itself ignores a misspelt key without a word.
@@ -33,6 +34,10 @@ REFUSED = {
     "activation_checkpointing": 'use "trainer": {"activation_checkpointing": true} instead',
     "elasticity": "elasticity is gone from DeepSpeed 0.19: delete the section",
     "progressive_layer_drop": "progressive_layer_drop is gone from DeepSpeed 0.19: use drop_path in the recipe",
+}
+TRAINER_KEYS = {
+    "ep_size": "ranks an MoE layer's experts are spread over; auto = the most that divide ranks of a node and experts",
+    "activation_checkpointing": "true = keep only each block's input and compute the rest again in the backward pass",
 }
 SECTIONS = {
     "zero_optimization": '{"stage": 1}',
@@ -57,32 +62,61 @@ class Settings:
     bf16: bool
 
 
-def read_ds_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+def read_ds_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a DeepSpeed JSON and apply "ds.section.key=value" overrides.
+
+    Args:
+        source: the file, or its values.
 
     Raises:
         ValueError: no such file, invalid JSON, or a key this trainer does not pass on.
     """
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        raise ValueError(f"no DeepSpeed config at {path}. There are: {', '.join(near) or 'none'}")
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"DeepSpeed config {path} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"DeepSpeed config {path} must hold an object, got {type(values).__name__}")
+    if isinstance(source, Mapping):
+        name, values = "the DeepSpeed config", copy.deepcopy(dict(source))
+    else:
+        name, values = str(source), _read_json(Path(source))
     for text in overrides:
         keys, value = parse_override(text)
         place = values
         for key in keys[1:-1]:
             place = place.setdefault(key, {})
             if not isinstance(place, dict):
-                raise ValueError(f"override {text!r}: {key} is a value in {path}, not a section")
+                raise ValueError(f"override {text!r}: {key} is a value in {name}, not a section")
         place[keys[-1]] = value
-    _check_keys(values, path)
+    _check_keys(values, name)
     return values
+
+
+def ds_origins(values: Mapping[str, Any], file: str, overrides: Sequence[str], where: str = "") -> dict[str, str]:
+    """Where each dotted key of a DeepSpeed JSON as read gets its value: `file`, or "command line"."""
+    changed = {".".join(parse_override(text)[0][1:]) for text in overrides}
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and where + key not in changed:
+            found |= ds_origins(value, file, overrides, f"{where}{key}.")
+        else:
+            found[where + key] = COMMAND_LINE if where + key in changed else file
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        raise ValueError(f"no DeepSpeed config at {path}. There are: {', '.join(there) or 'none'}")
+    try:
+        values = json.loads(path.read_text(), object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"DeepSpeed config {path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"DeepSpeed config {path} must hold an object, got {type(values).__name__}")
+    return values
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f'"{twice[0]}" is given twice')
+    return dict(pairs)
 
 
 def resolve(values: dict[str, Any], schedule: ScheduleConfig, *, world: int, local_world: int, num_experts: int,
@@ -104,6 +138,10 @@ def resolve(values: dict[str, Any], schedule: ScheduleConfig, *, world: int, loc
     micro, accumulation, total = _batches(config, schedule, world, phase)
     clip = _one_value(config, "gradient_clipping", schedule.clip, f"{phase}.clip", otherwise=0.0)
     bf16 = bool(config.get("bf16", {}).get("enabled", False))
+    if config.get("bf16", {}).get("check_grad_overflow", True) is not True:
+        raise ValueError(
+            '"bf16.check_grad_overflow" off would let a gradient that is not finite into the weights: delete it'
+        )
     zero = _zero(config)
     config |= {
         "train_batch_size": total,
@@ -170,7 +208,8 @@ def _number(config: dict, key: str, whole: bool = False) -> Any:
     value = config.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or value < whole:
+    right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not right or not whole <= value < math.inf:  # nan is neither
         expected = "a whole number from 1" if whole else "a number from 0"
         raise ValueError(f'"{key}" is {value!r} in the DeepSpeed JSON, expected {expected} or "auto"')
     return value
@@ -179,12 +218,22 @@ def _number(config: dict, key: str, whole: bool = False) -> Any:
 def _zero(config: dict) -> dict[str, Any]:
     zero = dict(config.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
-    if stage not in (1, 2):
+    if not isinstance(stage, int) or stage not in (1, 2):
         why = {
             0: "without ZeRO DeepSpeed leaves experts out of the clipping norm",
             3: "ZeRO-3 refuses DeepSpeed's MoE layer",
-        }.get(stage, "there is no such stage")
+        }.get(stage if isinstance(stage, int) else -1, "there is no such stage")
         raise ValueError(f'"zero_optimization.stage" is {stage!r}, expected 1 or 2: {why}')
+    if zero.get("round_robin_gradients", False) is not False:
+        raise ValueError(
+            '"zero_optimization.round_robin_gradients" makes DeepSpeed misplace the fp32 weights it reports, so '
+            "checkpoints and bf16 results would be wrong: delete it"
+        )
+    if zero.get("compute_grad_norm", True) is not True:
+        raise ValueError(
+            '"zero_optimization.compute_grad_norm" off would let a gradient that is not finite into the weights: '
+            "delete it"
+        )
     if "offload_param" in zero:
         raise ValueError('"zero_optimization.offload_param" needs ZeRO-3, which MoE does not support: delete it')
     return {key: value for key, value in zero.items() if value != "auto"}
@@ -207,22 +256,20 @@ def _ep_size(wanted: Any, world: int, local_world: int, num_experts: int) -> int
     return wanted
 
 
-def _check_keys(values: dict[str, Any], path: Path) -> None:
+def _check_keys(values: dict[str, Any], name: str) -> None:
     for key in values:
         if key in REFUSED and not _disabled(values[key]):
-            raise ValueError(f'{path}: "{key}": {REFUSED[key]}')
+            raise ValueError(f'{name}: "{key}": {REFUSED[key]}')
         if key not in (*PASSED_ON, *REFUSED, "trainer"):
-            near = difflib.get_close_matches(key, PASSED_ON, n=3)
-            hint = f"Did you mean {', '.join(near)}?" if near else f"Known: {', '.join(PASSED_ON)}, trainer"
-            raise ValueError(f'{path}: unknown key "{key}". {hint}')
+            raise ValueError(f'{name}: unknown key "{key}". {close(key, (*PASSED_ON, "trainer"))}')
         if key in SECTIONS and not isinstance(values[key], dict):
-            raise ValueError(f'{path}: "{key}" is {values[key]!r}, expected a section such as {SECTIONS[key]}')
+            raise ValueError(f'{name}: "{key}" is {values[key]!r}, expected a section such as {SECTIONS[key]}')
     for key in values.get("trainer", {}):
-        if key not in ("ep_size", "activation_checkpointing"):
-            raise ValueError(f'{path}: unknown key "trainer.{key}". Known: ep_size, activation_checkpointing')
-    for name, key in (("bf16", "enabled"), ("trainer", "activation_checkpointing")):
-        if not isinstance(value := values.get(name, {}).get(key, False), bool):
-            raise ValueError(f'{path}: "{name}.{key}" is {value!r}, expected true or false')
+        if key not in TRAINER_KEYS:
+            raise ValueError(f'{name}: unknown key "trainer.{key}". Known: {", ".join(TRAINER_KEYS)}')
+    for section, key in (("bf16", "enabled"), ("trainer", "activation_checkpointing")):
+        if not isinstance(value := values.get(section, {}).get(key, False), bool):
+            raise ValueError(f'{name}: "{section}.{key}" is {value!r}, expected true or false')
 
 
 def _disabled(value: Any) -> bool:

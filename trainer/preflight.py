@@ -5,40 +5,78 @@ Models are built on the meta device, so even a V-MoE-H costs neither memory nor 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from models.preprocessing import Preprocessing
 from models.teacher import Teacher
+from trainer import reuse, trackers
+from trainer.config import close, shown
 from trainer.context import Run
 from trainer.loop import epoch_length
 from trainer.schema import TeacherConfig
 
 
-def check(run: Run, phases: Sequence[str]) -> None:
-    """Check data, teacher, depths, widths, tokens, batches and expert parallelism of the phases about to run.
+def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
+    """Check hub, data, teacher, depths, widths, tokens, batches and expert parallelism of the phases about to run.
+
+    Args:
+        make_repo: for phase push, make a repository that does not exist yet; else only ask what can be asked.
 
     Raises:
         ValueError: what does not fit, before any training.
+        OSError: the hub cannot be reached.
     """
+    if "push" in phases and run.dist.main:
+        from trainer.hub import check_hub
+
+        check_hub(run.recipe.hub, make=make_repo)
+    if not set(phases) - {"push"}:
+        return
+    trackers.chosen(run.recipe.run.trackers)
     labels = run.labels  # opens the data, which may be a download of hours
     if "teacher" in phases and not (run.out / "teacher" / "result.json").is_file():
-        run = dataclasses.replace(run, planned_teacher=planned_teacher(run.recipe.teacher, labels))
+        run = run.with_teacher(planned_teacher(run.recipe.teacher, labels))
     experts = run.recipe.student.moe.num_experts
     for section in ("teacher", "meta", "distill", "train"):
         if section in phases:
             schedule = getattr(run.recipe, section)
             settings = run.settings(section, schedule, experts if section in ("distill", "train") else 0)
-            epoch_length(run.data, settings)
-    if {"meta", "distill", "train"} & set(phases):  # evaluate needs no teacher
+            check_zero(settings.config["zero_optimization"])
+            epoch_length(run.data_for(None), settings)
+    reuse.check(run, phases)
+    given = {"train"} if run.recipe.train.init and run.recipe.train.start == "distilled" else set()
+    if ({"meta", "distill", "train"} - given) & set(phases):  # evaluate needs no teacher, nor does a given start
         with torch.device("meta"):
             run.teacher_stages()
             run.student_modules()
             if run.planned_teacher is not None:
                 run.new_meta()
+
+
+def check_zero(zero: dict[str, Any]) -> None:
+    """Let DeepSpeed read its ZeRO section now; it would refuse a misspelt key only when an engine is built.
+
+    Raises:
+        ValueError: a key or value DeepSpeed does not know.
+    """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        found = error.errors()[0]
+        name = ".".join(map(str, found["loc"]))
+        if found["type"] == "extra_forbidden":
+            near = close(name, list(DeepSpeedZeroConfig.model_fields), "See DeepSpeed's documentation of ZeRO")
+            raise ValueError(f'unknown key "zero_optimization.{name}" in the DeepSpeed JSON. {near}') from None
+        raise ValueError(
+            f'"zero_optimization.{name}" is {shown(found["input"])} in the DeepSpeed JSON: {found["msg"]}'
+        ) from None
 
 
 def planned_teacher(t: TeacherConfig, labels: list[str]) -> Teacher:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+
 
 def knob(default: Any, help: str) -> Any:
     """A dataclass field with its one line of documentation (what it is, and its unit)."""
@@ -31,12 +33,14 @@ class DataConfig:
     val_split: str = knob("validation", "split or sub-folder for evaluation")
     workers: int = knob(0, "data loading processes per rank")
     skip_unreadable: bool = knob(False, "replace an unreadable image by the next one and count it, instead of stopping")
+    max_pixels: int = knob(100_000_000, "width x height of the largest image that is decoded: a guard against bombs")
     limit: int = knob(0, "use n images of each split, spread evenly over it; 0 = all")
 
     def __post_init__(self):
         if self.source != "digits" and not self.path:
             raise ValueError(f"data.source is {self.source!r} but data.path is empty: set data.path=FOLDER_OR_HUB_ID")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
+        require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "1 or more")
         require(self.limit >= 0, "data.limit", self.limit, "0 (all) or more")
 
 
@@ -111,6 +115,7 @@ class TeacherConfig(ScheduleConfig):
 class MetaConfig(ScheduleConfig):
     """The meta model: N shallow stages of the teacher's width."""
 
+    source: str = knob("", "reuse a trained one: run folder, or hub id[@revision] of a pushed run; empty = train it")
     init: Literal["scratch", "teacher"] = knob("teacher", "start of the stages: new, or the teacher's own layers")
     objective: Literal["labels", "matching"] = knob(
         "matching", "labels only; or hidden states at the module borders + teacher logits + half the labels"
@@ -127,6 +132,7 @@ class MetaConfig(ScheduleConfig):
 class DistillConfig(ScheduleConfig):
     """One teacher-student module pair inside the frozen meta model."""
 
+    source: str = knob("", "reuse distilled modules: run folder, or hub id[@revision] of a pushed run; empty = train")
     alpha: float = knob(0.5, "weight of the distillation term; the label loss gets 1 - alpha")
     tau: float = knob(1.0, "temperature of the distillation term")
     target: Literal["soft", "hard"] = knob("soft", "KL to the teacher's distribution, or CE with its arg-max")
@@ -160,7 +166,7 @@ class MoEConfig:
     dropout: float = knob(0.0, "dropout inside the experts")
 
     def __post_init__(self):
-        require(self.num_experts >= 1, "student.moe.num_experts", self.num_experts, "1 or more")
+        require(1 <= self.num_experts <= 100_000, "student.moe.num_experts", self.num_experts, "1 to 100,000")
         require(1 <= self.k <= self.num_experts, "student.moe.k", self.k, f"1 to num_experts={self.num_experts}")
         for name in ("capacity_factor", "eval_capacity_factor"):
             factor = getattr(self, name)
@@ -194,6 +200,8 @@ class StudentConfig:
     def __post_init__(self):
         sizes = ("patch_size", "width", "depth", "heads", "mlp_dim")
         missing = [name for name in sizes if getattr(self, name) is None]
+        for name in set(sizes) - set(missing):
+            require(1 <= getattr(self, name) <= 100_000, f"student.{name}", getattr(self, name), "1 to 100,000")
         if not self.variant and missing:
             raise ValueError(f"student.variant is empty and student.{missing[0]} is not set: set one of them")
 
@@ -205,6 +213,7 @@ class TrainConfig(ScheduleConfig):
     start: Literal["distilled", "scratch", "scratch_equal_cost"] = knob(
         "distilled", "from the distilled modules, from scratch, or scratch given the cost of the whole chain"
     )
+    init: str = knob("", "start from this V-MoE in place of the distilled modules: directory or hub id[@revision]")
     stitches: Literal["drop", "keep"] = knob("drop", "stitch layers at assembly: dropped (published) or kept")
     baselines: tuple[str, ...] = knob((), "starts that --phase all trains as well: scratch, scratch_equal_cost")
 
@@ -227,14 +236,33 @@ class RunConfig:
     keep_every: int = knob(0, "keep every checkpoint whose step is a multiple of this as well; 0 = none")
     eval_batch: int = knob(0, "images per rank in evaluation; 0 = the micro-batch")
     deterministic: bool = knob(False, "deterministic GPU kernels, slower in MoE dispatch; the CPU always has them")
+    trackers: tuple[str, ...] = knob(
+        ("auto",),
+        "where metrics go beside metrics.jsonl: tensorboard, wandb, mlflow, trackio; auto = TensorBoard if there",
+    )
     hang_seconds: float = knob(1800.0, "seconds without a finished step after which a rank ends itself; 0 = never")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = knob(
+        "stop",
+        "a loss or gradient that is no number: stop, leave that step out, or go back to the last checkpoint",
+    )
+    max_nonfinite: int = knob(10, "such steps in a phase (likewise rollbacks after a spike) before it stops after all")
+    spike_factor: float = knob(
+        10.0, "a row's loss this many robust standard deviations above the rows before is a spike; 0 = no check"
+    )
+    on_spike: Literal["warn", "rollback"] = knob("warn", "warn of a spike, or go back to the last checkpoint")
+    dead_after: int = knob(5, "rows of metrics without tokens after which an expert is reported as dead; 0 = never")
 
     def __post_init__(self):
         for name in ("log_every", "eval_every", "save_every", "save_epochs", "keep"):
             require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "1 or more")
         require(self.keep_every >= 0, "run.keep_every", self.keep_every, "0 (none) or a number of steps")
         require(self.hang_seconds >= 0, "run.hang_seconds", self.hang_seconds, "0 (never) or seconds")
+        require(self.max_nonfinite >= 0, "run.max_nonfinite", self.max_nonfinite, "0 or more")
+        require(self.spike_factor >= 0, "run.spike_factor", self.spike_factor, "0 (no check) or a positive factor")
+        require(self.dead_after >= 0, "run.dead_after", self.dead_after, "0 (never) or a number of rows")
         require(self.eval_batch >= 0, "run.eval_batch", self.eval_batch, "0 (the micro-batch) or more")
+        for name in self.trackers:
+            require(name in ("auto", *TRACKERS), "run.trackers", name, "auto, " + ", ".join(TRACKERS))
 
 
 @dataclass(frozen=True)

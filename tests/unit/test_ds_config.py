@@ -70,6 +70,8 @@ def test_batch_arithmetic(json_values, recipe, world, expected):
         ({TOTAL: "64"}, None, 1, f"\"{TOTAL}\" is '64'"),
         ({STEPS: True}, 64, 1, f'"{STEPS}" is True'),
         ({"gradient_clipping": -1}, 64, 1, '"gradient_clipping" is -1 .*expected a number from 0'),
+        ({"gradient_clipping": float("nan")}, 64, 1, '"gradient_clipping" is nan .*expected a number from 0'),
+        ({"gradient_clipping": float("inf")}, 64, 1, '"gradient_clipping" is inf .*expected a number from 0'),
     ],
 )
 def test_batches_that_do_not_work_out_are_refused(json_values, recipe, world, message):
@@ -125,6 +127,8 @@ def test_what_deepspeed_gets():
         ({"stage": 4}, "is 4, expected 1 or 2: there is no such stage"),
         ({"stage": "auto"}, "is 'auto', expected 1 or 2"),
         ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param\" needs ZeRO-3"),
+        ({"stage": 2, "round_robin_gradients": True}, "round_robin_gradients\" makes DeepSpeed misplace"),
+        ({"stage": 2, "compute_grad_norm": False}, "compute_grad_norm\" off would let"),
     ],
 )  # fmt: skip
 def test_zero_stages_that_do_not_work_are_refused(zero, message):
@@ -226,6 +230,23 @@ def test_a_missing_file_lists_the_ones_there(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(ValueError, match=r"no DeepSpeed config at .*b\.json\. There are: a\.json"):
         read_ds_config(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [('{"bf16": {"enabled": true, "enabled": false}}', '"enabled" is given twice'), ("[" * 100_000, "recursion depth")],
+)
+def test_hostile_json_gives_one_line(tmp_path, text, message):
+    with pytest.raises(ValueError, match=f"is not valid JSON: .*{message}"):
+        read(tmp_path, text)
+
+
+def test_values_from_python_are_checked_and_left_as_they_are():
+    mine = {"bf16": {"enabled": True}}
+    assert read_ds_config(mine, ["ds.bf16.enabled=false"]) == {"bf16": {"enabled": False}}
+    assert mine == {"bf16": {"enabled": True}}
+    with pytest.raises(ValueError, match='the DeepSpeed config: unknown key "zero"'):
+        read_ds_config({"zero": 1})
 
 
 def test_overrides(tmp_path):

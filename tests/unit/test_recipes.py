@@ -17,8 +17,8 @@ from trainer.config import load_recipe, to_dict
 from trainer.context import Run
 from trainer.dist import Dist
 from trainer.ds_config import read_ds_config
+from trainer.job import PHASES
 from trainer.objectives import Classify, Distill, MatchTeacher
-from trainer.run import PHASES
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trainer import cli
 from trainer.config import load_recipe, to_dict
 from trainer.ds_config import read_ds_config
-from trainer.run import PHASES, _parse, _read
+from trainer.job import PHASES
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE, DS_CONFIG = str(ROOT / "recipes/demo.yaml"), str(ROOT / "ds_configs/cpu_debug.json")
@@ -80,10 +81,16 @@ def test_only_the_first_rank_says_it(tmp_path, name):
     assert refused(arguments, tmp_path, **{name: "0"})
 
 
+def read(arguments):
+    """The job behind arguments, without a process of its own."""
+    arguments = [str(a) for a in arguments]
+    return cli.read_job(cli.parse(arguments), arguments)
+
+
 def bad(arguments):
-    """The same without a process of its own: the message."""
+    """The message about arguments that are refused."""
     with pytest.raises(ValueError) as error:
-        _read(_parse([str(a) for a in arguments]))
+        read(arguments)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -94,13 +101,16 @@ def bad(arguments):
         ([], "--out is missing: give the folder of the run"),
         (["--out", "x"], "--recipe, --ds_config and --phase are needed (or --config"),
         (["--out", "x", *START], "--recipe, --ds_config and --phase are needed"),
-        (["--out", "x", *START, "--phase", "distil"], "argument --phase: invalid choice: 'distil' (choose from"),
+        (["--out", "x", *START, "--phase", "distil"], "there is no phase distil. Did you mean distill?"),
         (["--out", "x", *START, "--phase"], "argument --phase: expected one argument"),
         (["--out", "x", *START, "--phase", "meta", "--phas=e"], "unknown flag --phas=e. Did you mean --phase?"),
         (["--out", "x", *START, "--phase", "meta", "--zzzzzz"], "unknown flag --zzzzzz. See --help"),
         (["--out", "x", *START, "--phase", "meta", "epochs"], "cannot read the override 'epochs'"),
         (["--out", "x", *START, "--phase", "meta", "ds.zero=1"], 'unknown key "zero"'),
         (["--out", "x", *START, "--phase", "meta", "ds=1"], "unknown key ds."),
+        (["--out", "x", *START, "--phase", "zzz"], "there is no phase zzz. Known: teacher, meta, distill, train, eval"),
+        (["--out", "x", *START, "--phase", "meta", "--layout", "y"], "--layout has no meaning for a phase"),
+        (["inspekt", "x"], "there is no command inspekt. Did you mean inspect?"),
         (["--out", "x", *START, "--phase", "meta", "--module", "1"], "--module 1 has no meaning for --phase meta"),
         (["--out", "x", *START, "--phase", "distill", "--module", "-1"], "needs --module 0..3 or all, got -1"),
         (["--out", "x", *START, "--phase", "distill", "--module", "1.0"], "needs --module 0..3 or all, got 1.0"),
@@ -114,20 +124,39 @@ def test_refused(arguments, said):
 
 @pytest.mark.parametrize(
     "phase, module, expected",
-    [("distill", "3", 3), ("distill", "all", "all"), ("distill", None, "all"), ("train", None, None),
+    [("distill", "3", 3), ("distill", "all", None), ("distill", None, None), ("train", None, None),
      ("all", "all", None)],
 )  # fmt: skip
 def test_the_module(phase, module, expected):
     arguments = [*START, "--phase", phase, "--out", "x", *(["--module", module] if module else [])]
-    assert _read(_parse(arguments))[2:] == (phase, expected)
+    job = read(arguments)
+    assert (job.phase, job.module) == (phase, expected)
+    assert job.modules == ([3] if expected == 3 else [0, 1, 2, 3])
 
 
 def test_overrides_may_stand_anywhere():
     arguments = ["seed=3", *START, "data.workers=1", "--phase", "meta", "ds.trainer.ep_size=2", "--out", "x",
                  "--local_rank=1", "train.epochs=9"]  # fmt: skip
-    recipe, ds_values, phase, _ = _read(_parse(arguments))
-    assert (recipe.seed, recipe.data.workers, recipe.train.epochs, phase) == (3, 1, 9, "meta")
-    assert ds_values["trainer"]["ep_size"] == 2
+    job = read(arguments)
+    assert (job.recipe.seed, job.recipe.data.workers, job.recipe.train.epochs, job.phase) == (3, 1, 9, "meta")
+    assert job.ds_values["trainer"]["ep_size"] == 2
+    assert "--local_rank" not in job.command and job.command.startswith("trainer/run.py seed=3 --recipe ")
+
+
+def test_all_phases_and_a_given_start():
+    """It would train the modules for nothing."""
+    said = bad([*START, "--phase", "all", "--out", "x", "train.init=alice/model"])
+    assert "use --phase train, then --phase evaluate" in said
+    assert read([*START, "--phase", "train", "--out", "x", "train.init=alice/model"]).phases == ["train"]
+
+
+def test_the_phases_of_all():
+    """A given teacher is not trained, and nothing is pushed without a place to push to."""
+    start = [*START, "--phase", "all", "--out", "x"]
+    assert read(start).phases == ["teacher", "meta", "distill", "train", "evaluate"]
+    assert read([*start, "teacher.source=a/b", "hub.repo=c/d"]).phases == [
+        "meta", "distill", "train", "evaluate", "push"]  # fmt: skip
+    assert read([*START, "--phase", "push", "--out", "x"]).phases == ["push"]
 
 
 def saved(folder, **changes):
@@ -136,6 +165,7 @@ def saved(folder, **changes):
     values = {"phase": "distill", "module": 2, "command": "trainer/run.py ...",
               "ds_config": read_ds_config(DS_CONFIG, ["ds.gradient_accumulation_steps=4"]),
               "recipe": to_dict(recipe)}  # fmt: skip
+    folder.mkdir(exist_ok=True)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump({**values, **changes}))
     return path, recipe
@@ -143,9 +173,11 @@ def saved(folder, **changes):
 
 def test_config_repeats_a_saved_phase(tmp_path):
     path, expected = saved(tmp_path)
-    recipe, ds_values, phase, module = _read(_parse(["--config", str(path), "--out", "x"]))
-    assert (recipe, phase, module) == (expected, "distill", 2)
-    assert ds_values["gradient_accumulation_steps"] == 4
+    job = read(["--config", path, "--out", "x"])
+    assert (job.recipe, job.phase, job.module) == (expected, "distill", 2)
+    assert job.ds_values["gradient_accumulation_steps"] == 4
+    job = read(["--config", path, "--out", "x", "--module", "0"])
+    assert job.module == 0
 
 
 def test_config_takes_no_changes(tmp_path):
@@ -156,12 +188,81 @@ def test_config_takes_no_changes(tmp_path):
 
 def test_configs_that_are_none(tmp_path):
     assert "no saved configuration at" in bad(["--config", tmp_path / "no.yaml", "--out", "x"])
+    assert "no saved configuration below" in bad(["--config", tmp_path, "--out", "x"])
     path, _ = saved(tmp_path)
     path.write_text("[1")
     assert "is not valid YAML" in bad(["--config", path, "--out", "x"])
+    path.write_bytes(b"\xff\xfe\xff")
+    assert "is not text" in bad(["--config", path, "--out", "x"])
     assert "is not a saved configuration" in bad(["--config", RECIPE, "--out", "x"])
+    path, _ = saved(tmp_path, ds_config=3)
+    assert "its ds_config is not a section" in bad(["--config", path, "--out", "x"])
     path, _ = saved(tmp_path, recipe={"sed": 1})
     assert "unknown key sed. Did you mean seed" in bad(["--config", path, "--out", "x"])
+
+
+def test_config_repeats_a_whole_run_from_its_folder(tmp_path):
+    """The start of the run, not of a baseline; and all phases, also when it was stopped in the first one."""
+    recipe = to_dict(load_recipe(RECIPE, ["seed=7"]))
+    saved(tmp_path / "teacher", phase="teacher", module=None, recipe=recipe, command="run.py --phase=all --out x")
+    assert read(["--config", tmp_path, "--out", "x"]).phase == "all"
+    for name in ("meta", "evaluate", "train_scratch"):
+        start = "scratch" if name == "train_scratch" else "distilled"
+        saved(tmp_path / name, phase=name.split("_")[0], module=None,
+              recipe={**recipe, "train": {**recipe["train"], "start": start}})  # fmt: skip
+    job = read(["--config", tmp_path, "--out", "x"])
+    assert (job.phase, job.module, to_dict(job.recipe)) == ("all", None, recipe)
+    assert read(["--config", tmp_path, "--out", "x", "--phase", "meta"]).phase == "meta"
+
+
+def test_a_folder_of_modules_only_repeats_the_modules(tmp_path):
+    saved(tmp_path / "distill_2")
+    assert read(["--config", tmp_path, "--out", "x"]).module == 2
+    saved(tmp_path / "distill_3", module=3)
+    job = read(["--config", tmp_path, "--out", "x"])
+    assert (job.phase, job.module) == ("distill", None)
+
+
+def test_a_folder_of_two_recipes_is_refused(tmp_path):
+    _, recipe = saved(tmp_path / "distill_2")
+    path, _ = saved(tmp_path / "meta", phase="meta", recipe={**to_dict(recipe), "seed": 8})
+    said = bad(["--config", tmp_path, "--out", "x"])
+    assert "are of different runs (recipe: seed: 8 there, 7 here)" in said and f"--config {path}" in said
+
+
+def command(*arguments):
+    return cli.read_command(cli.parse(arguments))
+
+
+def test_commands_take_any_path():
+    assert command("inspect", "runs/lr=0.1/train") == ("inspect", Path("runs/lr=0.1/train"), None, {})
+    assert command("--local_rank=0", "inspect", "x") == ("inspect", Path("x"), None, {})
+    assert command("--phase", "inspect", "x") == ("inspect", Path("x"), None, {})
+    assert command("--out", "y", "export", "ds.x=1") == ("export", Path("ds.x=1"), Path("y"), {})
+    assert command("import", "a.npz", "--layout", "google_vmoe", "--out", "y", "heads=12", "k=1") == (
+        "import", Path("a.npz"), Path("y"), {"layout": "google_vmoe", "heads": 12, "k": 1})  # fmt: skip
+    assert command("seed=3") is None and command() is None
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["inspect"], "inspect needs a path: trainer/run.py inspect PATH"),
+        (["--phase", "inspect"], "inspect needs a path: trainer/run.py inspect PATH"),
+        (["inspect", "x", "--out", "y"], "--out has no meaning for inspect"),
+        (["inspect", "x", "y"], "'y' behind the path means nothing"),
+        (["export", "x"], "--out is missing: trainer/run.py export CHECKPOINT --out DIR"),
+        (["export", "x", "--out", "y", "--phase", "meta"], "--phase has no meaning for export"),
+        (["export", "x", "--out", "y", "--dry-run"], "--dry-run has no meaning for export"),
+        (["export", "x", "--out", "y", "train.lr=3"], "'train.lr=3' behind the path means nothing"),
+        (["import", "x", "--out", "y"], "--layout is missing"),
+        (["import", "x", "--out", "y", "--layout", "z", "heads=many"], "'heads=many' behind the path means nothing"),
+        (["import", "x", "--out", "y", "--layout", "z", "lr=3"], "'lr=3' behind the path means nothing"),
+    ],
+)
+def test_commands_that_are_refused(arguments, said):
+    with pytest.raises(ValueError, match="^" + said.replace("(", r"\(")):
+        command(*arguments)
 
 
 @pytest.mark.parametrize("start", ["distilled", "scratch"])
@@ -176,7 +277,7 @@ def test_what_a_run_writes_repeats_its_own_start(tmp_path, start):
     assert recipe.train.start == "distilled"
     run = Run(recipe, read_ds_config(DS_CONFIG), tmp_path, Dist(0, 1, 0, 1, torch.device("cpu")), "trainer/run.py")
     folder, done = run.open("train", start=start)
-    repeated, ds_values, phase, module = _read(_parse(["--config", str(folder / "config.yaml"), "--out", "x"]))
-    assert not done and (repeated.train.start, phase, module) == (start, "train", None)
-    assert ds_values == run.ds_values
+    job = read(["--config", folder / "config.yaml", "--out", "x"])
+    assert not done and (job.recipe.train.start, job.phase, job.module) == (start, "train", None)
+    assert job.ds_values == run.ds_values
     assert run.open("train", start=start) == (folder, False)

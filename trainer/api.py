@@ -1,0 +1,155 @@
+"""The trainer from Python, for people who script:
+
+    from trainer import load_recipe, load_results, run_phase
+
+    recipe = load_recipe("recipes/demo.yaml", train={"epochs": 3})
+    result = run_phase(recipe, "teacher", out="runs/mine", ds_config="ds_configs/cpu_debug.json")
+    print(result["metrics"]["accuracy"], load_results("runs/mine").keys())
+
+On one process it needs no launcher; under torchrun, deepspeed or srun every rank runs the same script. trainer/run.py
+goes through the same `execute`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trainer import interrupt
+from trainer.artifacts import artifact_name
+from trainer.ds_config import read_ds_config
+from trainer.job import Job
+from trainer.schema import Recipe
+
+
+def run_phase(
+    recipe: Recipe,
+    phase: str,
+    *,
+    out: str | Path,
+    ds_config: str | Path | Mapping[str, Any],
+    module: int | None = None,
+) -> dict[str, Any]:
+    """Run one phase, or "all" of them, to its end; a phase that is complete returns its result at once.
+
+    Several calls may follow one another in one process. Collective: every rank calls it and gets the result.
+
+    Args:
+        recipe: from load_recipe.
+        phase: teacher, meta, distill, train, evaluate, push or all.
+        out: folder of the run; phases find each other's results there.
+        ds_config: a DeepSpeed JSON file, or its values.
+        module: of phase distill; None = all modules one after another.
+
+    Returns:
+        What result.json holds (metrics, seconds, flops, files, ...); where a call makes several results (all, distill
+        without a module) a dict of them by name, as load_results gives.
+
+    Raises:
+        ValueError: bad input, before any training where that can be known.
+        OSError: the disk or the network failed.
+        RuntimeError: training stopped by itself, e.g. at a loss that is not finite.
+        Interrupted: a warning signal (SIGUSR1, SIGTERM) came and everything is saved; the same call continues.
+    """
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"recipe is {recipe!r}, expected what load_recipe returns")
+    job = Job.checked(recipe, read_ds_config(ds_config), phase, module, Path(out), f"run_phase in {sys.argv[0]}")
+    import torch.distributed
+
+    if not torch.distributed.is_initialized():  # the process group stays up for the next call
+        atexit.register(_leave)
+    with _signals():
+        execute(job)
+    results = load_results(out)
+    if phase == "all":
+        return results
+    if phase == "distill" and module is None:
+        return {name: results[name] for name in (artifact_name("distill", i) for i in job.modules)}
+    return results[artifact_name(phase, job.module, recipe.train.start)]
+
+
+def load_results(out: str | Path) -> dict[str, dict[str, Any]]:
+    """The result.json of every complete phase below OUT by its folder's name (teacher, meta, distill_0, ...).
+
+    Raises:
+        ValueError: a result.json that is truncated or altered.
+    """
+    results = {}
+    for path in sorted(Path(out).glob("*/result.json")):
+        try:
+            results[path.parent.name] = json.loads(path.read_text())
+        except ValueError:
+            raise ValueError(f"{path} is truncated or altered: delete {path.parent} and run its phase again") from None
+    return results
+
+
+def execute(job: Job) -> None:
+    """Join the other ranks, check everything, run the phases of a job (collective)."""
+    import models  # noqa: F401  first: it mends torchvision beside a CPU torch
+    from trainer import dist as distributed
+    from trainer import preflight
+    from trainer.context import Run
+
+    run = Run(job.recipe, job.ds_values, job.out, distributed.start(), job.command)
+    with run.dist.together():
+        preflight.check(run, job.phases)
+    interrupt.HEARTBEAT.watch(job.recipe.run.hang_seconds)  # from here on: what came before may be a download of hours
+    try:
+        for phase in job.phases:
+            _run(run, job, phase)
+    finally:
+        interrupt.HEARTBEAT.rest()
+
+
+def _run(run: Any, job: Job, phase: str) -> None:
+    """One phase; as part of all of them also its baselines, and the report before the push that wants it."""
+    from trainer.phases import distill, evaluate, meta, push, teacher, train
+
+    start = run.recipe.train.start
+    if phase == "teacher":
+        teacher.run(run)
+    elif phase == "meta":
+        meta.run(run)
+    elif phase == "distill":
+        for i in job.modules:
+            distill.run(run, i)
+    elif phase == "train":
+        train.run(run, start)
+        for baseline in run.recipe.train.baselines if job.phase == "all" else ():
+            train.run(run, baseline)
+    elif phase == "evaluate":
+        evaluate.run(run, start)
+        if job.phase == "all" and run.dist.main:
+            from trainer.report import write_report
+
+            print(write_report(run.out), flush=True)
+    elif phase == "push":
+        push.run(run)
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """Warning signals are ours while a phase runs, and the script's again after it."""
+    if threading.current_thread() is not threading.main_thread():  # python hands signals to the main thread only
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+    interrupt.listen()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _leave() -> None:
+    from trainer import dist as distributed
+
+    distributed.stop()
