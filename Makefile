@@ -5,7 +5,7 @@ RUN ?= runs/demo
 BIN := $(VENV)/bin
 ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1 PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup demo test slurm-test slurm-packages lint format clean
+.PHONY: setup demo test slurm-test faults elastic hostile slurm-packages lint format clean
 
 setup: $(VENV)/.runtime
 
@@ -37,6 +37,18 @@ test: $(VENV)/.dev
 # The long form of tests/slurm on a real cluster of this machine; as root on Debian, about 20 minutes on 2 cores.
 slurm-test: $(VENV)/.dev slurm-packages
 	$(ENV) CI=1 python -m pytest tests/slurm -m "slow or not slow"
+
+# The long forms of what tests/ proves about resuming. FAULTS=200 SEED=0 make faults
+FAULTS ?= 200
+SEED ?= 0
+faults: $(VENV)/.dev
+	$(ENV) python -m tests.faults.rounds --faults $(FAULTS) --seed $(SEED)
+
+elastic: $(VENV)/.dev
+	$(ENV) python -m pytest -m slow tests/integration/test_elastic.py
+
+hostile: $(VENV)/.dev
+	$(ENV) python -m pytest -m "slow or not slow" tests/hostile
 
 slurm-packages:
 	@for program in slurmctld slurmd munged ip; do command -v $$program >/dev/null || missing=1; done; \

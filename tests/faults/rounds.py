@@ -33,7 +33,7 @@ AROUND = {"step": 2, "backward": 1, "save": 5, "replace": 4, "fsync": 4, "phase"
 # what a run that was harmed says, as a pattern
 EXPECTED = {
     "term": "interrupted, saved after step",
-    "stop": "no step finished for",
+    "stop": "nothing moved for",
     "disk full": "cannot write|File too large",
     "read error": "Input/output error",
     "nan": "not finite",

@@ -32,5 +32,3 @@ def test_faults_are_drawn_from_the_seed_alone():
     assert drawn[0] == drawn[1] != drawn[2]
     assert {fault["kind"] for fault in drawn[0]} == set(KINDS)
     assert {fault["at"] for fault in drawn[0] if "at" in fault} == set(AROUND)
-
-
