@@ -10,7 +10,6 @@ Images are noise of the demo's size, so that data loading does not hide the save
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import sys
 import tempfile
@@ -24,11 +23,11 @@ if not __package__:
 import models  # noqa: F401  isort: skip  first: it mends torchvision beside a CPU torch
 import torch
 
-from models.teacher import load_teacher, new_teacher, save_teacher
+from models.teacher import new_teacher
 from models.vmoe import VMoE
 from trainer.checkpoint import Saver
 from trainer.config import load_recipe
-from trainer.context import Run
+from trainer.context import Run, student_config
 from trainer.dist import seed_everything, start, stop
 from trainer.ds_config import read_ds_config
 from trainer.engine import Engine, build_engine
@@ -50,7 +49,7 @@ def main() -> None:
     run = Run(load_recipe(options.recipe, []), read_ds_config(options.ds_config), Path("unused"), start(), "benchmark")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(run.dist.gather(scratch)[0])  # rank 0's, for all
-        engine, step = _training(run, options.phase, Path(scratch))
+        engine, step = _training(run, options.phase)
         lines = _measure(run, engine, step, folder / options.phase, options.rounds)
         if run.dist.main:
             print("\n".join(lines))
@@ -58,7 +57,7 @@ def main() -> None:
     stop()
 
 
-def _training(run: Run, phase: str, scratch: Path) -> tuple[Engine, Callable[[int], None]]:
+def _training(run: Run, phase: str) -> tuple[Engine, Callable[[int], None]]:
     """The engine of a phase and one optimiser step on noise."""
     t, experts = run.recipe.teacher, 0
     images = trained_preprocessing(t)
@@ -68,9 +67,11 @@ def _training(run: Run, phase: str, scratch: Path) -> tuple[Engine, Callable[[in
         mlp_dim=t.mlp_dim, labels=run.labels, preprocessing=images,
     )  # fmt: skip
     if phase == "train":
-        save_teacher(module, scratch / "teacher", images)
-        run = dataclasses.replace(run, planned_teacher=load_teacher(str(scratch / "teacher")))
-        module, experts = VMoE(run.student_config()), run.recipe.student.moe.num_experts
+        config = student_config(
+            run.recipe, len(run.labels), 0.0,
+            image_size=images.image_size, in_chans=images.in_chans, prefix_tokens=module.num_prefix_tokens,
+        )  # fmt: skip
+        module, experts = VMoE(config), run.recipe.student.moe.num_experts
     schedule = getattr(run.recipe, phase)
     settings = run.settings(phase, schedule, experts)
     objective = Classify(module, (t.image_size // t.patch_size) ** 2 + 1)

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from official_vmoe import torch_state
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from models import moe
+from models.import_names import google_state
 from models.modules import assemble, split
 from models.moe import MoE, MoEConfig, auxiliary_loss, official, routing_metrics
 from models.preprocessing import Preprocessing
@@ -51,7 +51,7 @@ def model(reference, monkeypatch) -> VMoE:
     monkeypatch.setattr(moe, "standard_normal", lambda like: noise.pop(0))
     routing = official(num_experts=4, k=2, images_per_group=2, capacity_factor=1.05, eval_capacity_factor=1.05)
     model = VMoE(replace(TINY, gelu="tanh", moe=routing))
-    model.load_state_dict(torch_state(reference, "params/"))
+    model.load_state_dict(google_state(reference, "params/"))
     return model
 
 
@@ -80,7 +80,7 @@ def test_gradients_are_the_official_ones_with_and_without_checkpointing(model, r
     noise = iter([reference["noise/1"], reference["noise/0"]])
     moe.standard_normal = lambda like: next(noise)
     (main + auxiliary_loss(model)).backward()
-    for name, gradient in torch_state(reference, "train/softmax_xent/grad/").items():
+    for name, gradient in google_state(reference, "train/softmax_xent/grad/").items():
         assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
