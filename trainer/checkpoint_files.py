@@ -263,7 +263,7 @@ def scores(root: Path) -> dict[int, float | None]:
 
 
 def best_of(scores: dict[int, float | None]) -> int | None:
-    """The step with the highest score; the first of equals, because later ones were not evaluated themselves."""
+    """The step with the highest score, the first of equals; None when none was evaluated."""
     known = {step: score for step, score in scores.items() if score is not None and math.isfinite(score)}
     return max(sorted(known), key=known.__getitem__, default=None)
 

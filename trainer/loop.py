@@ -71,7 +71,7 @@ class _Loop:
         self.saver = Saver(engine, folder, task.run, dist)
         self.step = TrainStep(engine, objective, data, task, dist)
         self.health = Health(task.run, task.description)
-        self.done, self.seconds, self.evaluation = 0, 0.0, {}
+        self.done, self.seconds, self.evaluation, self.evaluated = 0, 0.0, {}, 0  # evaluated: after which step
         if resumed := self.saver.resume():
             self.done, self.seconds = resumed.step, resumed.state["seconds"]
             self.evaluation = resumed.state["evaluation"]
@@ -100,6 +100,7 @@ class _Loop:
             if last or (ended and epoch % run.eval_every == 0):
                 batch = eval_batch(run, self.engine.settings)
                 self.evaluation = evaluate(self.objective, self.data, self.engine.dtype, batch, self.dist)
+                self.evaluated = self.done
                 self.monitor.eval_row(self.done, self.evaluation)
                 self.monitor.warn(self.done, *self.health.look_at_evaluation(self.evaluation))
             if save:
@@ -126,9 +127,8 @@ class _Loop:
     def _save(self, wait: bool) -> None:
         self.seconds = time.perf_counter() - self.started
         state = {"evaluation": self.evaluation, "seconds": self.seconds, "health": self.health.state()}
-        self.saver.save(
-            self.done, state=state, own=self.step.running(), score=self.evaluation.get("accuracy"), wait=wait
-        )
+        score = self.evaluation["accuracy"] if self.evaluated == self.done else None  # not that of older weights
+        self.saver.save(self.done, state=state, own=self.step.running(), score=score, wait=wait)
 
 
 def evaluate(

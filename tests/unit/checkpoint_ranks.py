@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from trainer.checkpoint import Saver
+from trainer.checkpoint_files import complete, step_of
 from trainer.dist import Dist
 from trainer.schema import RunConfig
 from trainer.zero_state import Piece
@@ -137,3 +138,33 @@ def assert_holds(made: Saver, step: int) -> None:
     for (kind, name), wanted in state_at(step).items():
         values = held.values[kind, name][1]
         assert torch.equal(values, wanted[held.share(kind, wanted)]) and values.dtype == wanted.dtype, (kind, name)
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints."""
+    return [step_of(path) for path in complete(folder / "checkpoints")]
+
+
+def resumed_step(folder: Path, world: int = 1) -> int | None:
+    """Where a new start goes on; checks that it is in the state of that step."""
+
+    def work(dist):
+        made = saver(dist, folder)
+        if (found := made.resume()) is None:
+            return None
+        assert_holds(made, found.step)
+        return found.step
+
+    (step,) = set(run_ranks(world, work))
+    return step
+
+
+def save_steps(folder: Path, *numbers: int, world: int = 1, **run) -> None:
+    def work(dist):
+        made = saver(dist, folder, **run)
+        made.resume()
+        for number in numbers:
+            save(made, number)
+        made.close()
+
+    assert run_ranks(world, work) == [None] * world
