@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -42,6 +43,19 @@ class Chain:
         done = self.command("submit", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return {row[1]: row[3] for row in self.rows()[before:]}
+
+    def scripts_only(self, stage: str) -> Path:
+        """Submit and cancel at once: the job script of a stage, with nothing running and nothing finished.
+
+        A cancelled job is asked to save and stop, and one as small as these may come to its end instead.
+        """
+        jobs = self.submit()
+        self.command("cancel")
+        for job in jobs.values():
+            self.until_ended(job)
+        for artifact in ARTIFACTS:
+            shutil.rmtree(self.out / artifact, ignore_errors=True)
+        return self.out / f"slurm/1/{stage}.sbatch"
 
     def submit_by_driver(self) -> dict[str, str]:
         """sbatch slurm/m2mkd_vmoe.sh, as users do."""

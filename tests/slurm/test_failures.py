@@ -79,18 +79,14 @@ def test_failed_stage_cancels_what_depends_on_it_and_a_repair_goes_on(chain, tmp
 
 def test_stage_without_its_inputs_fails_before_training(chain):
     """afterok on a forgotten id starts at once, so the job body looks at the disk."""
-    chain.submit()
-    chain.command("cancel")
-    job = chain.start(chain.out / "slurm/1/train.sbatch", "--dependency=afterok:99999")
+    job = chain.start(chain.scripts_only("train"), "--dependency=afterok:99999")
     assert chain.until_ended(job) == "FAILED"
     assert chain.events("train")[-1].startswith(f"failed needs {chain.out}/teacher, which is not complete")
 
 
 def test_bad_node_is_named_before_training(chain):
     """More GPUs expected than a node shows."""
-    chain.submit()
-    chain.command("cancel")
-    script = chain.out / "slurm/1/teacher.sbatch"
+    script = chain.scripts_only("teacher")
     script.write_text(script.read_text().replace("\nGPUS=1\n", "\nGPUS=2\n"))
     job = chain.start(script)
     assert chain.until_ended(job) == "FAILED"
@@ -98,9 +94,7 @@ def test_bad_node_is_named_before_training(chain):
 
 
 def test_ranks_that_end_well_without_a_result_are_no_success(chain):
-    chain.submit()
-    chain.command("cancel")
-    script = chain.out / "slurm/1/teacher.sbatch"
+    script = chain.scripts_only("teacher")
     script.write_text(script.read_text().replace("\nPYTHON=python\n", "\nPYTHON=true\n"))
     job = chain.start(script)
     assert chain.until_ended(job) == "FAILED"
