@@ -84,11 +84,12 @@ class _Loop:
     def train(self) -> None:
         """Every step that is left."""
         run, interruption = self.task.run, Interruption(self.dist, self.done)
+        total = self.task.epochs * self.per_epoch
         for micro_batches in self.step.batches(self.done, self.per_epoch):
             epoch, inside = divmod(self.done + 1, self.per_epoch)
-            ended, last = inside == 0, self.done + 1 == self.task.epochs * self.per_epoch
+            ended, last = inside == 0, self.done + 1 == total
             row_due = ended or (self.done + 1) % run.log_every == 0
-            made = self.step.run(self.done, micro_batches, row_due=row_due)
+            made = self.step.run(self.done, micro_batches, total=total, row_due=row_due)
             self.done += 1
             HEARTBEAT.beat()
             why = interruption.agreed(self.done, self.saver.failed)

@@ -22,10 +22,33 @@ def section(cls: type) -> Any:
 
 
 @dataclass(frozen=True)
+class FractalConfig:
+    """Procedural images (source fractals): every class is a random iterated function system. Nothing to download."""
+
+    classes: int = knob(100, "classes")
+    size: int = knob(64, "width and height, pixels")
+    train_images: int = knob(20_000, "training images, equally many of each class")
+    val_images: int = knob(2_000, "validation images, drawn from parameters the training images never take")
+    difficulty: float = knob(0.5, "0 to 1: how far rotation, scale, shift and the maps themselves vary in a class")
+    seed: int = knob(0, "of the data set; the recipe's own seed leaves it as it is")
+    cache: str = knob("", "folder for the images; empty = M2MKD_CACHE, or ~/.cache/m2mkd")
+
+    def __post_init__(self):
+        require(2 <= self.classes <= 10_000, "data.fractals.classes", self.classes, "2 to 10,000")
+        require(16 <= self.size <= 512, "data.fractals.size", self.size, "16 to 512 pixels")
+        for name in ("train_images", "val_images"):
+            value, expected = getattr(self, name), f"a multiple of data.fractals.classes={self.classes}"
+            require(value >= self.classes and value % self.classes == 0, f"data.fractals.{name}", value, expected)
+        require(0 <= self.difficulty <= 1, "data.fractals.difficulty", self.difficulty, "0 to 1")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where images come from."""
 
-    source: Literal["digits", "folder", "hub"] = knob("digits", "embedded digits, an ImageFolder, or `datasets`")
+    source: Literal["digits", "fractals", "folder", "hub"] = knob(
+        "digits", "embedded digits, procedural fractals, an ImageFolder, or `datasets`"
+    )
     path: str = knob("", "folder (source folder), or hub id[@revision] / local path (source hub)")
     image_key: str = knob("image", "column with the image (source hub)")
     label_key: str = knob("label", "column with the label (source hub)")
@@ -35,9 +58,10 @@ class DataConfig:
     skip_unreadable: bool = knob(False, "replace an unreadable image by the next one and count it, instead of stopping")
     max_pixels: int = knob(100_000_000, "width x height of the largest image that is decoded: a guard against bombs")
     limit: int = knob(0, "use n images of each split, spread evenly over it; 0 = all")
+    fractals: FractalConfig = section(FractalConfig)
 
     def __post_init__(self):
-        if self.source != "digits" and not self.path:
+        if self.source in ("folder", "hub") and not self.path:
             raise ValueError(f"data.source is {self.source!r} but data.path is empty: set data.path=FOLDER_OR_HUB_ID")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "1 or more")
@@ -88,7 +112,8 @@ class ScheduleConfig:
 
     def __post_init__(self):
         name = type(self).__name__.removesuffix("Config").lower()
-        require(self.epochs >= 1, f"{name}.epochs", self.epochs, "1 or more")
+        least = 0 if type(self).epochs == 0 else 1  # a phase that is off unless asked for
+        require(self.epochs >= least, f"{name}.epochs", self.epochs, f"{least} or more")
         require(self.lr > 0, f"{name}.lr", self.lr, "a positive learning rate")
         require(0 <= self.warmup_epochs <= self.epochs, f"{name}.warmup_epochs", self.warmup_epochs, "0 to epochs")
         require(self.weight_decay >= 0, f"{name}.weight_decay", self.weight_decay, "0 or more")
@@ -117,15 +142,26 @@ class MetaConfig(ScheduleConfig):
 
     source: str = knob("", "reuse a trained one: run folder, or hub id[@revision] of a pushed run; empty = train it")
     init: Literal["scratch", "teacher"] = knob("teacher", "start of the stages: new, or the teacher's own layers")
-    objective: Literal["labels", "matching"] = knob(
-        "matching", "labels only; or hidden states at the module borders + teacher logits + half the labels"
+    objective: Literal["labels", "matching", "theseus"] = knob(
+        "matching", "labels only; the teacher's border states and logits; or random swapping with teacher modules"
     )
-    blocks_per_module: int = knob(1, "transformer blocks per stage")
-    label_weight: float = knob(0.5, "weight of the label loss in objective matching")
+    blocks_per_module: int = knob(
+        1, "transformer blocks per stage; 0 = the teacher is its own meta model, and nothing is trained"
+    )
+    label_weight: float = knob(0.5, "weight of the label loss in objectives matching and theseus")
+    kl_weight: float = knob(1.0, "weight of the teacher's logits there (KL)")
+    free_weight: float = knob(1.0, "matching: weight of the border errors of the free-running meta model")
+    forced_weight: float = knob(1.0, "matching: the same where each stage is fed the teacher's border state")
+    replace_rate: float = knob(
+        0.5, "theseus: share of stages that stand in for the teacher's modules at the start; rises to 1"
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.blocks_per_module >= 1, "meta.blocks_per_module", self.blocks_per_module, "1 or more")
+        require(self.blocks_per_module >= 0, "meta.blocks_per_module", self.blocks_per_module, "0 (teacher) or more")
+        for name in ("label_weight", "kl_weight", "free_weight", "forced_weight"):
+            require(getattr(self, name) >= 0, f"meta.{name}", getattr(self, name), "0 (off) or more")
+        require(0 < self.replace_rate <= 1, "meta.replace_rate", self.replace_rate, "above 0, at most 1")
 
 
 @dataclass(frozen=True)
@@ -139,11 +175,58 @@ class DistillConfig(ScheduleConfig):
     kl_reduction: Literal["batchmean", "reference"] = knob(
         "batchmean", "KL averaged per sample; reference = divided by batch x classes, as the published code"
     )
+    alpha_end: float | None = knob(None, "alpha at the last step, changed linearly; null = constant")
+    tau_end: float | None = knob(None, "tau at the last step, changed linearly; null = constant")
+    logit_weight: float = knob(1.0, "weight of label and distillation terms together; 0 = border target alone")
+    border: Literal["none", "mse", "cosine"] = knob(
+        "none", "target at the module's own border, beside the logits: the teacher module's output there"
+    )
+    border_weight: float = knob(1.0, "weight of the border target (relative MSE, or 1 - cosine)")
+    stitches: Literal["linear", "pca", "tied"] = knob(
+        "linear",
+        "LayerNorm + Linear (published); Linear started from the border's principal components; or those, fixed",
+    )
+    input_noise: float = knob(0.0, "Gaussian noise on a module's input, relative to the input's standard deviation")
+    level: Literal["module", "expert"] = knob(
+        "module", "teach modules whole; or their experts one by one first (section expert), then tune the module"
+    )
+    routing_weight: float = knob(0.0, "weight of teacher-guided routing: KL from a teacher router to each MoE router")
 
     def __post_init__(self):
         super().__post_init__()
-        require(0 <= self.alpha <= 1, "distill.alpha", self.alpha, "0 to 1")
-        require(self.tau > 0, "distill.tau", self.tau, "a positive temperature")
+        for key in ("alpha", "alpha_end"):
+            value = getattr(self, key)
+            require(value is None or 0 <= value <= 1, f"distill.{key}", value, "0 to 1")
+        for key in ("tau", "tau_end"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"distill.{key}", value, "a positive temperature")
+        for key in ("logit_weight", "border_weight", "input_noise", "routing_weight"):
+            require(getattr(self, key) >= 0, f"distill.{key}", getattr(self, key), "0 (off) or more")
+        require(self.logit_weight or self.border != "none", "distill.logit_weight", self.logit_weight,
+                "a positive weight, or distill.border to learn from")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RefineConfig(ScheduleConfig):
+    """Second round: every module learns on what the modules before it really send (not in the paper).
+
+    Targets and stitches are those of section distill.
+    """
+
+    epochs: int = knob(0, "passes over the training images; 0 = no second round")
+    order: Literal["parallel", "sequential"] = knob(
+        "parallel", "predecessors of the first round, so modules are independent; or refined ones, one after another"
+    )
+
+
+@dataclass(frozen=True)
+class ExpertConfig(ScheduleConfig):
+    """Per-expert distillation (distill.level=expert): each expert of a module is taught alone, as a dense module."""
+
+    assign: Literal["image", "token"] = knob(
+        "image", "an expert learns from the images of its cluster; or from all images, on the tokens of its cluster"
+    )
+    cluster_images: int = knob(2000, "training images the clusters are computed from")
 
 
 @dataclass(frozen=True)
@@ -193,6 +276,13 @@ class StudentConfig:
     moe_blocks: str = knob("all", "all, every-2, last-2, none, or block numbers as 1,3")
     gelu: Literal["erf", "tanh"] = knob("erf", "form of GELU; teachers from timm and transformers use erf")
     pool: Literal["token", "mean"] = knob("token", "head on the class token or on the mean of the patches")
+    init: str = knob(
+        "", "start of the blocks: empty = new, teacher = the teacher's layers, or a dense ViT (hub id, folder)"
+    )
+    experts: Literal["copy", "clusters"] = knob(
+        "copy", "with init: experts are copies of the MLP, or cut from it by clusters of its inputs, router included"
+    )
+    expert_noise: float = knob(0.0, "with init: noise on each expert, relative to the standard deviation of a weight")
     reg_tokens: int | None = knob(None, "prefix tokens beside the class token; null = as many as the teacher has")
     drop_rate: float = knob(0.0, "dropout in dense MLPs and after attention")
     moe: MoEConfig = section(MoEConfig)
@@ -210,17 +300,36 @@ class StudentConfig:
 class TrainConfig(ScheduleConfig):
     """End-to-end training of the assembled student."""
 
-    start: Literal["distilled", "scratch", "scratch_equal_cost"] = knob(
-        "distilled", "from the distilled modules, from scratch, or scratch given the cost of the whole chain"
+    start: Literal["distilled", "scratch", "scratch_equal_cost", "upcycled"] = knob(
+        "distilled",
+        "from the distilled modules, from scratch, scratch given the cost of the whole chain, or student.init",
     )
     init: str = knob("", "start from this V-MoE in place of the distilled modules: directory or hub id[@revision]")
-    stitches: Literal["drop", "keep"] = knob("drop", "stitch layers at assembly: dropped (published) or kept")
-    baselines: tuple[str, ...] = knob((), "starts that --phase all trains as well: scratch, scratch_equal_cost")
+    stitches: Literal["drop", "keep", "fold"] = knob(
+        "drop", "stitch layers at assembly: dropped (published), kept, or each border's two folded into one linear map"
+    )
+    baselines: tuple[str, ...] = knob(
+        (), "starts that --phase all trains as well: scratch, scratch_equal_cost, upcycled"
+    )
+    kd_weight: float = knob(0.0, "weight of the whole teacher's logits (KL); the label loss gets 1 - kd_weight")
+    kd_tau: float = knob(1.0, "temperature of that KL")
+    border_weight: float = knob(0.0, "weight of matching the teacher's border states, fading out to 0")
+    border_epochs: float = knob(5.0, "epochs after which the border states no longer count")
+    routing_weight: float = knob(0.0, "weight of teacher-guided routing, fading out to 0 with border_epochs")
+    ema: float = knob(0.0, "decay of an average of the weights, per step, which is evaluated and published; 0 = off")
+    layer_decay: float = knob(1.0, "learning rate of a block relative to the block after it")
 
     def __post_init__(self):
         super().__post_init__()
+        starts = ("scratch", "scratch_equal_cost", "upcycled")
         for name in self.baselines:
-            require(name in ("scratch", "scratch_equal_cost"), "train.baselines", name, "scratch, scratch_equal_cost")
+            require(name in starts, "train.baselines", name, ", ".join(starts))
+        require(0 <= self.kd_weight <= 1, "train.kd_weight", self.kd_weight, "0 (off) to 1")
+        require(self.kd_tau > 0, "train.kd_tau", self.kd_tau, "a positive temperature")
+        for name in ("border_weight", "border_epochs", "routing_weight"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 (off) or more")
+        require(0 <= self.ema < 1, "train.ema", self.ema, "0 (off) to below 1")
+        require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "above 0, at most 1")
 
 
 @dataclass(frozen=True)
@@ -289,6 +398,8 @@ class Recipe:
     teacher: TeacherConfig = section(TeacherConfig)
     meta: MetaConfig = section(MetaConfig)
     distill: DistillConfig = section(DistillConfig)
+    expert: ExpertConfig = section(ExpertConfig)
+    refine: RefineConfig = section(RefineConfig)
     student: StudentConfig = field(default_factory=lambda: StudentConfig(variant="m2mkd-B/16"))
     train: TrainConfig = section(TrainConfig)
     run: RunConfig = section(RunConfig)

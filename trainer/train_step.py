@@ -75,11 +75,12 @@ class TrainStep:
         for first in micro:
             yield [first, *itertools.islice(micro, s.accumulation - 1)]
 
-    def run(self, done: int, micro_batches: list[Batch], *, row_due: bool) -> bool:
+    def run(self, done: int, micro_batches: list[Batch], *, total: int, row_due: bool) -> bool:
         """Forward and backward of each micro-batch; the weights change after the last.
 
         Args:
             done: optimiser steps before this one.
+            total: optimiser steps of the phase.
             row_due: a metrics row comes next, which tells the routing of this step.
 
         Returns:
@@ -89,6 +90,7 @@ class TrainStep:
         if not self.images:
             self.since = time.perf_counter()  # evaluations and saves between two intervals do not count as training
         self.losses, self.routing = [], []
+        self.objective.progress = done / total
         for part, batch in enumerate(micro_batches):
             images, target = batch.images, batch.labels
             place = part * self.dist.world + self.dist.rank
