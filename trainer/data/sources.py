@@ -1,9 +1,10 @@
-"""Where images come from: the embedded digits, a folder in ImageFolder layout, or anything `datasets` loads map-style.
+"""Where images come from: the embedded digits, procedural fractals, an ImageFolder, or what `datasets` loads map-style.
 
 A source is random access (`image(i)`, `label(i)`), because a map-style source with a seeded sampler resumes exactly and
 a streamed one with a shuffle buffer does not. Images are decoded by decode.py for every source alike.
 """
 
+import copy
 import logging
 import os
 from abc import ABC, abstractmethod
@@ -78,6 +79,17 @@ class ImageSource(ABC):
             if image is not None:
                 return image, candidate % len(self)
         raise ValueError(f"none of the {len(self)} images of {self.name} can be read.")
+
+    def subset(self, indices: np.ndarray) -> "ImageSource":
+        """A view of this source on the images of these indices, in this order."""
+        view = copy.copy(self)
+        view.rows, view.targets, view.skipped = self.rows[indices], self.targets[indices], set()
+        return view
+
+    def spread(self, count: int) -> "ImageSource":
+        """A view on `count` images spread evenly over this source; all of them when it has no more."""
+        count = min(count, len(self))
+        return self.subset(np.arange(count) * len(self) // count)
 
     @abstractmethod
     def _read(self, row: int) -> Image.Image: ...
@@ -179,7 +191,13 @@ class HubSource(ImageSource):
         return decode(path if content is None else content, description, self.max_pixels)
 
 
-_SOURCES = {"digits": DigitsSource, "folder": FolderSource, "hub": HubSource}
+def _fractals(data: DataConfig, split: str) -> ImageSource:
+    from trainer.data.fractals import FractalSource  # late: it builds on this file
+
+    return FractalSource(data, split)
+
+
+_SOURCES = {"digits": DigitsSource, "fractals": _fractals, "folder": FolderSource, "hub": HubSource}
 
 
 def _class_folders(root: Path, split: str, key: str) -> list[str]:

@@ -1,0 +1,232 @@
+"""Source `fractals`: procedural images, made once on this machine, kept in a cache folder and read as a memory map.
+
+fractal_images.py draws them. A folder of the cache holds one split; its name tells the parameters by a hash. It appears
+under that name only when it is complete, so a generator that was killed leaves nothing that stands in the way.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from trainer.data import fractal_images
+from trainer.data.fractal_images import TRAIN, VAL, colours
+from trainer.data.sources import ImageSource
+from trainer.schema import DataConfig, FractalConfig
+
+logger = logging.getLogger(__name__)
+FORMAT = 1  # raise it when the same parameters give other images or other files
+ARRAYS = ("images", "palettes", "labels")
+RECORD = "record.json"  # written last
+JOBS, JOB_PIXELS = 20, 1 << 22  # a split is made in parts, 20 at most, of 4 million pixels or more
+
+
+class FractalSource(ImageSource):
+    """Images of `data.fractals`, sorted by class; the first to ask for them makes them, all others wait.
+
+    Raises:
+        OSError: the cache folder cannot be written, or has too little room; the message says how much is needed.
+    """
+
+    def __init__(self, data: DataConfig, split: str):
+        folder = cached(data.fractals, split)
+        self._images_NSS, self._palettes_N23, labels_N = (
+            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS
+        )
+        names = [f"fractal {label:03d}" for label in range(data.fractals.classes)]
+        self.origin = f"procedural fractals, {folder.name}"
+        super().__init__(f"fractals {split}", names, np.array(labels_N), data)
+
+    def _read(self, row: int) -> Image.Image:
+        image = Image.fromarray(self._images_NSS[row])
+        image.putpalette(colours(self._palettes_N23[row]).tobytes())
+        return image.convert("RGB")
+
+
+def cached(config: FractalConfig, split: str) -> Path:
+    """The folder with the images of `split` ("train" or "val"), made if it is not there yet.
+
+    Safe to call from any number of processes: one makes the images, the others wait for it. Where the file system has
+    no locks, each makes its own and the first to finish wins.
+
+    Raises:
+        OSError: see FractalSource.
+    """
+    values = _parameters(config, split)
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    cache = Path(config.cache or os.environ.get("M2MKD_CACHE") or "~/.cache/m2mkd").expanduser()
+    folder = cache / f"fractals-{split}-{digest}"
+    if _complete(folder, values):
+        return folder
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(folder.with_suffix(".lock")) as alone:
+            if not _complete(folder, values):
+                _make(folder, values, alone)
+    except OSError as error:
+        if error.errno is None:  # our own
+            raise
+        raise OSError(
+            f"the fractals cannot be kept in {cache}: {error.strerror}. Choose another folder with data.fractals.cache "
+            "or the variable M2MKD_CACHE."
+        ) from error
+    return folder
+
+
+def _parameters(config: FractalConfig, split: str) -> dict[str, Any]:
+    """All that the images depend on."""
+    count = config.train_images if split == "train" else config.val_images
+    return {
+        "format": FORMAT,
+        "split": split,
+        "classes": config.classes,
+        "per_class": count // config.classes,
+        "size": config.size,
+        "difficulty": float(config.difficulty),
+        "seed": config.seed,
+    }
+
+
+def _complete(folder: Path, values: dict[str, Any]) -> bool:
+    """Whether the folder has a record of these parameters, and every file the size in it (the sums are not checked)."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        return record["parameters"] == values and all(
+            (folder / name).stat().st_size == about["bytes"] for name, about in record["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _make(folder: Path, values: dict[str, Any], alone: bool) -> None:
+    """Draw the images beside `folder` and rename. Alone (under the lock), what killed generators left is removed."""
+    if alone:
+        for leftover in folder.parent.glob(f"{folder.name}.*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    part = folder.with_name(f"{folder.name}.{secrets.token_hex(8)}.part")
+    part.mkdir()
+    try:
+        _reserve(part, values)
+        _draw(part, values)
+        files = {f"{name}.npy": _sealed(part / f"{name}.npy") for name in ARRAYS}
+        (part / RECORD).write_text(json.dumps({"parameters": values, "files": files}, indent=2) + "\n")
+        _sealed(part / RECORD)
+        if folder.exists() and not _complete(folder, values):
+            logger.warning("%s is damaged, its files are not those of its %s: made anew", folder, RECORD)
+            shutil.rmtree(folder)
+        part.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was quicker
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _reserve(part: Path, values: dict[str, Any]) -> None:
+    """Create the arrays with all their bytes: a full disk is an error now and not a SIGBUS in the middle."""
+    count, size = values["classes"] * values["per_class"], values["size"]
+    shapes = {"images": (count, size, size), "palettes": (count, 2, 3)}
+    needed = count * (size * size + 6 + 8)
+    free = shutil.disk_usage(part).free
+    if needed > free:
+        raise _no_room(part, needed, free)
+    try:
+        for name, shape in shapes.items():
+            path = part / f"{name}.npy"
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        np.save(part / "labels.npy", np.repeat(np.arange(values["classes"]), values["per_class"]))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _no_room(part, needed, free) from error
+        raise
+
+
+def _no_room(part: Path, needed: int, free: int) -> OSError:
+    return OSError(
+        f"the fractals need {needed:,} bytes in {part.parent}, where {free:,} are free. Make room, choose another "
+        "folder with data.fractals.cache, or lower data.fractals.size or train_images."
+    )
+
+
+def _draw(part: Path, values: dict[str, Any]) -> None:
+    """Fill the arrays with as many processes as this one may use cores, class by class."""
+    classes, kind = values["classes"], TRAIN if values["split"] == "train" else VAL
+    cores, started = len(os.sched_getaffinity(0)), time.monotonic()
+    count = classes * values["per_class"]
+    parts = min(classes, max(cores, min(JOBS, count * values["size"] ** 2 // JOB_PIXELS)))
+    jobs = list(itertools.pairwise(classes * number // parts for number in range(parts + 1)))
+    logger.info("making %d fractals (%s) in %s", count, values["split"], part.parent)
+    running: deque[subprocess.Popen] = deque()
+    try:
+        for number, labels in enumerate(jobs, 1):
+            running.append(_started(part, kind, labels, values))
+            while running and (len(running) == cores or number == len(jobs)):
+                _finished(running[0])
+                running.popleft()
+                ready = number - len(running)
+                logger.info("fractals: %d%% after %.0f s", 100 * ready // len(jobs), time.monotonic() - started)
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def _started(part: Path, kind: int, labels: tuple[int, int], values: dict[str, Any]) -> subprocess.Popen:
+    """A process with numpy alone: it starts in a tenth of a second, and no thread or device of ours is copied."""
+    asked = json.dumps({"folder": str(part), "kind": kind, "labels": labels, "maker": os.getpid(), **values})
+    command = [sys.executable, "-P", fractal_images.__file__, asked]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def _finished(process: subprocess.Popen) -> None:
+    said = process.communicate()[1].decode(errors="replace").strip().splitlines()
+    if process.returncode:
+        how = f"ended with exit code {process.returncode}: {said[-1] if said else 'it said nothing'}"
+        killed = f"was killed by signal {-process.returncode} (9: out of memory, or somebody's kill)"
+        raise OSError(
+            f"a process that draws fractals {killed if process.returncode < 0 else how}. Nothing was kept; "
+            "start the same command again."
+        )
+
+
+def _sealed(path: Path) -> dict[str, Any]:
+    """Make sure that the file is on the disk; its size and SHA-256 for the record."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock file; False where the file system has no locks. The kernel frees it when the holder dies."""
+    with path.open("a") as file:
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("another process makes the fractals: waiting for %s", path)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+                raise
+            yield False
+        else:
+            yield True
