@@ -15,14 +15,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
-from timm.layers import Mlp, to_2tuple
+from timm.layers import LayerNorm, Mlp, to_2tuple
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from models.hub_files import CheckpointFiles, Weights
 from models.moe import GELU, MoE, draw, lecun_normal_
 from models.preprocessing import Preprocessing
-from models.stitch import stitch
+from models.stitch import FOLDED, stitch
 from models.vmoe_config import POOLS, VARIANTS, VMoEConfig, decode_variant, moe_numbers
 from models.vmoe_files import check_counts, fill, read, write
 
@@ -68,6 +68,7 @@ class VMoE(VisionTransformer, ModelHubMixin):
             drop_path_rate=config.drop_path_rate,
             dynamic_img_size=config.dynamic_img_size,
             weight_init="skip",
+            norm_layer=functools.partial(LayerNorm, eps=config.norm_eps) if config.norm_eps else None,
             act_layer=functools.partial(nn.GELU, approximate=GELU[config.gelu]),
             block_fn=functools.partial(_block, config),
         )
@@ -243,8 +244,11 @@ def _block(config: VMoEConfig, dim: int, depth: int, **options: Any) -> VMoEBloc
         return Mlp(dim, config.mlp_dim, act_layer=act_layer, drop=drop)
 
     block = VMoEBlock(dim=dim, depth=depth, **{**options, "mlp_layer": mlp})
-    if teacher_width := (config.stitch_blocks or {}).get(str(depth)):
-        block.stitch = nn.Sequential(stitch(dim, teacher_width), stitch(teacher_width, dim))
+    width = (config.stitch_blocks or {}).get(str(depth))
+    if width == FOLDED:
+        block.stitch = nn.Linear(dim, dim)
+    elif width is not None:
+        block.stitch = nn.Sequential(stitch(dim, width), stitch(width, dim))
     return block
 
 

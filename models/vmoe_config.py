@@ -19,7 +19,7 @@ SIZES = ("image_size", "patch_size", "in_chans", "width", "depth", "heads", "mlp
 # what may change on trained weights without making another function of them
 FREE = ("drop_rate", "drop_path_rate", "dynamic_img_size", "seed")
 MOE_FIXED = ("num_experts", "k", "renormalize", "router_bias")  # the other routing settings are free
-KEPT = ("stitch_blocks", "representation_size")  # as they were saved, where nothing else is asked for
+KEPT = ("stitch_blocks", "representation_size", "norm_eps")  # as they were saved, where nothing else is asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,8 @@ class VMoEConfig:
     drop_rate: float = 0.0  # dropout on positions, after attention and in dense MLPs; experts have moe.dropout
     drop_path_rate: float = 0.0
     dynamic_img_size: bool = False  # takes images of any size; position embeddings are resampled to it
-    stitch_blocks: Mapping[str, int] | None = None  # kept stitches: block number -> width of the teacher
+    norm_eps: float | None = None  # of every LayerNorm, where it is not timm's 1e-6: a dense model it started from
+    stitch_blocks: Mapping[str, int] | None = None  # kept stitches: block number -> width of the teacher, 0 = folded
     seed: int = 0  # of the initial values
 
     def __post_init__(self) -> None:
@@ -57,6 +58,8 @@ class VMoEConfig:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}.")
+        if self.norm_eps is not None and not (isinstance(self.norm_eps, float) and 0 < self.norm_eps < 1):
+            raise ValueError(f"norm_eps must lie between 0 and 1, got {self.norm_eps!r}; None means timm's 1e-6.")
         for name, known in (("gelu", GELU), ("pool", POOLS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(known)}.")

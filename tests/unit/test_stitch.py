@@ -140,8 +140,8 @@ def test_keep_computes_what_the_modules_compute(tmp_path):
 
 def test_refusals():
     modules = build_student_modules(student(), [1, 2, 1], TEACHER_WIDTH)
-    with pytest.raises(ValueError, match="stitches 'fold' is not one of drop, keep"):
-        assemble_student(modules, "fold")
+    with pytest.raises(ValueError, match="stitches 'melt' is not one of drop, keep, fold"):
+        assemble_student(modules, "melt")
     with pytest.raises(ValueError, match="do not make one model"):
         assemble_student(modules[1:])
     with pytest.raises(ValueError, match="do not split 4 blocks"):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.flops import forward_flops
+from models.guided_routing import Guide
 from models.meta import MetaModel
 from models.modules import Stage
 from models.moe import auxiliary_loss
-from trainer.objectives.base import Objective, Step, smoothing, soft_kl
+from trainer.objectives.base import Objective, Step, relative_mse, smoothing, soft_kl
 from trainer.schema import DistillConfig
 
 
@@ -19,39 +23,110 @@ class Distill(Objective):
 
     h = meta.front(x); y_t = meta.back(teacher module(h)), y_s = meta.back(student module(h));
     loss = (1 - alpha) CE(y_s, labels) + alpha tau^2 KL(y_t || y_s) + balance losses of the student's MoE blocks.
+
+    Not in the paper: a target at the module's own border (`config.border`), noise on h, alpha and tau that change
+    linearly, `predecessors`, the student modules before this one, whose output the student is fed in place of h
+    (second round), and `guide`, teacher-guided routing. With `config.logit_weight` 0 the border is the only target, and
+    no suffix of the meta model is run; the last module has no border but its logits, so there they count in full.
     """
 
     def __init__(self, student: nn.Module, teacher_stage: Stage, meta: MetaModel, index: int, config: DistillConfig,
-                 tokens: int, label_smoothing: float = 0.0):  # fmt: skip
+                 tokens: int, label_smoothing: float = 0.0, predecessors: Sequence[nn.Module] = (),
+                 guide: Guide | None = None):  # fmt: skip
         self.module, self.index, self.config, self.label_smoothing = student, index, config, label_smoothing
-        self.teacher_stage, self.meta = teacher_stage, meta
-        self.frozen = [teacher_stage, meta]
+        self.teacher_stage, self.meta, self.predecessors, self.guide = teacher_stage, meta, predecessors, guide
+        self.frozen = [teacher_stage, meta, *predecessors]
+        last = index == meta.num_modules - 1
+        self.border = "none" if last else config.border
+        self.logit_weight = 1.0 if last else config.logit_weight
+        self.taught = self.logit_weight > 0 and max(config.alpha, config.alpha_end or 0) > 0  # by the teacher's logits
+        self.taught_here = self.taught or self.border != "none" or guide is not None  # the teacher module is run
         cost = [forward_flops(stage, tokens) for stage in meta.stages]
         front, back = sum(cost[:index]), sum(cost[index + 1 :])
-        # one frozen suffix for the teacher, and one for the student that also passes the gradient on
-        self.flops_per_image = (
-            front + forward_flops(teacher_stage, tokens) + 3 * back + 3 * forward_flops(student, tokens)
-        )
+        self.flops_per_image = sum(forward_flops(module, tokens) for module in predecessors)
+        self.flops_per_image += 3 * forward_flops(student, tokens)
+        if self.taught_here:
+            self.flops_per_image += front + forward_flops(teacher_stage, tokens)
+        elif not predecessors:
+            self.flops_per_image += front
+        if guide is not None:
+            self.flops_per_image += guide.routers.flops_per_image(tokens)
+        # a frozen suffix for the teacher, and one for the student that also passes the gradient on
+        self.flops_per_image += (back if self.taught else 0) + (2 * back if self.logit_weight else 0)
 
     def __call__(self, forward, images: Tensor, target: Tensor) -> Step:
+        config, progress = self.config, self.progress
+        alpha, tau = _at(progress, config.alpha, config.alpha_end), _at(progress, config.tau, config.tau_end)
         with torch.no_grad():
-            h = self.meta.front(images, self.index)
-            wanted = self.meta.back(self.teacher_stage(h), self.index)
-        logits = self.meta.back(forward(h), self.index).float()
-        label = F.cross_entropy(logits, target, label_smoothing=smoothing(target, self.label_smoothing))
-        distill = self._distill(wanted, logits)
+            h, taught, wanted = self._teach(images)
+            given = self._given(images, h)
+        mine = forward(given)
         balance = auxiliary_loss(self.module)
-        alpha = self.config.alpha  # weight of the distillation term
-        loss = (1 - alpha) * label + alpha * distill + balance
-        return loss, {"label": label.detach(), "distill": distill.detach(), "balance": balance.detach()}
+        loss, parts = balance, {"balance": balance.detach()}
+        if self.guide is not None:
+            routing = self.guide.loss()
+            loss, parts["routing"] = loss + routing, routing.detach()
+        if self.border != "none":
+            border = self.border_error(h, mine, taught)
+            loss, parts["border"] = loss + config.border_weight * border, border.detach()
+        if self.logit_weight:
+            logits = self.meta.back(mine, self.index).float()
+            label = F.cross_entropy(logits, target, label_smoothing=smoothing(target, self.label_smoothing))
+            loss, parts["label"] = loss + self.logit_weight * (1 - alpha) * label, label.detach()
+            if self.taught:
+                distill = self._distill(wanted, logits, tau)
+                loss, parts["distill"] = loss + self.logit_weight * alpha * distill, distill.detach()
+        return loss, parts
 
     def predict(self, images: Tensor) -> Tensor:
-        """Logits (B, C) of the hybrid: the meta model with the student module in place i."""
-        return self.meta.back(self.module(self.meta.front(images, self.index)), self.index)
+        """Logits (B, C) of the hybrid: the meta model with the student module in place i (and its predecessors)."""
+        given = self._chained(images) if self.predecessors else self.meta.front(images, self.index)
+        return self.meta.back(self.module(given), self.index)
 
-    def _distill(self, wanted: Tensor, logits: Tensor) -> Tensor:
+    def border_error(self, h: Tensor, given: Tensor, wanted: Tensor) -> Tensor:
+        """How far the student module's output is from the teacher module's, both (B, T, D_t).
+
+        Args:
+            h: what the teacher module was fed, (B, T, D_t), or the images for the first one.
+        """
+        return relative_mse(given, wanted) if self.border == "mse" else _cosine_distance(given, wanted)
+
+    def _teach(self, images: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Input and output of the teacher module, and the teacher's logits; None where nothing needs them."""
+        if not self.taught_here:
+            return None, None, None
+        h = self.meta.front(images, self.index)
+        with self.guide.watching() if self.guide is not None else nullcontext():
+            taught = self.teacher_stage(h)
+        return h, taught, self.meta.back(taught, self.index) if self.taught else None
+
+    def _given(self, images: Tensor, h: Tensor | None) -> Tensor:
+        """What the student is fed."""
+        if self.predecessors:
+            return self._chained(images)
+        h = self.meta.front(images, self.index) if h is None else h
+        if self.config.input_noise and self.index:
+            h = h + self.config.input_noise * h.float().std().to(h.dtype) * torch.randn_like(h)
+        return h
+
+    def _chained(self, images: Tensor) -> Tensor:
+        for module in self.predecessors:
+            images = module(images)
+        return images
+
+    def _distill(self, wanted: Tensor, logits: Tensor, tau: float) -> Tensor:
         if self.config.target == "hard":
             return F.cross_entropy(logits, wanted.argmax(-1))
-        kl = soft_kl(wanted, logits, self.config.tau)
+        kl = soft_kl(wanted, logits, tau)
         # the published code divides the sum by batch x classes, which makes the term C times weaker
         return kl / logits.shape[-1] if self.config.kl_reduction == "reference" else kl
+
+
+def _at(progress: float, start: float, end: float | None) -> float:
+    """A value that changes linearly from start to end over the phase."""
+    return start if end is None else start + (end - start) * progress
+
+
+def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 - cosine of the angle between two states of each token, mean over batch and tokens."""
+    return 1 - F.cosine_similarity(a.float(), b.float(), dim=-1).mean()

@@ -1,0 +1,104 @@
+"""Tied stitches, border targets, the second round and the teacher beside the student, through the phases."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models.vmoe import VMoE
+from tests.launch import TINY
+from trainer.tracking import read_metrics
+
+SMALLER = ["student.width=24", "student.mlp_dim=32"]  # than the teacher, or the basis would be the identity
+METHOD = [*SMALLER, "distill.stitches=tied", "distill.border=mse", "refine.epochs=1", "refine.global_batch=16"]
+BESIDE = ["train.kd_weight=0.5", "train.border_weight=1", "train.border_epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def taught(warm, chain, tmp_path_factory):
+    """OUT of a whole run with a sequential second round on 2 ranks, from the teacher of `chain`."""
+    out = tmp_path_factory.mktemp("second_round") / "out"
+    shutil.copytree(chain[0] / "teacher", out / "teacher")
+    order = ["refine.order=sequential", "train.baselines=[]"]
+    finished = warm.run([*TINY, "--phase", "all", "--out", out, *METHOD, *BESIDE, *order], ranks=2)
+    assert finished.code == 0, finished.output
+    return out
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_the_bases_are_orthonormal_and_explain_the_states(taught):
+    tensors = load_file(taught / "meta/basis.safetensors")
+    borders = {name.partition(".")[0] for name in tensors}
+    assert len(borders) == len(list(taught.glob("distill_?"))) - 1
+    for border in borders:
+        directions, variance = tensors[f"{border}.directions"], tensors[f"{border}.variance"]
+        assert torch.allclose(directions.T @ directions, torch.eye(len(directions)), atol=1e-4)
+        assert variance[:24].sum() > 0.9 * variance.sum()
+    assert "basis.safetensors" in result(taught / "meta")["files"]
+
+
+def test_the_second_round_trains_all_but_the_first_module(taught):
+    first = result(taught / "refine_0")
+    assert first["flops"] == 0 and first["steps"] == 0
+    weights = [load_file(taught / name / "model.safetensors") for name in ("distill_0", "refine_0")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    second = result(taught / "refine_1")
+    assert second["steps"] > 0 and 0 < second["metrics"]["hybrid_accuracy"] <= 1
+    first_round, last_module = (read_metrics(taught / name / "metrics.jsonl")[0] for name in ("distill_0", "refine_1"))
+    assert "loss/border" in first_round and "loss/border" not in last_module  # whose border is its logits
+    assert "loss/distill" in first_round and "loss/distill" in last_module
+    assert not [name for name in load_file(taught / "refine_1/model.safetensors") if "stitch" in name or "pre." in name]
+
+
+def test_assembly_and_the_teacher_end_to_end(taught):
+    train = result(taught / "train")["metrics"]
+    ways = (
+        {train[f"start_accuracy/{way}"] for way in ("drop", "keep", "fold")}
+        if "start_accuracy/drop" in train
+        else set()
+    )
+    assert ways in (set(), {train["start_accuracy"]})  # tied stitches cancel out
+    evaluations = [row for row in read_metrics(taught / "train/metrics.jsonl") if row["kind"] == "eval"]
+    assert evaluations[0]["step"] == 0 and evaluations[0]["accuracy"] == train["start_accuracy"]
+    rows = [row for row in read_metrics(taught / "train/metrics.jsonl") if row["kind"] == "train"]
+    assert "loss/kd" in rows[-1] and "loss/border" in rows[0] and "loss/border" not in rows[-1]
+    assert VMoE.from_pretrained(taught / "train").config.stitch_blocks is None
+
+
+def test_a_second_round_can_be_run_module_by_module(warm, taught, tmp_path):
+    out = tmp_path / "out"
+    for name in ("teacher", "meta", *(f"distill_{i}" for i in range(2))):
+        shutil.copytree(taught / name, out / name)
+    refine = [*TINY, "--phase", "refine", "--module", "1", "--out", out, *METHOD]
+    assert warm.run(refine).code == 0
+    assert (out / "refine_1/result.json").is_file() and not (out / "refine_0").exists()
+    missing = warm.run([*refine, "refine.order=sequential", "--module", "1"])
+    assert missing.code == 2 and "refine.order" in missing.output  # made with another recipe
+    off = warm.run([*TINY, "--phase", "refine", "--out", tmp_path / "off", *SMALLER])
+    assert off.code == 2 and "refine.epochs is 0" in off.output
+
+
+def test_folded_stitches_are_published(warm, taught, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(taught / "teacher", out / "teacher")
+    shutil.copytree(taught / "meta", out / "meta")
+    linear = [*TINY, "--out", out, *SMALLER, "distill.border=mse", "distill.epochs=1", "train.baselines=[]"]
+    assert warm.run([*linear, "--phase", "distill"]).code == 0
+    refused = warm.run([*linear, "--phase", "train", "train.border_weight=1"])
+    assert refused.code == 2 and "set distill.stitches=tied" in refused.output
+    finished = warm.run([*linear, "--phase", "train", "train.stitches=fold"], ranks=2)
+    assert finished.code == 0, finished.output
+    student = VMoE.from_pretrained(out / "train")
+    assert set(student.config.stitch_blocks.values()) == {0}
+    made = json.loads((out / "train/assembled.json").read_text()) if (out / "train/assembled.json").is_file() else {}
+    assert not made or set(made) == {f"start_accuracy/{way}" for way in ("drop", "keep", "fold")}
+
+
+def test_wider_than_the_teacher_is_refused_before_training(warm, taught):
+    refused = warm.run([*TINY, "--phase", "distill", "--out", taught, *METHOD, "student.width=48", "student.heads=4"])
+    assert refused.code == 2 and "student.width is 48, the teacher's 32" in refused.output
