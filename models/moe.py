@@ -64,6 +64,8 @@ class Routed(nn.Module):
     router: nn.Linear
     config: MoEConfig
     routing: Routing | None
+    keep_logits = False  # whether a forward leaves its clean logits in `logits_BTE`; their graph holds memory
+    logits_BTE: Tensor | None = None
 
     def route_images(self, x_BTD: Tensor) -> tuple[Routing, Tensor, Tensor | int]:
         """Route groups of whole images.
@@ -92,6 +94,8 @@ class Routed(nn.Module):
         # Activation checkpointing runs forward again inside backward: that copy would keep a second graph alive.
         if torch._C._current_graph_task_id() == -1:
             self.routing = routing
+            # nothing is computed for it here: a recomputation has to save the same tensors, whatever the flag is then
+            self.logits_BTE = logits_GSE.view(*x_BTD.shape[:2], -1) if self.keep_logits else None
         return routing, *_rows(routing, slots)
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ class Routed(nn.Module):
 
     def __getstate__(self) -> dict:
         # copy.deepcopy and pickle cannot take tensors with a graph
-        return {**self.__dict__, "routing": None}
+        return {**self.__dict__, "routing": None, "logits_BTE": None}
 
 
 class MoE(Routed):
@@ -202,12 +206,12 @@ def _rows(routing: Routing, slots: int | None) -> tuple[Tensor, Tensor | int]:
 def auxiliary_loss(model: nn.Module) -> Tensor:
     """Sum over MoE layers of the mean over groups of the weighted losses of the last forward; 0 when none ran."""
     total = torch.zeros(())
-    for _, layer in _ran(model):
-        config, losses = layer.config, layer.routing.losses
+    for config, routing in ((layer.config, layer.routing) for layer in routed_layers(model).values()):
         weights = {"importance": config.importance_weight, "load": config.load_weight, "gshard": config.gshard_weight}
         for name, weight in weights.items():
-            if weight:
-                total = total.to(losses[name].device) + weight * losses[name].mean()
+            if weight and routing is not None:
+                loss = routing.losses[name]
+                total = total.to(loss.device) + weight * loss.mean()
     return total
 
 
@@ -216,15 +220,14 @@ def routing_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
     Tensors stay on their device, so that nothing waits for it.
     """
-    return {
-        name: {"kept": layer.routing.kept, "load": layer.routing.load, "gate_sum": layer.routing.gate_sum}
-        for name, layer in _ran(model)
-    }
+    ran = ((name, layer.routing) for name, layer in routed_layers(model).items() if layer.routing is not None)
+    return {name: {"kept": last.kept, "load": last.load, "gate_sum": last.gate_sum} for name, last in ran}
 
 
-def _ran(model: nn.Module) -> list[tuple[str, Routed]]:
+def routed_layers(model: nn.Module) -> dict[str, Routed]:
+    """What routes in each MoE layer, under the layer's name in the plain model."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, Routed))
-    return [(name.removesuffix(".deepspeed_moe.gate"), layer) for name, layer in layers if layer.routing is not None]
+    return {name.removesuffix(".deepspeed_moe.gate"): layer for name, layer in layers}
 
 
 def expert_parallel(model: nn.Module, ep_size: int) -> nn.Module:

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from models.moe import Routed
+from models.moe import routed_layers
 from models.preprocessing import Preprocessing
 from models.vmoe import VMoE
 from trainer.data.loader import Batch
 from trainer.data.sources import ImageSource
 from trainer.dist import Dist
+from trainer.routing_watch import Choices, per_image
 
 PICTURES = 8  # validation images whose routing is drawn, spread evenly over the split
 PICTURE_SIDE = 160  # pixels, at most
@@ -40,10 +41,9 @@ class Analysis:
 
     def __init__(self, student: VMoE, source: ImageSource, preprocessing: Preprocessing, dist: Dist) -> None:
         self.student, self.source, self.preprocessing, self.dist = student, source, preprocessing, dist
-        self.layers = {name: module for name, module in student.named_modules() if isinstance(module, Routed)}
+        self.layers = routed_layers(student)
         self.seen: list[np.ndarray] = []  # (images, 3) int64 each: index, label, predicted class
-        self.chosen = torch.zeros(len(self.layers), self._num_experts(), dtype=torch.int64, device=dist.device)
-        self.kept = torch.zeros(len(self.layers), dtype=torch.int64, device=dist.device)  # choices that found a slot
+        self.choices = Choices(self.layers, dist.device)
         self.pictures: dict[int, dict[str, Any]] = {}
         self.wanted = {place * len(source) // PICTURES for place in range(PICTURES)}
 
@@ -52,11 +52,7 @@ class Analysis:
         predicted = logits.argmax(-1).cpu()
         rows = torch.stack([batch.index, batch.labels, predicted], dim=1)[batch.mask]
         self.seen.append(rows.numpy())
-        real = batch.mask.to(logits.device)
-        for number, layer in enumerate(self.layers.values()):
-            expert_BTK, kept_BTK = _per_image(layer.routing, len(real))
-            self.chosen[number] += torch.bincount(expert_BTK[real].flatten(), minlength=self.chosen.shape[1])
-            self.kept[number] += kept_BTK[real].sum()
+        self.choices.add(batch.mask.to(logits.device))
         for place, index in enumerate(batch.index.tolist()):
             if index in self.wanted:
                 self.pictures[index] = self._picture(batch, place, logits[place])
@@ -68,34 +64,25 @@ class Analysis:
             images, skipped (unreadable ones), labels, classes (per class: images, correct, predicted, and what it is
             taken for most, -1 = nothing, how often), confusion (classes x classes, rows = truth; None above
             MATRIX_CLASSES), confusions ([truth, predicted, count], most frequent first), grid ([rows, columns] of
-            patches), layers (per MoE layer: share of the choices per expert, kept fraction), pictures.
+            patches), layers (per MoE layer, as from Choices.summary), pictures.
         """
         seen = np.concatenate([rows for rank in self.dist.gather(self.seen) for rows in rank])
         assert len(np.unique(seen[:, 0])) == len(seen), "an image was counted twice"
-        chosen, kept = self.dist.sum(self.chosen), self.dist.sum(self.kept)
-        asked = chosen.sum(1)
-        layers = {
-            name: {"load": [round(share, 6) for share in (counts / total).tolist()], "kept": float(found / total)}
-            for name, counts, found, total in zip(self.layers, chosen, kept, asked)
-        }
         pictures = {index: picture for rank in self.dist.gather(self.pictures) for index, picture in rank.items()}
         return {
             "images": len(seen),
             "skipped": len(self.source) - len(seen),
             **_classes(seen[:, 1], seen[:, 2], self.source.labels),
             "grid": list(self.student.patch_embed.grid_size),
-            "layers": layers,
+            "layers": self.choices.summary(self.dist),
             "pictures": [pictures[index] for index in sorted(pictures)],
         }
-
-    def _num_experts(self) -> int:
-        return max((layer.config.num_experts for layer in self.layers.values()), default=0)
 
     def _picture(self, batch: Batch, place: int, logits: Tensor) -> dict[str, Any]:
         """One validation image as the model saw it, its prediction, and per layer the expert of every patch."""
         experts = {}
         for name, layer in self.layers.items():
-            expert_BTK, kept_BTK = _per_image(layer.routing, len(batch.mask))
+            expert_BTK, kept_BTK = per_image(layer.routing, len(batch.mask))
             expert_TK, kept_TK = (x[place, self.student.num_prefix_tokens :] for x in (expert_BTK, kept_BTK))
             first_T1 = kept_TK.int().argmax(-1, keepdim=True)  # the best choice that found a slot
             first_T = expert_TK.gather(1, first_T1).squeeze(1)
@@ -109,12 +96,6 @@ class Analysis:
             "png": _png(batch.images[place], self.preprocessing),
             "experts": experts,
         }
-
-
-def _per_image(routing: Any, images: int) -> tuple[Tensor, Tensor]:
-    """Expert of every choice and whether it found a slot, (B, T, K): groups hold whole images, in order."""
-    k = routing.expert_GSK.shape[-1]
-    return routing.expert_GSK.reshape(images, -1, k), (routing.slot_GSK >= 0).reshape(images, -1, k)
 
 
 def _classes(truth: np.ndarray, predicted: np.ndarray, labels: list[str]) -> dict[str, Any]:

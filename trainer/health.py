@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -18,6 +19,8 @@ from trainer.schema import RunConfig
 ROWS, FEWEST_ROWS = 32, 8  # rows a spike is measured against: at most, and before any is called one
 LEAST_SPREAD = 0.01  # of the median: on a plateau the deviation is so small that noise would be a spike
 DEAD_SHARE = 0.01  # of an equal share of the choices: an expert below it counts as without tokens
+COLLAPSED_SHARE = 0.9  # of the first choices: an expert above it leaves the others nothing to do
+COLLAPSED_ENTROPY = 0.25  # of the first choices, 1 = spread evenly over all experts
 
 
 class NonFiniteLoss(RuntimeError):
@@ -47,6 +50,8 @@ class Health:
         self.losses: list[float] = []  # of the last rows
         self.spiking = False
         self.idle: dict[str, list[int]] = {}  # per MoE layer and expert: rows in a row without tokens
+        self.unused: dict[str, list[int]] = {}  # per MoE layer: experts without a token in the last evaluation
+        self.collapsed: list[str] = []  # MoE layers whose router had collapsed in the last evaluation
         self.warnings = 0
 
     def refused_step(self, step: int, cause: str) -> Finding:
@@ -83,11 +88,19 @@ class Health:
         """
         return [*self._spike(step, row["loss"]), *self._dead_experts(step, row)]
 
-    def look_at_evaluation(self, evaluation: dict[str, float]) -> list[Finding]:
-        """Judge an evaluation: images on which the model's output is no number are worth a look."""
-        if not (count := evaluation.get("nonfinite_images", 0)):
-            return []
-        return [self._found(f"the model's output is not finite on {count} of {evaluation['images']} validation images")]
+    def look_at_evaluation(
+        self, step: int, evaluation: dict[str, float], layers: Mapping[str, Mapping[str, Any]]
+    ) -> list[Finding]:  # fmt: skip
+        """Judge an evaluation: images on which the model's output is no number, idle experts, collapsed routers.
+
+        Args:
+            layers: per MoE layer "load" and "first", as from Choices.summary.
+        """
+        found = [finding for layer, values in layers.items() for finding in self._routing(step, layer, values)]
+        if count := evaluation.get("nonfinite_images", 0):
+            text = f"the model's output is not finite on {count} of {evaluation['images']} validation images"
+            found.append(self._found(text))
+        return found
 
     def rolled_back(self, step: int, to: int | None, *, needed: bool) -> Finding:
         """Note that the weights after `step` are those of step `to` again, so that its images are not seen once more.
@@ -115,7 +128,7 @@ class Health:
         """JSON values for a checkpoint; copies, because a checkpoint is written while training goes on."""
         return copy.deepcopy({
             "nonfinite": self.nonfinite, "rollbacks": self.rollbacks, "losses": self.losses, "spiking": self.spiking,
-            "idle": self.idle, "warnings": self.warnings,
+            "idle": self.idle, "unused": self.unused, "collapsed": self.collapsed, "warnings": self.warnings,
         })  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -162,6 +175,24 @@ class Health:
             found.append(self._found(text, about={"layer": layer, "dead_experts": dead}))
         return found
 
+    def _routing(self, step: int, layer: str, values: Mapping[str, Any]) -> list[Finding]:
+        """What the validation images say of a layer, told once; what the training rows have told is not told again."""
+        dead = self._dead(layer) if layer in self.idle else []
+        before, unused = self.unused.get(layer, []), [e for e, share in enumerate(values["load"]) if not share]
+        why = collapse(values["first"])
+        new = [expert for expert in unused if expert not in before and expert not in dead]
+        known = layer in self.collapsed or len(dead) * 2 > len(values["load"])
+        self.unused[layer] = unused
+        self.collapsed = [name for name in self.collapsed if name != layer] + ([layer] if why else [])
+        found = []
+        if new:
+            text = f"layer {layer}: not one validation token for {_experts(new)}, at step {step}"
+            found.append(self._found(text, about={"layer": layer, "unused_experts": unused}))
+        if why and not known:
+            text = f"layer {layer}: the router has collapsed on the validation images: {why}, at step {step}"
+            found.append(self._found(text, about={"layer": layer, "first_choices": values["first"]}))
+        return found
+
     def _dead(self, layer: str) -> list[int]:
         return [e for e, rows in enumerate(self.idle[layer]) if self.run.dead_after and rows >= self.run.dead_after]
 
@@ -177,6 +208,20 @@ class Health:
                 "before. Lower the phase's lr, set its clip, or look at the data; run.on_nonfinite=skip or rollback "
                 "goes on after single steps"
             )
+
+
+def collapse(first: Sequence[float]) -> str | None:
+    """Why a router counts as collapsed, from the share of the first choices that each expert gets; None = it does not.
+
+    One expert gets more than COLLAPSED_SHARE, or the entropy relative to an even spread is below COLLAPSED_ENTROPY.
+    """
+    if len(first) < 2:
+        return None
+    entropy = -sum(share * math.log(share) for share in first if share > 0) / math.log(len(first))
+    if max(first) <= COLLAPSED_SHARE and entropy >= COLLAPSED_ENTROPY:
+        return None
+    used = [expert for expert, share in enumerate(first) if share * len(first) >= DEAD_SHARE]
+    return f"first choices go to {_experts(used)} of {len(first)}, {max(first):.0%} to one (entropy {entropy:.2f})"
 
 
 def _experts(numbers: list[int]) -> str:
