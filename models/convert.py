@@ -1,4 +1,4 @@
-"""transformers ViT and DeiT -> timm VisionTransformer, and both libraries' image settings -> Preprocessing."""
+"""transformers ViT and DeiT -> timm VisionTransformer (a ViT also back); image settings of both -> Preprocessing."""
 
 import math
 import re
@@ -66,19 +66,35 @@ def to_timm(original: nn.Module) -> VisionTransformer:
         act_layer=ACTIVATIONS[config.hidden_act],
         weight_init="skip",
     )
-    token = "dist_token" if distilled else "reg_token"
-    model.load_state_dict(_fuse_qkv(_renamed(original.state_dict(), token)))
+    state = {_renamed(name): value for name, value in original.state_dict().items()}
+    if "embeddings.distillation_token" in state:
+        state["dist_token" if distilled else "reg_token"] = state.pop("embeddings.distillation_token")
+    model.load_state_dict(_fuse_qkv(state))
     _check_same_logits(original, model.eval())
     return model
 
 
-def _renamed(state: dict[str, Tensor], distillation_token: str) -> dict[str, Tensor]:
-    result = {}
-    for name, value in state.items():
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        result[distillation_token if name == "embeddings.distillation_token" else name] = value
-    return result
+def back_to_transformers(model: VisionTransformer, original: nn.Module) -> None:
+    """Load the weights of a `to_timm` model into the transformers ViT it was made of, or one like it.
+
+    Raises:
+        RuntimeError: the logits of both differ.
+    """
+    state, result = model.state_dict(), {}
+    for name in original.state_dict():
+        place = _renamed(name)
+        if part := re.search(r"\.attn\.([qkv])\.", place):
+            result[name] = state[place.replace(part[0], ".attn.qkv.")].chunk(3)["qkv".index(part[1])]
+        else:
+            result[name] = state[place]
+    original.load_state_dict(result)
+    _check_same_logits(original, model.eval())
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:

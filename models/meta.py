@@ -34,12 +34,14 @@ class MetaModel(nn.Module):
         """A trainable meta model with the teacher's embedding, width and head.
 
         Args:
+            blocks_per_module: of each stage; 0 = all of the teacher module's, so that the meta model is the teacher.
             init: "teacher" copies the embedding, norm, head and the first blocks of each teacher stage;
                 "scratch" starts the same architecture anew with timm's ViT initialisation, drawn from `seed`.
             teacher_depths: blocks per teacher module, `num_modules` of them.
 
         Raises:
-            ValueError: an unknown init, or depths that do not fit the teacher, `num_modules` or `blocks_per_module`.
+            ValueError: an unknown init or one that does not fit 0 blocks, or depths that do not fit the teacher,
+                `num_modules` or `blocks_per_module`.
         """
         if init not in INITS:
             raise ValueError(f"meta init {init!r} is not one of {', '.join(INITS)}.")
@@ -48,18 +50,21 @@ class MetaModel(nn.Module):
                 f"the meta model needs one teacher depth per module: got {list(teacher_depths)} "
                 f"for {num_modules} modules."
             )
-        if not 1 <= blocks_per_module <= min(teacher_depths):
+        if blocks_per_module == 0 and init != "teacher":
+            raise ValueError("blocks_per_module 0 makes the teacher its own meta model: init must be teacher.")
+        if not 0 <= blocks_per_module <= min(teacher_depths):
             raise ValueError(
                 f"blocks_per_module {blocks_per_module} must lie between 1 and the smallest teacher module "
-                f"({min(teacher_depths)} blocks of {list(teacher_depths)})."
+                f"({min(teacher_depths)} blocks of {list(teacher_depths)}), or be 0."
             )
-        teacher_stages = split(teacher_model, teacher_depths)
-        blocks = [block for stage in teacher_stages for block in list(stage.blocks.values())[:blocks_per_module]]
+        depths = [blocks_per_module or depth for depth in teacher_depths]
+        stages = split(teacher_model, teacher_depths)
+        blocks = [block for stage, depth in zip(stages, depths) for block in list(stage.blocks.values())[:depth]]
         model = copy.deepcopy(with_blocks(teacher_model, blocks))
         model.requires_grad_(True).train()
         if init == "scratch":
             _initialise(model, seed)
-        return cls(split(model, [blocks_per_module] * num_modules))
+        return cls(split(model, depths))
 
     @property
     def num_modules(self) -> int:
@@ -83,10 +88,10 @@ class MetaModel(nn.Module):
             h = stage(h)
         return h
 
-    def hidden_states(self, x: Tensor) -> list[Tensor]:
-        """The output of every stage in turn: the N-1 border states (B, T, D), then the logits (B, C)."""
+    def hidden_states(self, x: Tensor, stages: int | None = None) -> list[Tensor]:
+        """The output of every stage in turn, or of the first ones: N-1 border states (B, T, D), then logits (B, C)."""
         states = []
-        for stage in self.stages:
+        for stage in self.stages[:stages]:
             x = stage(x)
             states.append(x)
         return states

@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Sequence
 
 import torch
+from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -89,6 +90,13 @@ def with_blocks(model: VisionTransformer, blocks: Sequence[nn.Module]) -> Vision
     result = shallow_copy(model)
     result.blocks = nn.Sequential(*blocks)
     return result
+
+
+def set_drop_path(model: VisionTransformer, rate: float) -> None:
+    """Stochastic depth in place, rising linearly over the blocks from 0 to `rate` (Huang et al. 2016, as in timm)."""
+    for i, block in enumerate(model.blocks):
+        share = rate * i / max(len(model.blocks) - 1, 1)
+        block.drop_path1, block.drop_path2 = (DropPath(share) if share else nn.Identity() for _ in range(2))
 
 
 def shallow_copy(module: nn.Module, cls: type | None = None) -> nn.Module:

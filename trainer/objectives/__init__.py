@@ -1,8 +1,21 @@
 """One object per kind of training step: what is trained, what is frozen, and how the losses are computed."""
 
-from trainer.objectives.base import relative_mse, soft_kl
+from trainer.objectives.base import Objective, relative_mse, soft_kl
 from trainer.objectives.distill import Distill
-from trainer.objectives.end_to_end import Classify
-from trainer.objectives.meta import MatchTeacher
+from trainer.objectives.end_to_end import Borders, Classify, LearnFromTeacher
+from trainer.objectives.incubate import Incubate
+from trainer.objectives.meta import MatchTeacher, Theseus, meta_objective
 
-__all__ = ["Classify", "Distill", "MatchTeacher", "relative_mse", "soft_kl"]
+__all__ = [
+    "Borders",
+    "Classify",
+    "Distill",
+    "Incubate",
+    "LearnFromTeacher",
+    "MatchTeacher",
+    "Objective",
+    "Theseus",
+    "meta_objective",
+    "relative_mse",
+    "soft_kl",
+]

@@ -1,12 +1,16 @@
 """Phase distill: one student module learns to behave like the teacher module inside the frozen meta model.
 
-`--module i` is one job of its own (Slurm runs them as an array); `--module all` runs them one after another.
+`--module i` is one job of its own (Slurm runs them as an array); `--module all` runs them one after another. With
+distill.level=expert the module starts from its experts, which phase expert has taught one by one.
 """
 
 from __future__ import annotations
 
-from trainer import reuse
+from models.guided_routing import Guide
+from trainer import reuse, upcycling
 from trainer.context import Run, save_weights
+from trainer.experts import Assembly
+from trainer.guidance import routers_of
 from trainer.objectives import Distill
 
 
@@ -20,24 +24,33 @@ def run(run: Run, module: int) -> None:
         reuse.take_module(run, module, folder)
         return
     meta, meta_result = run.trained_meta(f"--phase distill --module {module}")
-    student = run.student_modules(d.drop_path)[module]
+    assembly = Assembly(run, module) if d.level == "expert" else None
+    student = assembly.student if assembly else run.student_modules(d.drop_path)[module]
     settings = run.settings("distill", d, recipe.student.moe.num_experts)
     stage = run.teacher_stages()[module]
-    objective = Distill(student, stage, meta, module, d, run.tokens, recipe.augment.label_smoothing)
     made_with = {"teacher": run.teacher_record, "meta": meta_result["files"]["model.safetensors"]}
+    made_with |= upcycling.record(run)
+    extra_flops, guide = (assembly.flops if assembly else 0) + upcycling.spent(run) // recipe.modules, None
+    if d.routing_weight:
+        routers, flops = routers_of(run, student)
+        guide, extra_flops = Guide(routers, stage, student, d.routing_weight), extra_flops + flops
+    smoothing = recipe.augment.label_smoothing
+    objective = Distill(student, stage, meta, module, d, run.tokens, smoothing, guide=guide)
     outcome, state, engine = run.train(
-        objective, run.data, d, settings, folder, f"distill {module + 1}/{recipe.modules}"
-    )
+        objective, run.data, d, settings, folder, f"distill {module + 1}/{recipe.modules}",
+        evaluate_start=assembly is not None,
+    )  # fmt: skip
     engine.close()
     if run.dist.main:
         save_weights(folder / "model.safetensors", state)
-    metrics = {
-        "accuracy": outcome.evaluation["accuracy"],
-        "loss": outcome.evaluation["loss"],
+    metrics = outcome.evaluation | {
         "hybrid_accuracy": outcome.evaluation["accuracy"],
         "teacher_hybrid_accuracy": meta_result["metrics"][f"hybrid_accuracy/{module}"],
     }
+    if assembly:
+        metrics |= assembly.metrics(state) | {"start_accuracy": outcome.start["accuracy"]}
     run.finish(
         folder, "distill", module, outcome, settings,
-        epochs=d.epochs, flops_per_image=objective.flops_per_image, metrics=metrics, made_with=made_with,
+        epochs=d.epochs, flops_per_image=objective.flops_per_image, extra_flops=extra_flops,
+        metrics=metrics, made_with=made_with,
     )  # fmt: skip

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import logging
+import time
 
-from torch import nn
+import torch
 
 from models.meta import MetaModel
-from trainer import reuse
+from trainer import bases, hybrids, reuse
 from trainer.context import Run, save_weights
-from trainer.loop import Predictor, evaluate
-from trainer.objectives import Classify, MatchTeacher
-
-log = logging.getLogger(__name__)
-FAR_BELOW = 0.9  # a hybrid under this share of the teacher's accuracy teaches little
+from trainer.ds_config import Settings
+from trainer.growing import with_seedling
+from trainer.loop import Outcome, Predictor, evaluate
+from trainer.objectives import meta_objective
 
 
 def run(run: Run) -> None:
-    """Train OUT/meta, or take it from meta.source."""
+    """Train OUT/meta, take it from meta.source, or let the teacher be it (meta.blocks_per_module=0)."""
     recipe, m = run.recipe, run.recipe.meta
     folder, done = run.open("meta")
     if done:
@@ -25,47 +24,43 @@ def run(run: Run) -> None:
     if m.source:
         reuse.take_meta(run, folder)
         return
-    made_with = {"teacher": run.teacher_record}
+    grown = recipe.teacher.grown
+    if grown:
+        run = with_seedling(run)
+    made_with = {} if grown else {"teacher": run.teacher_record}
     settings = run.settings("meta", m)
     meta, stages = run.new_meta(), run.teacher_stages()
-    smoothing = recipe.augment.label_smoothing
-    if m.objective == "labels":
-        objective = Classify(meta, run.tokens, smoothing)
+    trained = m.blocks_per_module > 0
+    if trained:
+        objective = meta_objective(meta, stages, m, run.tokens, recipe.augment.label_smoothing, recipe.seed)
+        outcome, state, engine = run.train(objective, run.data, m, settings, folder, "meta")
     else:
-        objective = MatchTeacher(meta, run.teacher.model, stages, m, run.tokens, smoothing)
-    outcome, state, engine = run.train(objective, run.data, m, settings, folder, "meta")
-    metrics = outcome.evaluation | _hybrids(run, meta, stages, engine.dtype, run.eval_batch(settings))
-    engine.close()
-    prefix = "" if m.objective == "labels" else "meta."
+        state = {name: tensor.clone() for name, tensor in meta.state_dict().items()}
+        outcome = _as_it_is(run, meta, settings)
+    # a teacher that is grown is not there yet: phase assemble measures its hybrids
+    measured = {} if grown else hybrids.measure(run, meta, stages, settings)
+    found = bases.measure(meta, run.data, _dtype(settings), run.eval_batch(settings), run.dist)
+    if trained:
+        engine.close()
     if run.dist.main:
-        save_weights(folder / "model.safetensors", {name.removeprefix(prefix): t for name, t in state.items()})
-        _report(metrics, recipe.modules)
+        bases.save(folder, found)
+        save_weights(folder / "model.safetensors", {name.removeprefix("meta."): t for name, t in state.items()})
+        if measured:
+            hybrids.report(measured, recipe.modules)
     run.finish(
-        folder, "meta", None, outcome, settings,
-        epochs=m.epochs, flops_per_image=objective.flops_per_image, metrics=metrics, made_with=made_with,
+        folder, "meta", None, outcome, settings, epochs=m.epochs if trained else 0,
+        flops_per_image=objective.flops_per_image if trained else 0, metrics=outcome.evaluation | measured,
+        made_with=made_with,
     )  # fmt: skip
 
 
-def _hybrids(run: Run, meta: MetaModel, stages: list[nn.Module], dtype, batch: int) -> dict[str, float]:
-    """Accuracy of the teacher, and of the meta model with each teacher module in its place."""
-    teacher = run.teacher.model.to(run.dist.device, dtype)
-    cases = {"teacher_accuracy": Predictor(meta, teacher, (teacher,))}
-    for i, stage in enumerate(stages):
-        cases[f"hybrid_accuracy/{i}"] = Predictor(
-            meta, lambda x, i=i, stage=stage: meta.back(stage(meta.front(x, i)), i), (stage,)
-        )
-    return {name: evaluate(case, run.data, dtype, batch, run.dist)["accuracy"] for name, case in cases.items()}
+def _as_it_is(run: Run, meta: MetaModel, settings: Settings) -> Outcome:
+    """What a meta model that nobody trains reaches."""
+    started = time.perf_counter()
+    meta.to(run.dist.device, _dtype(settings))
+    evaluation = evaluate(Predictor(meta, meta), run.data, _dtype(settings), run.eval_batch(settings), run.dist)
+    return Outcome(evaluation, time.perf_counter() - started, steps=0, images_seen=0)
 
 
-def _report(metrics: dict[str, float], modules: int) -> None:
-    teacher = metrics["teacher_accuracy"]
-    hybrids = [metrics[f"hybrid_accuracy/{i}"] for i in range(modules)]
-    shown = ", ".join(f"{i}: {100 * h:.1f}%" for i, h in enumerate(hybrids))
-    log.info("teacher %.1f%%, meta model %.1f%%, hybrids %s", 100 * teacher, 100 * metrics["accuracy"], shown)
-    for i, hybrid in enumerate(hybrids):
-        if hybrid < FAR_BELOW * teacher:
-            log.warning(
-                "teacher module %d reaches only %.1f%% inside the meta model (teacher %.1f%%): its student will learn "
-                "from a broken teacher. Use meta.objective=matching, meta.init=teacher, or more meta.epochs",
-                i, 100 * hybrid, 100 * teacher,
-            )  # fmt: skip
+def _dtype(settings: Settings) -> torch.dtype:
+    return torch.bfloat16 if settings.bf16 else torch.float32

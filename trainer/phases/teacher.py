@@ -5,11 +5,11 @@ For the embedded demo and for users without a pretrained teacher; with teacher.s
 
 from __future__ import annotations
 
-from models.teacher import load_teacher, new_teacher, save_teacher
+from models.teacher import load_teacher, save_teacher
 from trainer.context import Run, training_flops
 from trainer.dist import seed_everything
 from trainer.objectives import Classify
-from trainer.preflight import trained_preprocessing
+from trainer.preflight import new_teacher_of, trained_preprocessing
 
 
 def run(run: Run) -> None:
@@ -25,10 +25,7 @@ def run(run: Run) -> None:
         return
     preprocessing = trained_preprocessing(t)
     seed_everything(run.recipe.seed, 0, run.recipe.run.deterministic)
-    model = new_teacher(
-        image_size=t.image_size, patch_size=t.patch_size, width=t.width, depth=t.depth, heads=t.heads,
-        mlp_dim=t.mlp_dim, labels=run.labels, preprocessing=preprocessing,
-    )  # fmt: skip
+    model = new_teacher_of(t, run.labels)
     settings = run.settings("teacher", t)
     tokens = (t.image_size // t.patch_size) ** 2 + 1
     objective = Classify(model, tokens, run.recipe.augment.label_smoothing)

@@ -6,19 +6,35 @@ training cost together in FLOPs.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from models.basis import Project
 from models.flops import num_tokens
+from models.guided_routing import Guide
+from models.meta import MetaModel
 from models.moe import load_full_state_dict
-from models.stitch import assemble_student
+from models.stitch import STITCHES, StudentModule, assemble_student
 from models.vmoe import VMoE
 from models.vmoe_files import write_config
-from trainer import artifacts, reuse
-from trainer.context import Run
-from trainer.objectives import Classify
+from trainer import artifacts, reuse, upcycling
+from trainer.context import Run, module_depths
+from trainer.data.loader import eval_batches
+from trainer.ds_config import Settings
+from trainer.guidance import routers_of
+from trainer.loop import Predictor, evaluate
+from trainer.objectives import Borders, Classify, LearnFromTeacher, Objective
 from trainer.schema import TrainConfig
+
+FOLD_IMAGES = 256  # training images a fold is fitted on
 
 
 def run(run: Run, start: str) -> None:
@@ -28,16 +44,19 @@ def run(run: Run, start: str) -> None:
     if done:
         return
     settings = run.settings("train", schedule, recipe.student.moe.num_experts)
-    student, made_with = _start(run, start, settings.ep_size)
+    student, made_with, assembled = _start(run, start, settings, folder)
     config = student.config
     data = run.data if student.preprocessing is None else run.data_for(student.preprocessing)
-    objective = Classify(student, num_tokens(student), recipe.augment.label_smoothing)
+    objective, guide_flops = _objective(run, student)
     if start == "scratch_equal_cost":
         schedule = _at_equal_cost(run, schedule, objective.flops_per_image)
-    name = {"distilled": "train", "scratch": "scratch", "scratch_equal_cost": "scratch, equal cost"}[start]
+    name = "train" if start == "distilled" else start.replace("_equal_cost", ", equal cost")
     if run.dist.main:
         write_config(folder, config, data.preprocessing, run.labels)  # makes a model of an exported checkpoint
-    outcome, state, engine = run.train(objective, data, schedule, settings, folder, name)
+    outcome, state, engine = run.train(
+        objective, data, schedule, settings, folder, name,
+        layer_decay=schedule.layer_decay, ema=schedule.ema, evaluate_start=True,
+    )  # fmt: skip
     engine.close()
     if run.dist.main:
         trained = VMoE(config)
@@ -45,34 +64,99 @@ def run(run: Run, start: str) -> None:
         trained.save_pretrained(folder, preprocessing=data.preprocessing, labels=run.labels)
     run.finish(
         folder, "train", None, outcome, settings,
-        epochs=schedule.epochs, flops_per_image=objective.flops_per_image, metrics=outcome.evaluation,
-        made_with=made_with,
+        epochs=schedule.epochs, flops_per_image=objective.flops_per_image,
+        extra_flops=guide_flops + (upcycling.spent(run) if start == "upcycled" else 0),
+        metrics=outcome.evaluation | {"start_accuracy": outcome.start["accuracy"]} | assembled, made_with=made_with,
     )  # fmt: skip
 
 
-def _start(run: Run, start: str, ep_size: int) -> tuple[VMoE, dict[str, Any]]:
-    """The student before training, and what it was made with."""
+def _start(run: Run, start: str, settings: Settings, folder: Path) -> tuple[VMoE, dict[str, Any], dict[str, float]]:
+    """The student before training, what it was made with, and what each way to assemble it gives."""
     schedule = run.recipe.train
+    if start == "upcycled":
+        return run.new_student(schedule.drop_path), {"teacher": run.teacher_record, **upcycling.record(run)}, {}
     if start != "distilled":
-        return VMoE(run.student_config(schedule.drop_path)), {}
+        return VMoE(run.student_config(schedule.drop_path)), {}, {}
     if schedule.init:
-        student = reuse.initial_student(run, ep_size)
-        return student, {"init": student.source}
-    return _distilled(run), {"teacher": run.teacher_record}
-
-
-def _distilled(run: Run) -> VMoE:
-    """The student assembled from OUT/distill_0 .. N-1."""
-    modules = run.student_modules(run.recipe.train.drop_path)
+        student = reuse.initial_student(run, settings.ep_size)
+        return student, {"init": student.source}, {}
+    modules = run.student_modules(schedule.drop_path)
+    last = "refine" if run.recipe.refine.epochs else "distill"
     for i, module in enumerate(modules):
-        folder, _ = artifacts.require(run.out, f"distill_{i}", run.recipe, "--phase train")
-        load_full_state_dict(module, artifacts.load_weights(folder, module.state_dict()))
-    return assemble_student(modules, run.recipe.train.stitches)
+        found, _ = artifacts.require(run.out, f"{last}_{i}", run.recipe, "--phase train")
+        load_full_state_dict(module, artifacts.load_weights(found, module.state_dict()))
+    states = _border_states(run, modules) if schedule.stitches == "fold" else None
+    assembled = _ways_to_assemble(run, modules, settings, folder) if settings.ep_size == 1 else {}
+    return assemble_student(modules, schedule.stitches, states), {"teacher": run.teacher_record}, assembled
+
+
+def _objective(run: Run, student: VMoE) -> tuple[Objective, int]:
+    """Labels alone, or with the teacher beside them; and the FLOPs of making its routers.
+
+    Raises:
+        ValueError: the teacher is to guide a student that sees other images, or states in a basis that is not theirs.
+    """
+    recipe, schedule, tokens = run.recipe, run.recipe.train, num_tokens(student)
+    smoothing = recipe.augment.label_smoothing
+    if not schedule.kd_weight and not schedule.border_weight and not schedule.routing_weight:
+        return Classify(student, tokens, smoothing), 0
+    if student.preprocessing not in (None, run.teacher.preprocessing):
+        raise ValueError(
+            "train.kd_weight, border_weight, routing_weight show teacher and student the same images, but train.init "
+            f"{schedule.init} wants {student.preprocessing} and the teacher {run.teacher.preprocessing}: set them to 0"
+        )
+    borders = _borders(run, student) if schedule.border_weight else None
+    teacher, guide, flops = MetaModel(run.teacher_stages()), None, 0
+    if schedule.routing_weight:
+        routers, flops = routers_of(run, student)
+        guide = Guide(routers, teacher, student, schedule.routing_weight)
+    return LearnFromTeacher(student, teacher, schedule, tokens, smoothing, borders, guide), flops
+
+
+def _borders(run: Run, student: VMoE) -> Borders:
+    bases = run.bases
+    if bases is None:
+        raise ValueError(f"train.border_weight needs the bases of {run.out / 'meta'}: run --phase meta first")
+    depths = module_depths(run.recipe.student.depths, len(student.blocks), run.recipe.modules, "student")
+    first_blocks = list(itertools.accumulate(depths))[:-1]
+    return Borders(first_blocks, [Project(*basis.leading(student.embed_dim)) for basis in bases])
+
+
+@torch.no_grad()
+def _border_states(run: Run, modules: list[StudentModule]) -> list[Tensor]:
+    """Outputs (B, T, D_s) of the stages before each border, to fit a fold of stitches with LayerNorm on."""
+    source = run.data.train.spread(FOLD_IMAGES)
+    images = next(eval_batches(source, run.data.preprocessing, batch=len(source))).images
+    states = []
+    for module in modules[:-1]:
+        given = images if module.pre is None else module.pre(images)
+        states.append(module.eval().stage(given))
+        images = module.post(states[-1])
+    return states
+
+
+def _ways_to_assemble(run: Run, modules: list[StudentModule], settings: Settings, folder: Path) -> dict[str, float]:
+    """Accuracy before any end-to-end step of every treatment of the stitches; measured once, kept in assembled.json."""
+    path, found = folder / "assembled.json", None
+    if run.dist.main and path.is_file():
+        found = json.loads(path.read_text())
+    found = run.dist.gather(found)[0]
+    if found is None:
+        found, dtype = {}, torch.bfloat16 if settings.bf16 else torch.float32
+        states = _border_states(run, modules)
+        for way in STITCHES:
+            # a copy: its weights go to the device and to another type
+            student = copy.deepcopy(assemble_student(modules, way, states)).to(run.dist.device, dtype)
+            measured = evaluate(Predictor(student, student), run.data, dtype, run.eval_batch(settings), run.dist)
+            found[f"start_accuracy/{way}"] = measured["accuracy"]
+        if run.dist.main:
+            artifacts.write_json(path, found)
+    return found
 
 
 def _at_equal_cost(run: Run, schedule: TrainConfig, flops_per_image: int) -> TrainConfig:
     """The schedule with as many epochs as the whole chain costs, rounded up: in doubt the rival gets more."""
-    names = ["meta", *(f"distill_{i}" for i in range(run.recipe.modules))]
+    names = artifacts.preparation(run.recipe)
     spent = sum(artifacts.require(run.out, name, run.recipe, "scratch_equal_cost")[1]["flops"] for name in names)
     batch = run.settings("train", schedule, run.recipe.student.moe.num_experts).global_batch
     per_epoch = len(run.data.train) // batch * batch * flops_per_image
