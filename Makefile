@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/demo
+STUDY ?= recipes/study_ablation.yaml
 BIN := $(VENV)/bin
 ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1 PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup demo test slurm-test faults elastic hostile slurm-packages lint format clean
+.PHONY: setup demo study test slurm-test faults elastic hostile slurm-packages lint format clean
 
 setup: $(VENV)/.runtime
 
@@ -30,6 +31,10 @@ $(VENV)/.dev: requirements.txt requirements-dev.txt | $(BIN)/python
 demo: $(VENV)/.runtime
 	$(ENV) deepspeed --num_gpus 2 trainer/run.py --ds_config ds_configs/cpu_debug.json \
 		--recipe recipes/demo.yaml --phase all --out $(RUN)
+
+# A grid of recipe variants over seeds; the same command goes on after a stop. make study STUDY=recipes/study_baselines.yaml
+study: $(VENV)/.runtime
+	$(ENV) python -m trainer.study $(STUDY) --out runs/$(basename $(notdir $(STUDY)))
 
 test: $(VENV)/.dev
 	$(ENV) python -m pytest tests

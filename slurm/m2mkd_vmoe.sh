@@ -4,6 +4,7 @@
 #SBATCH --ntasks=1
 #SBATCH --time=00:20:00
 # The m2mKD chain on Slurm: (download ->) (teacher ->) meta -> one distillation job per module -> train -> evaluate.
+# With LEVEL=expert one job per expert of each module before that; what else a recipe asks for is in docs/slurm.md.
 #
 #   sbatch slurm/m2mkd_vmoe.sh                    a small driver job submits the chain (start it in the repository)
 #   bash slurm/m2mkd_vmoe.sh                      the same from the login node
@@ -34,8 +35,8 @@ ENV_FILE=${ENV_FILE:-}          # sourced before python starts: module load ...,
 PYTHON=${PYTHON:-python}
 SRUN_ARGS=${SRUN_ARGS:-}        # e.g. --container-image=... --container-mounts=...
 SBATCH_ARGS=${SBATCH_ARGS:-}
-ARRAY_THROTTLE=${ARRAY_THROTTLE:-0}   # distillation jobs running at once; 0 = all
-LEVEL=${LEVEL:-module}
+ARRAY_THROTTLE=${ARRAY_THROTTLE:-0}   # jobs of one array (modules, experts) running at once; 0 = all
+LEVEL=${LEVEL:-}                # module or expert; empty = distill.level of the recipe
 set +a
 # ---- end of settings ----
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from trainer import interrupt
-from trainer.artifacts import artifact_name
 from trainer.ds_config import read_ds_config
 from trainer.job import Job
 from trainer.schema import Recipe
@@ -36,6 +35,7 @@ def run_phase(
     out: str | Path,
     ds_config: str | Path | Mapping[str, Any],
     module: int | None = None,
+    expert: int | None = None,
 ) -> dict[str, Any]:
     """Run one phase, or "all" of them, to its end; a phase that is complete returns its result at once.
 
@@ -43,10 +43,11 @@ def run_phase(
 
     Args:
         recipe: from load_recipe.
-        phase: teacher, meta, distill, train, evaluate, push or all.
+        phase: teacher, meta, incubate, assemble, cluster, expert, distill, refine, train, evaluate, push or all.
         out: folder of the run; phases find each other's results there.
         ds_config: a DeepSpeed JSON file, or its values.
-        module: of phase distill; None = all modules one after another.
+        module: of phases that go by module (incubate, cluster, expert, distill, refine); None = all, one after another.
+        expert: of phase expert; None = all experts of the module one after another.
 
     Returns:
         What result.json holds (metrics, seconds, flops, files, ...); where a call makes several results (all, distill
@@ -60,7 +61,8 @@ def run_phase(
     """
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe is {recipe!r}, expected what load_recipe returns")
-    job = Job.checked(recipe, read_ds_config(ds_config), phase, module, Path(out), f"run_phase in {sys.argv[0]}")
+    command = f"run_phase in {sys.argv[0]}"
+    job = Job.checked(recipe, read_ds_config(ds_config), phase, module, Path(out), command, expert)
     import torch.distributed
 
     if not torch.distributed.is_initialized():  # the process group stays up for the next call
@@ -70,9 +72,7 @@ def run_phase(
     results = load_results(out)
     if phase == "all":
         return results
-    if phase == "distill" and module is None:
-        return {name: results[name] for name in (artifact_name("distill", i) for i in job.modules)}
-    return results[artifact_name(phase, job.module, recipe.train.start)]
+    return {name: results[name] for name in job.artifacts} if job.several else results[job.artifacts[0]]
 
 
 def load_results(out: str | Path) -> dict[str, dict[str, Any]]:
@@ -110,16 +110,31 @@ def execute(job: Job) -> None:
 
 def _run(run: Any, job: Job, phase: str) -> None:
     """One phase; as part of all of them also its baselines, and the report before the push that wants it."""
-    from trainer.phases import distill, evaluate, meta, push, teacher, train
+    from trainer.phases import assemble, distill, evaluate, expert, incubate, meta, push, refine, teacher, train
 
     start = run.recipe.train.start
     if phase == "teacher":
         teacher.run(run)
     elif phase == "meta":
         meta.run(run)
+    elif phase == "incubate":
+        for i in job.modules:
+            incubate.run(run, i)
+    elif phase == "assemble":
+        assemble.run(run)
+    elif phase == "cluster":
+        for i in job.modules:
+            expert.run_clusters(run, i)
+    elif phase == "expert":
+        for i in job.modules:
+            for j in job.experts:
+                expert.run(run, i, j)
     elif phase == "distill":
         for i in job.modules:
             distill.run(run, i)
+    elif phase == "refine":
+        for i in job.modules:
+            refine.run(run, i)
     elif phase == "train":
         train.run(run, start)
         for baseline in run.recipe.train.baselines if job.phase == "all" else ():

@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,34 +27,56 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # The sections of the recipe an artifact depends on (evaluate: those of what it measures); others may change.
+_TEACHER = ("seed", "data", "augment", "teacher")
+_META = (*_TEACHER, "modules", "meta")
+_STUDENT = (*_META, "distill", "expert", "student")
+_ALL = (*_STUDENT, "refine", "train")
 DEFINED_BY = {
-    "teacher": ("seed", "data", "augment", "teacher"),
-    "meta": ("seed", "data", "augment", "teacher", "modules", "meta"),
-    "distill": ("seed", "data", "augment", "teacher", "modules", "meta", "distill", "student"),
-    "train": ("seed", "data", "augment", "teacher", "modules", "meta", "distill", "student", "train"),
-    "train_scratch": ("seed", "data", "augment", "teacher", "student", "train"),
-    "train_scratch_equal_cost": (
-        "seed",
-        "data",
-        "augment",
-        "teacher",
-        "modules",
-        "meta",
-        "distill",
-        "student",
-        "train",
-    ),
-    "push": ("seed", "data", "augment", "teacher", "modules", "meta", "distill", "student", "train"),
+    "teacher": _TEACHER,
+    "meta": _META,
+    "incubate": (*_META, "incubate"),
+    "assemble": (*_META, "incubate", "assemble"),
+    "cluster": (*_META, "expert", "student"),
+    "expert": _STUDENT,
+    "distill": _STUDENT,
+    "refine": (*_STUDENT, "refine"),
+    "train": _ALL,
+    "train_scratch": (*_TEACHER, "student", "train"),
+    "train_upcycled": (*_TEACHER, "modules", "student", "train"),
+    "train_scratch_equal_cost": _ALL,
+    "push": _ALL,
 }
-NOT_DEFINING = {"data": ("workers",), "train": ("start", "baselines")}
+BY_MODULE = ("incubate", "cluster", "expert", "distill", "refine")  # each module is a job and an artifact of its own
+NOT_DEFINING = {"data": ("workers", "fractals.cache"), "train": ("start", "baselines")}
 PACKAGES = ("torch", "deepspeed", "timm", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy")
 
 
-def artifact_name(phase: str, module: int | None = None, start: str = "distilled") -> str:
-    """Folder name of a phase's artifact: distill_2, train, train_scratch."""
+def preparation(recipe: Recipe) -> list[str]:
+    """Names of every artifact that is made on the way from the teacher to the student's end-to-end training."""
+    modules, apart = range(recipe.modules), taught_by_expert(recipe)
+    refined = [f"refine_{i}" for i in modules] if recipe.refine.epochs else []
+    experts = range(recipe.student.moe.num_experts)
+    parts = [name for i in modules for name in (f"cluster_{i}", *(f"expert_{i}_{j}" for j in experts)) if apart]
+    return ["meta", *parts, *(f"distill_{i}" for i in modules), *refined]
+
+
+def own_teacher(recipe: Recipe) -> tuple[str, ...]:
+    """The artifact that holds the teacher a run makes itself, which is also its phase; empty when it is given."""
+    if recipe.teacher.source:
+        return ()
+    return ("assemble",) if recipe.teacher.grown else ("teacher",)
+
+
+def taught_by_expert(recipe: Recipe) -> bool:
+    """Whether this run teaches the experts of its modules one by one before the modules."""
+    return recipe.distill.level == "expert" and not recipe.distill.source
+
+
+def artifact_name(phase: str, module: int | None = None, start: str = "distilled", expert: int | None = None) -> str:
+    """Folder name of a phase's artifact: distill_2, expert_2_0, train, train_scratch."""
     if phase in ("train", "evaluate") and start != "distilled":
         return f"{phase}_{start}"
-    return phase if module is None else f"{phase}_{module}"
+    return "_".join(str(part) for part in (phase, module, expert) if part is not None)
 
 
 def open_folder(out: Path, name: str, recipe: Recipe, run: dict[str, Any]) -> tuple[Path, bool]:
@@ -103,7 +125,8 @@ def require(out: Path, name: str, recipe: Recipe, needed_by: str) -> tuple[Path,
     try:
         result = json.loads((folder / "result.json").read_text())
         files = result["files"].items()
-        made_as = artifact_name(result["phase"], result.get("module"), name.partition("_")[2] or "distilled")
+        made_as = artifact_name(result["phase"], result.get("module"), name.partition("_")[2] or "distilled",
+                                result.get("expert"))  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(
             f"{folder / 'result.json'} is truncated or altered: delete {folder} and run {command} again"
@@ -205,10 +228,10 @@ def _refuse_other_recipe(folder: Path, name: str, recipe: Recipe, what: str) -> 
         return
     try:
         # through the schema: a key that came later has its default, and nothing odd is compared or shown
-        there = _defining(to_dict(build(Recipe, read_yaml(path.read_text(), str(path))["recipe"])), name)
+        there = defining(to_dict(build(Recipe, read_yaml(path.read_text(), str(path))["recipe"])), name)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} is truncated or altered: delete {folder} and run {_command(name)} again") from None
-    difference = first_difference(there, _defining(to_dict(recipe), name))
+    difference = first_difference(there, defining(to_dict(recipe), name))
     if difference:
         raise ValueError(f"{what} ({difference}): use another --out, or the recipe in {path}")
 
@@ -216,17 +239,39 @@ def _refuse_other_recipe(folder: Path, name: str, recipe: Recipe, what: str) -> 
 def _command(name: str) -> str:
     """The flags that make an artifact."""
     phase, _, rest = name.partition("_")
+    if phase == "upcycle":  # made by whichever phase needs it first
+        return "the phase"
     if not rest:
         return f"--phase {phase}"
-    return f"--phase distill --module {rest}" if phase == "distill" else f"--phase {phase} train.start={rest}"
+    if phase == "expert":
+        return "--phase expert --module {} --expert {}".format(*rest.split("_"))
+    if phase in BY_MODULE:
+        return f"--phase {phase} --module {rest}"
+    return f"--phase {phase} train.start={rest}"
 
 
-def _defining(recipe: dict[str, Any], name: str) -> dict[str, Any]:
-    kind = "distill" if name.startswith("distill_") else name.replace("evaluate", "train")
+def defining(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    """The part of a recipe (as from to_dict) that decides what the artifact `name` holds."""
+    phase = name.partition("_")[0]
+    kind = phase if phase in BY_MODULE else name.replace("evaluate", "train")
+    keys = DEFINED_BY[kind]
+    if recipe["teacher"]["grown"] and kind not in ("meta", "incubate"):  # those come before the teacher
+        keys = dict.fromkeys((*keys, *DEFINED_BY["assemble"]))
     kept = {}
-    for key in DEFINED_BY[kind]:
+    for key in keys:
+        if key == "expert" and recipe["distill"]["level"] == "module":
+            continue  # has no effect there
         value = recipe.get(key)
         if isinstance(value, dict):
-            value = {k: v for k, v in value.items() if k not in NOT_DEFINING.get(key, ())}
+            value = _without(value, NOT_DEFINING.get(key, ()))
         kept[key] = value
+    return kept
+
+
+def _without(section: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """A section without these keys; dotted ones lie in a section inside it."""
+    kept = {key: value for key, value in section.items() if key not in keys}
+    for inner, _, key in (dotted.partition(".") for dotted in keys if "." in dotted):
+        if isinstance(kept.get(inner), dict):
+            kept[inner] = _without(kept[inner], (key,))
     return kept

@@ -1,9 +1,9 @@
 """Saving and resuming inside a phase (format: checkpoint_files.py). Training waits for a copy to host memory only.
 
 A save: all ranks copy their pieces of the training state (zero_state.py) into host memory, 12 bytes per trained
-parameter that a rank keeps, and go on training; a thread of each rank writes them. Rank 0's thread waits for the files
-of all ranks, then writes the manifest and replaces latest.json. So a kill at any point leaves the previous checkpoint
-in force.
+parameter that a rank keeps (16 with train.ema), and go on training; a thread of each rank writes them. Rank 0's thread
+waits for the files of all ranks, then writes the manifest and replaces latest.json. So a kill at any point leaves the
+previous checkpoint in force.
 
 The threads meet through the checkpoint's folder, which all ranks see anyway, and not through a process group: a thread
 never waits inside a collective, so a dead rank blocks nobody's end; nothing is created per phase; no second network is
@@ -30,6 +30,7 @@ from trainer.schema import RunConfig
 
 log = logging.getLogger(__name__)
 BYTES_PER_PARAMETER = 12  # fp32 weight and two moments: on disk, and in the host memory of the rank that keeps them
+AVERAGE_BYTES = 4  # more with train.ema
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class Saver:
             reader = Reader(folder, manifest)
             if gaps := reader.gaps():
                 raise ValueError(f"checkpoint {folder}: {'; '.join(gaps[:3])}")
-        zero_state.restore(self.engine.deepspeed, reader.read, step=manifest["optimizer_steps"])
+        step, beside = manifest["optimizer_steps"], self.engine.beside_masters
+        zero_state.restore(self.engine.deepspeed, reader.read, step=step, beside=beside)
         own = []
         if self.dist.main:
             texts = [(folder / name).read_text() for name in sorted(manifest["files"]) if name.endswith(".json")]
@@ -121,7 +123,7 @@ class Saver:
 
     def _start(self, step: int, state: dict[str, Any], own: dict[str, Any], score: float | None) -> None:
         folder = files.folder_of(self.root, step)
-        pieces = zero_state.pieces(self.engine.deepspeed)
+        pieces = zero_state.pieces(self.engine.deepspeed, self.engine.beside_masters)
         layout = files.plan([(f"{p.kind}/{p.name}@{p.start}", p.values.dtype, p.values.shape) for p in pieces])
         manifest = {
             "format": files.FORMAT, "phase": self.phase, "step": step, "score": score, "state": state,

@@ -3,8 +3,9 @@
 FOLDER/checkpoints/latest.json    {"tag", "best"}: the newest complete one, and the best when run.keep_best is on
 FOLDER/checkpoints/step_00000123/
   rank_00000.safetensors    what rank 0 held: 1-D tensors "KIND/NAME@START". KIND is fp32 (the weights), exp_avg,
-                            exp_avg_sq, momentum_buffer, ... or state (buffers and frozen parameters); NAME is the
-                            parameter's on plain torch; START is the tensor's place in the flattened parameter
+                            exp_avg_sq, momentum_buffer, ..., ema (their average) or state (buffers and frozen
+                            parameters); NAME is the parameter's on plain torch; START is the tensor's place in the
+                            flattened parameter
   rank_00000.json           {"own": what this rank wants back, "shard": {"bytes", "sha256"}}
   manifest.json             what it is of, {name: shape} of every parameter, size and SHA-256 of every file and of
                             itself; written last, so a folder without it is an unfinished save
@@ -31,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.artifacts import file_record, write_text
-from trainer.zero_state import MASTER, UNTRAINED
+from trainer.zero_state import AVERAGE, MASTER, UNTRAINED
 
 FORMAT = 2  # 1 was DeepSpeed's own files
 LATEST, MANIFEST = "latest.json", "manifest.json"
@@ -147,10 +148,10 @@ class Reader:
             raise ValueError(f"checkpoint {self.folder} lacks {kind} of {name}, elements {at} to {stop}")
         return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty(0)
 
-    def whole(self, name: str) -> Tensor:
-        """A parameter or buffer of the model in its shape; a trained one in fp32."""
-        shape = self.shapes[name]
-        return self.read(self.kind(name), name, 0, math.prod(shape)).view(shape)
+    def whole(self, name: str, published: bool = False) -> Tensor:
+        """A parameter or buffer of the model in its shape; a trained one in fp32, the average if that is published."""
+        shape, average = self.shapes[name], published and (AVERAGE, name) in self._pieces
+        return self.read(AVERAGE if average else self.kind(name), name, 0, math.prod(shape)).view(shape)
 
     def gaps(self) -> list[str]:
         """What is missing or there twice; empty when every kind holds every element of its parameters once."""

@@ -41,7 +41,8 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--recipe", help="recipes/*.yaml: what is trained")
     flags.add_argument("--ds_config", help="ds_configs/*.json: how it is spread over ranks")
     flags.add_argument("--phase", help=", ".join(PHASES))
-    flags.add_argument("--module", help="phase distill: module 0..N-1, or all (default)")
+    flags.add_argument("--module", help="phases that go by module (distill, ...): module 0..N-1, or all (default)")
+    flags.add_argument("--expert", help="phase expert: expert 0..E-1 of the module, or all (default)")
     flags.add_argument("--out", help="folder of the run; phases find each other's results there")
     flags.add_argument("--config", metavar="SAVED", help="repeat what made OUT/PHASE/config.yaml, or OUT as a whole")
     flags.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the cost")
@@ -102,12 +103,13 @@ def read_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
     if options.config:
         saved = _saved(options)
         module = saved.module if options.module is None else options.module
-        return Job.checked(saved.recipe, saved.ds_values, options.phase or saved.phase, module, out, command)
+        expert = saved.expert if options.expert is None else options.expert
+        return Job.checked(saved.recipe, saved.ds_values, options.phase or saved.phase, module, out, command, expert)
     if not (options.recipe and options.ds_config and options.phase):
         raise ValueError(NEEDED)
     recipe_words, ds_words = _overrides(options)
     recipe, ds_values = load_recipe(options.recipe, recipe_words), read_ds_config(options.ds_config, ds_words)
-    return Job.checked(recipe, ds_values, options.phase, options.module, out, command)
+    return Job.checked(recipe, ds_values, options.phase, options.module, out, command, options.expert)
 
 
 def read_command(options: argparse.Namespace) -> tuple[str, Path, Path | None, dict[str, Any]] | None:
@@ -128,7 +130,7 @@ def read_command(options: argparse.Namespace) -> tuple[str, Path, Path | None, d
     if not words:
         raise ValueError(f"{name} needs a path: {usage}")
     wanted = {"inspect": [], "export": ["out"], "import": ["layout", "out"]}[name]
-    for flag in ("recipe", "ds_config", "phase", "module", "config", "dry_run", "layout", "out"):
+    for flag in ("recipe", "ds_config", "phase", "module", "expert", "config", "dry_run", "layout", "out"):
         if flag in wanted and not getattr(options, flag):
             raise ValueError(f"--{flag} is missing: {usage}")
         if flag not in wanted and getattr(options, flag):

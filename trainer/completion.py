@@ -51,7 +51,7 @@ def values() -> dict[str, list[str]]:
 
 def _flags(flags: argparse.ArgumentParser) -> list[tuple[str, str, list[str]]]:
     """(flag, help, words it takes) of every flag users see."""
-    words = {"--phase": list(PHASES), "--module": ["all"], "--completion": list(_SHELLS),
+    words = {"--phase": list(PHASES), "--module": ["all"], "--expert": ["all"], "--completion": list(_SHELLS),
              "--help": [*manual.sections(), manual.DS, "all"]}  # fmt: skip
     shown = [action for action in flags._actions if action.help != argparse.SUPPRESS]
     return [(flag, action.help or "", words.get(flag, [])) for action in shown for flag in action.option_strings

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.basis import Basis
 from models.flops import forward_flops, num_tokens
 from models.meta import MetaModel, check_pair
 from models.modules import split
@@ -21,7 +20,8 @@ from models.moe import MoEConfig
 from models.stitch import StudentModule, build_student_modules
 from models.teacher import Teacher, load_teacher
 from models.vmoe import VMoE, VMoEConfig, decode_variant
-from trainer import artifacts
+from trainer import artifacts, upcycling
+from trainer.bases import load as load_bases
 from trainer.config import split_evenly, to_dict
 from trainer.data.sources import ImageSource, open_source
 from trainer.dist import Dist, seed_everything
@@ -62,7 +62,7 @@ class Run:
 
     @cached_property
     def teacher(self) -> Teacher:
-        """The teacher of the recipe, on the CPU; trained by phase teacher when the recipe names none.
+        """The teacher of the recipe, on the CPU; made by phase teacher or assemble when the recipe names none.
 
         Raises:
             ValueError: not found, not supported, or its head has another number of classes than the data.
@@ -70,8 +70,8 @@ class Run:
         if self.planned_teacher is not None:
             return self.planned_teacher
         source = self.recipe.teacher.source
-        if not source:
-            source = str(artifacts.require(self.out, "teacher", self.recipe, "a recipe without teacher.source")[0])
+        for name in artifacts.own_teacher(self.recipe):
+            source = str(artifacts.require(self.out, name, self.recipe, "a recipe without teacher.source")[0])
         teacher = load_teacher(source)
         if teacher.num_classes != len(self.labels):
             raise ValueError(
@@ -86,13 +86,12 @@ class Run:
 
         Ask before anything trains: training moves the teacher to the device and to the type of the student.
         """
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.teacher.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.flatten().view(torch.uint8).numpy())
-        model = self.teacher.model
-        sizes = {"width": model.embed_dim, "blocks": len(model.blocks)}
-        return {"source": self.teacher.source, **sizes, "sha256": digest.hexdigest()}
+        return upcycling.fingerprint(self.teacher)
+
+    @cached_property
+    def dense(self) -> Teacher:
+        """The dense model the student starts from (student.init)."""
+        return upcycling.load_dense(self)
 
     @cached_property
     def data(self) -> Data:
@@ -127,12 +126,28 @@ class Run:
             image_size=images.image_size, in_chans=images.in_chans, prefix_tokens=tokens,
         )  # fmt: skip
 
+    def new_student(self, drop_path: float = 0.0) -> VMoE:
+        """The student before any training: initialised from the recipe's seed, or started from student.init."""
+        config, r = self.student_config(drop_path), self.recipe
+        if not r.student.init:
+            return VMoE(config)
+        return upcycling.started(self, config, module_depths(r.student.depths, config.depth, r.modules, "student"))
+
     def student_modules(self, drop_path: float = 0.0) -> list[StudentModule]:
-        """The student's modules with their stitch layers, freshly initialised from the recipe's seed."""
-        student = VMoE(self.student_config(drop_path))
+        """The student's modules before any training, with their stitch layers."""
+        student = self.new_student(drop_path)
         check_pair(self.teacher.model, student)
         depths = module_depths(self.recipe.student.depths, len(student.blocks), self.recipe.modules, "student")
-        return build_student_modules(student, depths, self.teacher.model.embed_dim, seed=self.recipe.seed)
+        kind, width = self.recipe.distill.stitches, self.teacher.model.embed_dim
+        bases = self.bases if kind != "linear" else None
+        return build_student_modules(student, depths, width, self.recipe.seed, kind, bases)
+
+    @property
+    def bases(self) -> list[Basis] | None:
+        """The shared basis of each inner border, from phase meta; None while the meta model is not trained yet."""
+        if not (self.out / "meta" / "result.json").is_file():
+            return None
+        return load_bases(self.out / "meta", self.recipe.modules - 1, self.teacher.model.embed_dim)
 
     def teacher_stages(self) -> list[nn.Module]:
         """The teacher's modules, frozen."""
@@ -149,8 +164,11 @@ class Run:
     def trained_meta(self, needed_by: str) -> tuple[MetaModel, dict[str, Any]]:
         """The meta model of phase meta and its result."""
         folder, result = artifacts.require(self.out, "meta", self.recipe, needed_by)
-        meta = self.new_meta()
+        meta = self.new_meta().cpu().float()  # phases before may have left the teacher elsewhere, in another type
         meta.load_state_dict(artifacts.load_weights(folder, meta.state_dict()))
+        if self.recipe.teacher.grown and self.planned_teacher is None:  # its hybrids are younger than the meta model
+            _, grown = artifacts.require(self.out, "assemble", self.recipe, needed_by)
+            result["metrics"] |= {k: v for k, v in grown["metrics"].items() if k.startswith("hybrid_accuracy/")}
         return meta, result
 
     def settings(self, section: str, schedule: ScheduleConfig, num_experts: int = 0) -> Settings:
@@ -167,11 +185,14 @@ class Run:
             )
         return settings
 
-    def open(self, phase: str, module: int | None = None, start: str = "distilled") -> tuple[Path, bool]:
+    def open(
+        self, phase: str, module: int | None = None, start: str = "distilled", expert: int | None = None
+    ) -> tuple[Path, bool]:
         """The artifact's folder, created on rank 0, and whether it is complete already (collective)."""
-        name = artifacts.artifact_name(phase, module, start)
+        name = artifacts.artifact_name(phase, module, start, expert)
         found = self.out / name, False
         about = {"phase": phase, "module": module, "command": self.command, "ds_config": self.ds_values}
+        about |= {} if expert is None else {"expert": expert}
         recipe = self.recipe
         if phase in ("train", "evaluate"):  # --config repeats this start, also where --phase all trains baselines
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, start=start))
@@ -184,26 +205,38 @@ class Run:
         return found[0], done
 
     def train(self, objective: Any, data: Data, schedule: ScheduleConfig, settings: Settings, folder: Path,
-              description: str) -> tuple[Outcome, dict[str, Tensor], Engine]:  # fmt: skip
-        """Seed, wrap, train, and return the outcome, the trained weights (canonical, fp32, CPU) and the engine."""
+              description: str, *, layer_decay: float = 1.0, ema: float = 0.0, evaluate_start: bool = False,
+              ) -> tuple[Outcome, dict[str, Tensor], Engine]:  # fmt: skip
+        """Seed, wrap, train, and return the outcome, the weights to publish (canonical, fp32, CPU) and the engine.
+
+        Args:
+            layer_decay, ema: see build_engine; with ema the weights to publish are the average.
+            evaluate_start: evaluate before the first step too (Outcome.start).
+        """
         r = self.recipe
         seed_everything(r.seed, self.dist.rank, r.run.deterministic)
-        task = Task(folder.name, description, schedule.epochs, r.seed, r.run)
+        task = Task(folder.name, description, schedule.epochs, r.seed, r.run, evaluate_start)
         per_epoch = epoch_length(data, settings)
-        engine = build_engine(objective.module, schedule, settings, steps_per_epoch=per_epoch, dist=self.dist)
+        engine = build_engine(
+            objective.module, schedule, settings, steps_per_epoch=per_epoch, dist=self.dist,
+            layer_decay=layer_decay, ema=ema,
+        )  # fmt: skip
         outcome = fit(engine, objective, data, task, folder, self.dist)
-        return outcome, engine.fp32_state(), engine
+        with engine.published():  # clones: in an fp32 run on the CPU the state is views of the weights
+            state = {name: value.clone() for name, value in engine.fp32_state().items()}
+        return outcome, state, engine
 
     def eval_batch(self, settings: Settings) -> int:
         """Images per rank and forward in evaluation."""
         return eval_batch(self.recipe.run, settings)
 
     def finish(self, folder: Path, phase: str, module: int | None, outcome: Outcome, settings: Settings, *,
-               epochs: int, flops_per_image: int, metrics: dict[str, float],
+               epochs: int, flops_per_image: int, metrics: dict[str, float], extra_flops: int = 0,
                made_with: dict[str, Any] | None = None) -> None:  # fmt: skip
         """Write result.json on rank 0 and let the others wait for it.
 
         Args:
+            extra_flops: beside those per image, e.g. of clustering.
             made_with: what the artifact came from beside the recipe (teacher, meta, init), by name.
         """
         if self.dist.main:
@@ -215,7 +248,7 @@ class Run:
                 "images_seen": outcome.images_seen,
                 "steps": outcome.steps,
                 "epochs": epochs,
-                "flops": float(outcome.images_seen * flops_per_image),
+                "flops": float(outcome.images_seen * flops_per_image + extra_flops),
                 "world_size": self.dist.world,
                 "ep_size": settings.ep_size,
                 "global_batch": settings.global_batch,

@@ -11,13 +11,13 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from trainer import preflight
-from trainer.artifacts import artifact_name, require
+from trainer.artifacts import require
 from trainer.chain.dryrun import DryRun, carry_out
 from trainer.chain.plan import measured_speed
-from trainer.chain.stages import Stage, chain, missing
+from trainer.chain.stages import Stage, chain, missing, stages
 from trainer.chain.status import table
 from trainer.dist import ranks_from_environment
-from trainer.job import EXIT_BAD_INPUT, Job
+from trainer.job import EXIT_BAD_INPUT, PHASES, Job
 
 NO_TRAINING = ("evaluate", "push")
 
@@ -26,7 +26,7 @@ def show(job: Job) -> int:
     """Print checks, state and cost of a job's phases; 0, or EXIT_BAD_INPUT when a check found a problem."""
     ranks = ranks_from_environment()
     world, local = ranks["world"], ranks["local_world"]
-    layout = dict.fromkeys(("teacher", "meta", "distill", "train"), (world // local, local))
+    layout = dict.fromkeys(PHASES, (world // local, local))
     with tempfile.TemporaryDirectory() as scratch:
         dry = DryRun(job.recipe, job.ds_values, job.out, layout, scratch)
         good, problems = carry_out(_checks(job, dry))
@@ -50,28 +50,26 @@ def _checks(job: Job, dry: DryRun) -> Iterator[tuple[str, Callable[[], str]]]:
     yield "start", lambda: preflight.check(dry.run, job.phases, make_repo=False) or ", ".join(job.phases)
     yield "results below OUT", lambda: _results(job)
     if set(job.phases) - set(NO_TRAINING):
-        yield from dry.checks()
+        yield from dry.checks({stage.phase for stage in chain(job.recipe)} | set(job.phases))
 
 
 def _stages(job: Job) -> list[Stage]:
-    return [stage for stage in chain(job.recipe) if stage.phase in job.phases]
+    return [stage for stage in stages(job.recipe) if stage.phase in job.phases]
 
 
 def _artifacts(job: Job) -> list[str]:
     """The results this job makes, in order."""
-    if job.phase == "all":
-        return [name for stage in _stages(job) for name in stage.artifacts]
-    start = job.recipe.train.start
-    return [artifact_name(job.phase, i, start) for i in (job.modules if job.phase == "distill" else [None])]
+    return [name for stage in _stages(job) for name in stage.artifacts] if job.phase == "all" else job.artifacts
 
 
 def _results(job: Job) -> str:
     """Raises ValueError when a result is damaged or of another recipe, or one that a single phase needs is missing."""
     todo = [stage.artifacts[i] for stage in _stages(job) for i in missing(stage, job.out, job.recipe)]
     if job.phase != "all" and set(_artifacts(job)) & set(todo):
-        for name in _stages(job)[0].inputs:
-            if name == "teacher" or job.phase != "train" or job.recipe.train.start != "scratch":
-                require(job.out, name, job.recipe, f"--phase {job.phase}")
+        own = set(job.artifacts)
+        inputs = [name for stage in _stages(job) if own & set(stage.artifacts) for name in stage.inputs]
+        for name in dict.fromkeys(name for name in inputs if name not in own):
+            require(job.out, name, job.recipe, f"--phase {job.phase}")
     done = [name for name in _artifacts(job) if name not in todo]
     return f"{', '.join(done)} complete" if done else "none complete"
 

@@ -29,7 +29,7 @@ from trainer.schema import HubConfig, Recipe
 log = logging.getLogger(__name__)
 PUBLISHED = re.compile(r"config\.json|preprocessor_config\.json|model.*\.safetensors(\.index\.json)?")  # of an artifact
 # what an earlier push may have left: weights and indexes of the student, and whole stages
-OURS = re.compile(r"[^/]+\.(safetensors|bin)(\.index\.json)?|(teacher|meta|distill_\d+)/.*")
+OURS = re.compile(r"[^/]+\.(safetensors|bin)(\.index\.json)?|(teacher|assemble|meta|distill_\d+)/.*")
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _stages(recipe: Recipe) -> list[str]:
     if not taught(recipe):
         log.warning("hub.stages=all has no effect: this student was not taught by modules")
         return []
-    own_teacher = [] if recipe.teacher.source else ["teacher"]
+    own_teacher = artifacts.own_teacher(recipe)
     return [*own_teacher, "meta", *(artifacts.artifact_name("distill", i) for i in range(recipe.modules))]
 
 

@@ -61,8 +61,8 @@ def inspect(path: str | Path) -> str:
 def export(checkpoint: str | Path, out: str | Path) -> str:
     """Write the weights of a checkpoint as one safetensors model under the names of plain torch, tensor by tensor.
 
-    Trained parameters are the fp32 masters, also of a bf16 run. A checkpoint of phase train becomes a directory that
-    VMoE.from_pretrained loads.
+    Trained parameters are the fp32 masters, also of a bf16 run, or their average where the phase publishes that
+    (train.ema). A checkpoint of phase train becomes a directory that VMoE.from_pretrained loads.
 
     Args:
         checkpoint: a step_* folder, or a phase's folder or its checkpoints for the newest one that is whole.
@@ -102,7 +102,7 @@ def _write(out: Path, reader: Reader, names: dict[str, str]) -> int:
     if (free := shutil.disk_usage(out).free) < layout.bytes:
         raise OSError(f"not enough room in {out}: {layout.bytes:,} bytes needed, {free:,} free")
     beside = out / f"{WEIGHTS}.tmp"
-    files.write_tensors(beside, layout, (_bytes(reader.whole(name)) for _, name in order))
+    files.write_tensors(beside, layout, (_bytes(reader.whole(name, published=True)) for _, name in order))
     beside.replace(out / WEIGHTS)
     return layout.bytes
 

@@ -7,19 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.artifacts import BY_MODULE, artifact_name, taught_by_expert
 from trainer.config import close
 from trainer.interrupt import EXIT_HUNG, EXIT_INTERRUPTED
 from trainer.schema import Recipe
 
 PHASES = {
-    "teacher": "train a small ViT as the teacher; only for recipes without teacher.source",
+    "teacher": "train a small ViT as the teacher; only for recipes without teacher.source and teacher.grown",
     "meta": "train the meta model, N shallow stages of the teacher's width",
+    "incubate": "grow teacher module --module i (or all) inside the frozen meta model; only with teacher.grown",
+    "assemble": "put the incubated modules together and fine-tune the teacher; only with teacher.grown",
+    "cluster": "assign the images of module --module i (or of all) to its experts; only with distill.level=expert",
+    "expert": "teach expert --expert j of module --module i (or all of them) alone; only with distill.level=expert",
     "distill": "teach student module --module i (or all of them) inside the frozen meta model",
+    "refine": "second round: teach module --module i (or all) on what the modules before it really send",
     "train": "put the modules together and train the student end to end; train.start=scratch leaves out the teaching",
     "evaluate": "load the trained student as a user would and measure it on every validation image",
     "push": "push the student (or every stage, see hub.stages) to hub.repo with a model card",
     "all": "all of these one after another, baselines and report included; push only when hub.repo is set",
 }
+BY_EXPERT = ("cluster", "expert")  # phases of distill.level=expert
+GROWING = ("incubate", "assemble")  # phases of teacher.grown
 EXIT_FAILED, EXIT_BAD_INPUT = 1, 2
 EXIT_CODES = {
     0: "done: the phase is complete, or was complete already",
@@ -37,20 +45,22 @@ class Job:
     recipe: Recipe
     ds_values: Mapping[str, Any]  # the DeepSpeed JSON as read, "auto" included
     phase: str
-    module: int | None  # of phase distill; None = all of them
+    module: int | None  # of a phase that goes by module; None = all of them
     out: Path
     command: str  # what was typed, kept with the results
+    expert: int | None = None  # of phase expert; None = all of the module
 
     @classmethod
     def checked(cls, recipe: Recipe, ds_values: Mapping[str, Any], phase: str, module: int | str | None, out: Path,
-                command: str) -> Job:  # fmt: skip
-        """A job whose phase and module exist.
+                command: str, expert: int | str | None = None) -> Job:  # fmt: skip
+        """A job whose phase, module and expert exist.
 
         Args:
             module: 0..N-1, also as text, or "all" or None for all.
+            expert: 0..E-1 in the same way; phase distill with an expert is phase expert.
 
         Raises:
-            ValueError: no such phase or module, or a module for a phase that takes none.
+            ValueError: no such phase, module or expert, or one for a phase that takes none.
         """
         if phase not in PHASES:
             raise ValueError(f"there is no phase {phase}. {close(str(phase), list(PHASES))}")
@@ -59,28 +69,86 @@ class Job:
                 f"train.init={recipe.train.init} takes the place of the distilled modules, so --phase all would make "
                 "them for nothing: use --phase train, then --phase evaluate"
             )
-        return cls(recipe, ds_values, phase, _module(phase, module, recipe.modules), out, command)
+        chosen = _expert(phase, expert, recipe)
+        if phase == "distill" and chosen is not None:
+            phase = "expert"
+        if phase in (GROWING if not recipe.teacher.grown else ("teacher",)):
+            raise ValueError(
+                f"--phase {phase} has no meaning with teacher.grown={str(recipe.teacher.grown).lower()}: phases "
+                "incubate and assemble grow a teacher where it is true, phase teacher trains one where it is false"
+            )
+        if phase in BY_EXPERT and not taught_by_expert(recipe):
+            raise ValueError(_not_by_expert(phase, recipe))
+        return cls(recipe, ds_values, phase, _module(phase, module, recipe.modules), out, command, chosen)
 
     @property
     def phases(self) -> list[str]:
         """The phases this job runs, in order."""
         if self.phase != "all":
             return [self.phase]
-        left_out = {"all"} | ({"teacher"} if self.recipe.teacher.source else set())
+        grown = self.recipe.teacher.grown
+        left_out = {"all"} | ({"teacher"} if self.recipe.teacher.source or grown else set())
+        left_out |= set() if grown else set(GROWING)
         left_out |= set() if self.recipe.hub.repo else {"push"}
+        left_out |= set() if self.recipe.refine.epochs else {"refine"}
+        left_out |= set() if taught_by_expert(self.recipe) else set(BY_EXPERT)
         return [name for name in PHASES if name not in left_out]
 
     @property
     def modules(self) -> list[int]:
-        """The modules phase distill trains."""
+        """The modules a phase that goes by module works on."""
         return list(range(self.recipe.modules)) if self.module is None else [self.module]
+
+    @property
+    def experts(self) -> list[int]:
+        """The experts phase expert teaches in each of its modules."""
+        return list(range(self.recipe.student.moe.num_experts)) if self.expert is None else [self.expert]
+
+    @property
+    def artifacts(self) -> list[str]:
+        """Names of what a single phase (not "all") makes, in order."""
+        if self.phase == "expert":
+            return [artifact_name("expert", i, expert=j) for i in self.modules for j in self.experts]
+        if self.phase in BY_MODULE:
+            return [artifact_name(self.phase, i) for i in self.modules]
+        return [artifact_name(self.phase, start=self.recipe.train.start)]
+
+    @property
+    def several(self) -> bool:
+        """Whether it makes several artifacts, or could: a phase that goes by module or expert, for all of them."""
+        one = self.module is not None and (self.phase != "expert" or self.expert is not None)
+        return self.phase == "all" or (self.phase in BY_MODULE and not one)
 
 
 def _module(phase: str, module: int | str | None, count: int) -> int | None:
     if module in (None, "all"):
         return None
-    if phase != "distill":
-        raise ValueError(f"--module {module} has no meaning for --phase {phase}: only distill takes a module")
-    if not str(module).isascii() or not str(module).isdecimal() or int(module) >= count:
-        raise ValueError(f"--phase distill needs --module 0..{count - 1} or all, got {module}")
-    return int(module)
+    if phase not in BY_MODULE:
+        takers = f"{', '.join(BY_MODULE[:-1])} and {BY_MODULE[-1]}"
+        raise ValueError(f"--module {module} has no meaning for --phase {phase}: only {takers} take a module")
+    return _number("module", phase, module, count)
+
+
+def _expert(phase: str, expert: int | str | None, recipe: Recipe) -> int | None:
+    if expert in (None, "all"):
+        return None
+    if phase not in ("expert", "distill"):
+        raise ValueError(
+            f"--expert {expert} has no meaning for --phase {phase}: only expert and distill take an expert"
+        )
+    return _number("expert", phase, expert, recipe.student.moe.num_experts)
+
+
+def _number(flag: str, phase: str, given: int | str, count: int) -> int:
+    if not str(given).isascii() or not str(given).isdecimal() or int(given) >= count:
+        raise ValueError(f"--phase {phase} needs --{flag} 0..{count - 1} or all, got {given}")
+    return int(given)
+
+
+def _not_by_expert(phase: str, recipe: Recipe) -> str:
+    if recipe.distill.source:
+        return f"--phase {phase} has no meaning with distill.source={recipe.distill.source}: its modules come whole"
+    return (
+        f"--phase {phase} needs distill.level=expert; here it is {recipe.distill.level}, which teaches modules whole: "
+        "set it, or use --phase distill"
+    )

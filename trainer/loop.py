@@ -19,6 +19,7 @@ from trainer.ds_config import Settings
 from trainer.engine import Engine
 from trainer.health import Finding, Health, NonFiniteLoss
 from trainer.interrupt import HEARTBEAT, Interrupted, Interruption
+from trainer.routing_watch import Measures, RoutingWatch
 from trainer.schema import RunConfig
 from trainer.tracking import MetricsLog, Progress
 from trainer.train_step import Data, Task, TrainStep, data_workers
@@ -32,6 +33,7 @@ class Outcome:
     seconds: float
     steps: int
     images_seen: int
+    start: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step, where asked for
     health: dict[str, Any] = field(default_factory=dict)  # as from Health.summary
 
 
@@ -59,7 +61,7 @@ def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, di
     loop.saver.close()
     loop.monitor.close()
     images = loop.done * engine.settings.global_batch
-    return Outcome(loop.evaluation, loop.seconds, loop.done, images, loop.health.summary())
+    return Outcome(of_published(loop.evaluation), loop.seconds, loop.done, images, loop.start, loop.health.summary())
 
 
 class _Loop:
@@ -71,12 +73,15 @@ class _Loop:
         self.saver = Saver(engine, folder, task.run, dist)
         self.step = TrainStep(engine, objective, data, task, dist)
         self.health = Health(task.run, task.description)
+        self.routing, self.measures = RoutingWatch(objective.module, len(data.val), dist), Measures()
         self.done, self.seconds, self.evaluation, self.evaluated = 0, 0.0, {}, 0  # evaluated: after which step
+        self.start: dict[str, float] = {}
         if resumed := self.saver.resume():
             self.done, self.seconds = resumed.step, resumed.state["seconds"]
-            self.evaluation = resumed.state["evaluation"]
+            self.evaluation, self.start = resumed.state["evaluation"], resumed.state["start"]
             self.health.restore(resumed.state["health"])
             self.step.restore(resumed.own)
+            self.routing.restore([own["routing"] for own in resumed.own])
         self.started = time.perf_counter() - self.seconds
         with dist.together():  # a tracker that does not start is the end of all ranks
             self.monitor = _Monitor(folder, task, self.per_epoch, self.done, dist)
@@ -85,6 +90,9 @@ class _Loop:
         """Every step that is left."""
         run, interruption = self.task.run, Interruption(self.dist, self.done)
         total = self.task.epochs * self.per_epoch
+        if self.task.evaluate_start and not self.done:
+            self.start = self._evaluate()
+            self.monitor.eval_row(0, self.start | self.measures.per_layer)
         for micro_batches in self.step.batches(self.done, self.per_epoch):
             epoch, inside = divmod(self.done + 1, self.per_epoch)
             ended, last = inside == 0, self.done + 1 == total
@@ -99,11 +107,11 @@ class _Loop:
             save = last or stopping or self.done % run.save_every == 0 or (ended and epoch % run.save_epochs == 0)
             self._look(made, row_due, saving=save)
             if last or (ended and epoch % run.eval_every == 0):
-                batch = eval_batch(run, self.engine.settings)
-                self.evaluation = evaluate(self.objective, self.data, self.engine.dtype, batch, self.dist)
+                self.evaluation = self._evaluate()
                 self.evaluated = self.done
-                self.monitor.eval_row(self.done, self.evaluation)
-                self.monitor.warn(self.done, *self.health.look_at_evaluation(self.evaluation))
+                self.monitor.eval_row(self.done, self.evaluation | self.measures.per_layer)
+                findings = self.health.look_at_evaluation(self.done, self.evaluation, self.measures.layers)
+                self.monitor.warn(self.done, *findings)
             if save:
                 self._save(wait=last or stopping)
             if stopping:
@@ -125,11 +133,42 @@ class _Loop:
             findings.append(health.rolled_back(done, resumed.step if resumed else None, needed=broken))
         self.monitor.warn(done, *findings)
 
+    def _evaluate(self) -> dict[str, float]:
+        """Of the weights, and with train.ema of their average as well, as accuracy_ema and loss_ema."""
+        objective, dtype, batch = self.objective, self.engine.dtype, eval_batch(self.task.run, self.engine.settings)
+        found = evaluate(objective, self.data, dtype, batch, self.dist, observe=self.routing.observe)
+        self.measures = self.routing.take()
+        found |= self.measures.means
+        if self.engine.average is None:
+            return found
+        with self.engine.published():
+            average = evaluate(objective, self.data, dtype, batch, self.dist)
+        return found | {f"{name}_ema": average[name] for name in ("accuracy", "loss")}
+
     def _save(self, wait: bool) -> None:
         self.seconds = time.perf_counter() - self.started
-        state = {"evaluation": self.evaluation, "seconds": self.seconds, "health": self.health.state()}
-        score = self.evaluation["accuracy"] if self.evaluated == self.done else None  # not that of older weights
-        self.saver.save(self.done, state=state, own=self.step.running(), score=score, wait=wait)
+        state = {
+            "evaluation": self.evaluation,
+            "start": self.start,
+            "seconds": self.seconds,
+            "health": self.health.state(),
+        }
+        evaluated = self.evaluated == self.done  # else it is that of older weights
+        score = of_published(self.evaluation)["accuracy"] if evaluated else None
+        own = self.step.running() | {"routing": self.routing.state()}
+        self.saver.save(self.done, state=state, own=own, score=score, wait=wait)
+
+
+def of_published(evaluation: dict[str, float]) -> dict[str, float]:
+    """An evaluation whose accuracy and loss are those of the average, which is published, where it has them.
+
+    Those of the last weights are then called accuracy_raw and loss_raw.
+    """
+    found = dict(evaluation)
+    for name in ("accuracy", "loss"):
+        if f"{name}_ema" in found:
+            found[f"{name}_raw"], found[name] = found[name], found.pop(f"{name}_ema")
+    return found
 
 
 def evaluate(
@@ -219,7 +258,9 @@ class _Monitor:
             row = {"kind": "eval", "phase": self.task.phase, "epoch": done // self.per_epoch, "step": done}
             self.log.write(row | evaluation | {"time": time.time()})
             if done == self.task.epochs * self.per_epoch:
-                self.progress.note(f"accuracy {100 * evaluation['accuracy']:.1f}% on {evaluation['images']} images")
+                found = of_published(evaluation)
+                raw = f" (without averaging {found['accuracy_raw']:.1%})" if "accuracy_raw" in found else ""
+                self.progress.note(f"accuracy {found['accuracy']:.1%}{raw} on {found['images']} images")
 
     def warn(self, done: int, *findings: Finding) -> None:
         for finding in findings if self.main else ():

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from trainer.artifacts import artifact_name
+from trainer.artifacts import artifact_name, own_teacher, preparation
 from trainer.report_data import RUNS, PhaseRecord
 from trainer.schema import DataConfig, Recipe
 from trainer.tracking import read_metrics
@@ -86,7 +86,8 @@ def taught(recipe: Recipe) -> bool:
 
 def _records(run_dir: Path, recipe: Recipe) -> dict[str, PhaseRecord]:
     start = recipe.train.start
-    before = ["teacher", "meta", *(artifact_name("distill", i) for i in range(recipe.modules))]
+    incubated = [artifact_name("incubate", i) for i in range(recipe.modules) if recipe.teacher.grown]
+    before = [*incubated, *own_teacher(recipe), *preparation(recipe)]
     names = [*(before if taught(recipe) else []), artifact_name("train", start=start)]
     return {name: _record(run_dir / name) for name in [*names, artifact_name("evaluate", start=start)]}
 
@@ -115,7 +116,9 @@ def _measured(records: Mapping[str, PhaseRecord], recipe: Recipe) -> tuple[dict[
 def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float]) -> str:
     """The YAML head, with model-index."""
     dataset = hub_id(recipe.data.path) if recipe.data.source == "hub" else None
-    kind = {"digits": "digits", "folder": "imagefolder"}.get(recipe.data.source, dataset[0] if dataset else "datasets")
+    kind = {"digits": "digits", "fractals": "fractals", "folder": "imagefolder"}.get(
+        recipe.data.source, dataset[0] if dataset else "datasets"
+    )
     results = [
         EvalResult(
             task_type="image-classification", dataset_type=kind, dataset_name=_data_name(recipe.data),
@@ -155,6 +158,8 @@ def _data_name(data: DataConfig) -> str:
     """What the images are called, without the path of the machine they lie on."""
     if data.source == "digits":
         return "handwritten digits of scikit-learn (8x8)"
+    if data.source == "fractals":
+        return f"procedural fractals ({data.fractals.classes} classes, {data.fractals.size} px)"
     found = hub_id(data.path)
     return found[0] if data.source == "hub" and found else Path(data.path).name
 
@@ -180,10 +185,11 @@ def _data(data: DataConfig, config: Mapping[str, Any]) -> str:
 def _teacher(recipe: Recipe, records: Mapping[str, PhaseRecord], teacher_license: str | None) -> str:
     if not taught(recipe):
         return "None in this run."
-    accuracy = records["meta"].metric("teacher_accuracy")
+    made = own_teacher(recipe)
+    accuracy = records["assemble" if "assemble" in made else "meta"].metric("teacher_accuracy")
     measured = "" if accuracy is None else f" Its accuracy on the same images: {accuracy:.4g}."
-    if not recipe.teacher.source:
-        return f"A small vision transformer trained in the same run (phase teacher of `recipe.yaml`).{measured}"
+    if made:
+        return f"A small vision transformer trained in the same run (phase {made[0]} of `recipe.yaml`).{measured}"
     source = trained_with(records["meta"].folder.parent, recipe)
     terms = f"licence {teacher_license}" if teacher_license else "its licence is on its page"
     return _link(source) + (f"; {terms}." if hub_id(source) else ".") + measured

@@ -12,10 +12,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from models.preprocessing import Preprocessing
-from models.teacher import Teacher
-from trainer import reuse, trackers
+from models.teacher import Teacher, TransformersTeacher, new_teacher
+from trainer import experts, reuse, trackers
+from trainer.artifacts import taught_by_expert
 from trainer.config import close, shown
 from trainer.context import Run
+from trainer.job import GROWING
 from trainer.loop import epoch_length
 from trainer.schema import TeacherConfig
 
@@ -38,20 +40,27 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
         return
     trackers.chosen(run.recipe.run.trackers)
     labels = run.labels  # opens the data, which may be a download of hours
-    if "teacher" in phases and not (run.out / "teacher" / "result.json").is_file():
+    before = ("meta", *GROWING) if run.recipe.teacher.grown else ("teacher",)  # phases that do without the teacher
+    if set(before) & set(phases) and not (run.out / before[-1] / "result.json").is_file():
         run = run.with_teacher(planned_teacher(run.recipe.teacher, labels))
-    experts = run.recipe.student.moe.num_experts
-    for section in ("teacher", "meta", "distill", "train"):
+    num_experts = run.recipe.student.moe.num_experts
+    for section in ("teacher", "meta", *GROWING, "distill", "train"):
         if section in phases:
             schedule = getattr(run.recipe, section)
-            settings = run.settings(section, schedule, experts if section in ("distill", "train") else 0)
+            settings = run.settings(section, schedule, num_experts if section in ("distill", "train") else 0)
             check_zero(settings.config["zero_optimization"])
             epoch_length(run.data_for(None), settings)
+    if "expert" in phases:  # a share may be smaller than a batch: it is repeated
+        check_zero(run.settings("expert", run.recipe.expert).config["zero_optimization"])
     reuse.check(run, phases)
     given = {"train"} if run.recipe.train.init and run.recipe.train.start == "distilled" else set()
-    if ({"meta", "distill", "train"} - given) & set(phases):  # evaluate needs no teacher, nor does a given start
+    # evaluate needs no teacher, nor does a given start
+    with_teacher = {"meta", *GROWING, "cluster", "expert", "distill", "train"} - given
+    if with_teacher & set(phases):
         with torch.device("meta"):
             run.teacher_stages()
+            if taught_by_expert(run.recipe) and {"cluster", "expert", "distill"} & set(phases):
+                experts.check(run)
             run.student_modules()
             if run.planned_teacher is not None:
                 run.new_meta()
@@ -77,6 +86,14 @@ def check_zero(zero: dict[str, Any]) -> None:
         raise ValueError(
             f'"zero_optimization.{name}" is {shown(found["input"])} in the DeepSpeed JSON: {found["msg"]}'
         ) from None
+
+
+def new_teacher_of(t: TeacherConfig, labels: list[str]) -> TransformersTeacher:
+    """The teacher of teacher.* sizes with random weights, from torch's generator."""
+    return new_teacher(
+        image_size=t.image_size, patch_size=t.patch_size, width=t.width, depth=t.depth, heads=t.heads,
+        mlp_dim=t.mlp_dim, labels=labels, preprocessing=trained_preprocessing(t),
+    )  # fmt: skip
 
 
 def planned_teacher(t: TeacherConfig, labels: list[str]) -> Teacher:

@@ -21,6 +21,7 @@ class Saved:
     module: int | str | None
     command: str
     path: Path
+    expert: int | str | None = None
 
 
 def read_saved(path: Path) -> Saved:
@@ -49,8 +50,8 @@ def read_saved(path: Path) -> Saved:
                 )
     asked_for_all = any("--phase all" in saved.command.replace("=", " ") for saved in found)
     if asked_for_all or len({saved.phase for saved in found}) > 1:
-        return replace(first, phase="all", module=None)
-    return replace(first, module=None if len(found) > 1 else first.module)
+        return replace(first, phase="all", module=None, expert=None)
+    return first if len(found) == 1 else replace(first, module=None, expert=None)
 
 
 def _read(path: Path) -> Saved:
@@ -65,7 +66,8 @@ def _read(path: Path) -> Saved:
     if not isinstance(saved["ds_config"], dict):
         raise ValueError(f"{path} is not a saved configuration: its ds_config is not a section")
     recipe, ds_values = build(Recipe, saved["recipe"]), read_ds_config(saved["ds_config"])
-    return Saved(recipe, ds_values, str(saved["phase"]), saved.get("module"), str(saved.get("command", "")), path)
+    command, expert = str(saved.get("command", "")), saved.get("expert")
+    return Saved(recipe, ds_values, str(saved["phase"]), saved.get("module"), command, path, expert)
 
 
 def _without_start(recipe: Recipe) -> dict[str, Any]:

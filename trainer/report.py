@@ -17,12 +17,14 @@ from trainer.report_data import (
     PhaseRecord,
     hybrids,
     preparation,
+    read_analysis,
     read_phases,
+    routing_measures,
     teacher_accuracy,
     total,
 )
 from trainer.report_html import run_page
-from trainer.report_warnings import expected, versions
+from trainer.report_warnings import expected, experts, told, versions
 
 FRACTIONS = (0.25, 0.5, 1.0)  # of a run's end-to-end epochs, at which the table gives its accuracy
 
@@ -41,7 +43,8 @@ def write_report(run_dir: Path) -> str:
     """
     run_dir = Path(run_dir)
     phases = read_phases(run_dir)
-    table = "\n\n".join([_summary(phases), _hybrid_table(phases), _run_table(phases), *_notes(phases)])
+    tables = [_summary(phases), _hybrid_table(phases), _run_table(phases), *_routing_table(phases)]
+    table = "\n\n".join([*tables, *_notes(phases)])
     pictures = _draw(run_dir, phases)
     if pictures is None:
         table += "\n\nNo pictures: matplotlib is not installed (`pip install matplotlib`, then run the report again)."
@@ -102,10 +105,19 @@ def _run_table(phases: dict[str, PhaseRecord]) -> str:
     return _table(head, rows)
 
 
+def _routing_table(phases: dict[str, PhaseRecord]) -> list[str]:
+    """One table, or none without experts."""
+    rows = [
+        [name, _percent(change), _number(similarity, ".3f")] for name, change, similarity in routing_measures(phases)
+    ]
+    return [_table(["tokens whose expert changed, in %", "last", "similarity of experts"], rows)] if rows else []
+
+
 def _notes(phases: dict[str, PhaseRecord]) -> list[str]:
     notes = [
-        "Percentages are of each run's own end-to-end epochs. Total = with the preparation (meta and all distill "
-        "phases of m2mKD, summed as if run one after the other); the teacher is not counted."
+        "Percentages are of each run's own end-to-end epochs. Total = with the preparation (meta, distill and what "
+        "goes with them: clusters, experts, second round; summed as if run one after the other); the "
+        "teacher is not counted."
     ]
     for run, name in RUNS.items():
         for fraction in FRACTIONS:
@@ -126,6 +138,7 @@ def _notes(phases: dict[str, PhaseRecord]) -> list[str]:
             curve = record.curve()
             last = f", last accuracy {_percent(curve[max(curve)])}% after epoch {max(curve)}" if curve else ""
             notes.append(f"Not finished: {name}, {record.status}{last}.")
+    notes += [*experts(phases, read_analysis(phases)), *told(phases)]
     notes += [f"Damaged: {problem}." for record in phases.values() for problem in record.problems]
     return notes
 

@@ -19,6 +19,7 @@ from trainer.tracking import relative_load
 RUNS = {"train": "m2mKD", "train_scratch": "scratch", "train_scratch_equal_cost": "scratch, equal total cost"}
 FLOP_UNITS = {1e21: "ZFLOP", 1e18: "EFLOP", 1e15: "PFLOP", 1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP", 1.0: "FLOP"}
 CLASS_COUNTS = ("images", "correct", "predicted", "taken_for", "taken_count")  # of analysis.json
+PREPARING = ("meta", "cluster", "expert", "distill", "refine")  # phases whose cost comes before end-to-end training
 END_SHARE = 0.1  # of the logged steps: what "at the end" of training averages over
 
 Loads = Mapping[str, Sequence[tuple[int, Sequence[float]]]]  # layer -> (step, load per expert) of each logged step
@@ -91,13 +92,19 @@ def read_phases(run_dir: Path) -> dict[str, PhaseRecord]:
     Raises:
         ValueError: when the folder holds no phase.
     """
-    records = {path.name: _read_phase(path) for path in run_dir.glob("*") if path.is_dir()}
+    records = {path.name: read_phase(path) for path in run_dir.glob("*") if path.is_dir()}
+    if "assemble" in records:  # a teacher that was grown
+        records["teacher"] = records["assemble"]
     numbers = [int(name.removeprefix("distill_")) for name in records if re.fullmatch(r"distill_\d{1,4}", name)]
     if "meta" in records and records["meta"].result:
         found = (re.fullmatch(r"hybrid_accuracy/(\d{1,4})", key) for key in records["meta"].result["metrics"])
         numbers += [int(match[1]) for match in found if match]
     distills = [f"distill_{module}" for module in range(max(numbers, default=-1) + 1)]
-    order = ["teacher", "meta", *distills, *RUNS, "evaluate"]
+    apart, refined = (
+        sorted(filter(re.compile(pattern).fullmatch, records), key=natural)
+        for pattern in (r"cluster_\d{1,4}|expert_\d{1,4}_\d{1,6}", r"refine_\d{1,4}")
+    )
+    order = ["teacher", "meta", *apart, *distills, *refined, *RUNS, "evaluate"]
     if not any(name in records for name in order):
         raise ValueError(
             f"{run_dir} holds no phase of a run: expected folders such as teacher, meta, distill_0, train. "
@@ -116,7 +123,8 @@ def read_analysis(phases: Mapping[str, PhaseRecord]) -> dict[str, Any] | None:
         whole &= all(value < classes and isinstance(value, int) for value in found["classes"]["taken_for"])
         whole &= _are_numbers([found["images"], found["skipped"]])
         rows, columns = found["grid"]
-        whole &= all(_are_numbers(layer["load"]) and number(layer["kept"]) is not None
+        whole &= all(_are_numbers(layer["load"]) and number(layer["kept"]) is not None and
+                     _are_numbers(layer.get("first", layer["load"]))  # runs of an older version lack it
                      for layer in found["layers"].values())  # fmt: skip
         whole &= all(_are_numbers(row, classes) for row in found["confusion"] or ())
         whole &= all(_are_numbers(pair, 3) and _are_places(pair[:2], classes) for pair in found["confusions"])
@@ -148,6 +156,13 @@ def hybrids(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, float | None, 
     return rows
 
 
+def routing_measures(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, float | None, float | None]]:
+    """Per phase with experts: name, share of tokens whose expert changed over the last two evaluations, similarity."""
+    found = [(name, record.metric("routing_change"), record.metric("expert_similarity"))
+             for name, record in phases.items()]  # fmt: skip
+    return [row for row in found if row[1:] != (None, None)]
+
+
 def distills(phases: Mapping[str, PhaseRecord]) -> list[PhaseRecord]:
     """The distill phases, by module."""
     return [record for name, record in phases.items() if name.startswith("distill_")]
@@ -157,7 +172,7 @@ def preparation(phases: Mapping[str, PhaseRecord], run: str, key: str) -> float 
     """Sum of flops or seconds spent before a run's end-to-end training; None when a part is not known."""
     if run != "train":
         return 0.0
-    parts = [record.value(key) for record in (phases["meta"], *distills(phases))]
+    parts = [record.value(key) for name, record in phases.items() if name.partition("_")[0] in PREPARING]
     return None if None in parts or len(parts) < 2 else sum(parts)
 
 
@@ -210,7 +225,8 @@ def _are_places(values: Any, length: int) -> bool:
     return all(isinstance(value, int) and 0 <= value < length for value in values)
 
 
-def _read_phase(folder: Path) -> PhaseRecord:
+def read_phase(folder: Path, *, with_config: bool = True) -> PhaseRecord:
+    """What a phase left in its folder, which may be missing; config.yaml is what takes long to read."""
     problems: list[str] = []
     result = _json(folder / "result.json", problems)
     if result is not None and not (isinstance(result, dict) and isinstance(result.get("metrics"), dict)):
@@ -219,7 +235,7 @@ def _read_phase(folder: Path) -> PhaseRecord:
     rows = _rows(folder / "metrics.jsonl", ("kind", "epoch", "step"), problems)
     rows = [row for row in rows if isinstance(row["step"], int) and number(row["epoch"]) is not None]
     return PhaseRecord(folder, result, rows, _rows(folder / "events.jsonl", ("event", "step"), problems),
-                       _yaml(folder / "config.yaml", problems), problems)  # fmt: skip
+                       _yaml(folder / "config.yaml", problems) if with_config else {}, problems)  # fmt: skip
 
 
 def _json(path: Path, problems: list[str]) -> Any:

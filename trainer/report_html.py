@@ -20,6 +20,7 @@ from trainer.report_data import (
     peak_memory,
     preparation,
     read_analysis,
+    routing_measures,
     speed,
     student_accuracy,
     teacher_accuracy,
@@ -243,6 +244,14 @@ def _loads(phases: Mapping[str, PhaseRecord]) -> str:
             f"{ramp}{maps}"
         )
         text += body if run == "train" else f"<details><summary>The same for {escape(name)}</summary>{body}</details>"
+    rows = [[escape(name), percent(change), "–" if similarity is None else f"{similarity:.3f}"]
+            for name, change, similarity in routing_measures(phases)]  # fmt: skip
+    if rows:
+        head = ["phase", "tokens whose first expert changed", "similarity of experts"]
+        text += table(head, rows) + (
+            '<p class="muted">Between the last two evaluations, on the validation images; mean cosine over the pairs '
+            "of experts of a block, 1 for copies.</p>"
+        )
     return text
 
 

@@ -31,6 +31,7 @@ class Line:
     points: Sequence[tuple[float, float]]
     colour: int
     marks: bool = False  # a dot per point, with its value as tooltip
+    spread: Sequence[float] = ()  # half the height of a shaded band around each point
 
 
 def line_chart(
@@ -51,7 +52,7 @@ def line_chart(
         from_zero: whether the y axis starts at 0.
     """
     lines = [line if len(line.points) <= MAX_POINTS else _thinned(line) for line in lines if line.points]
-    values = [y for line in lines for _, y in line.points] + [value for _, value in levels]
+    values = [value for line in lines for value in _reach(line)] + [value for _, value in levels]
     xs = [x for line in lines for x, _ in line.points] + ([band[0]] if band else [])
     x_ticks, y_ticks = _ticks(0, max(xs)), _ticks(0 if from_zero else min(values), max(values))
     form = form or _plain(y_ticks[1] - y_ticks[0])
@@ -67,6 +68,11 @@ def line_chart(
     for line in lines:
         path = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in line.points)
         colour = f"var(--s{line.colour % SERIES})"
+        if line.spread:
+            rim = [(x, y + half) for (x, y), half in zip(line.points, line.spread)]
+            rim += [(x, y - half) for (x, y), half in reversed(list(zip(line.points, line.spread)))]
+            around = " ".join(f"{x_at(x):.1f},{y_at(y):.1f}" for x, y in rim)
+            parts.append(f'<polygon points="{around}" class="band" fill="{colour}"/>')
         parts.append(
             f'<polyline points="{path}" class="line" stroke="{colour}"><title>{escape(line.name)}</title></polyline>'
         )
@@ -234,6 +240,12 @@ def _ticks(low: float, high: float) -> list[float]:
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(place * step, 12) for place in range(first, max(last, first + 1) + 1)]
+
+
+def _reach(line: Line) -> list[float]:
+    """The y values a line needs room for."""
+    halves = line.spread or [0.0] * len(line.points)
+    return [y + sign * half for (_, y), half in zip(line.points, halves) for sign in (-1, 1)]
 
 
 def _thinned(line: Line) -> Line:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from trainer.health import collapse
 from trainer.report_data import PhaseRecord, at_end, hybrids, number, teacher_accuracy
 
 DEAD = 0.05  # share of an even load below which an expert counts as dead
@@ -16,7 +17,7 @@ SHOWN = 6  # of a long list
 
 def warnings(phases: Mapping[str, PhaseRecord], analysis: Mapping[str, Any] | None) -> list[str]:
     """Sentences for people, the grave ones first; empty when nothing is amiss."""
-    parts = (_damage(phases), _unfinished(phases), _experts(phases, analysis), _teachers(phases), _told(phases),
+    parts = (_damage(phases), _unfinished(phases), experts(phases, analysis), _teachers(phases), told(phases),
              _images(phases, analysis), _numbers(phases))  # fmt: skip
     return [sentence for part in parts for sentence in part]
 
@@ -78,7 +79,8 @@ def _unfinished(phases: Mapping[str, PhaseRecord]) -> Iterator[str]:
         yield f"Not there yet: {', '.join(missing)}."
 
 
-def _experts(phases: Mapping[str, PhaseRecord], analysis: Mapping[str, Any] | None) -> Iterator[str]:
+def experts(phases: Mapping[str, PhaseRecord], analysis: Mapping[str, Any] | None) -> Iterator[str]:
+    """Experts without work, routers that collapsed, choices that were dropped."""
     dead = ((f"{block(layer)} expert {expert}", name) for name, record in phases.items()
             for layer, expert, _ in dead_experts(record))  # fmt: skip
     found = [f"{which} in {', '.join(names)}" for which, names in _grouped(dead).items()]
@@ -90,6 +92,14 @@ def _experts(phases: Mapping[str, PhaseRecord], analysis: Mapping[str, Any] | No
         yield (
             f"Dead experts, with less than {DEAD:.0%} of an even share at the end of training: "
             f"{'; '.join(found[:SHOWN])}{more}. Raise student.moe.importance_weight or noise_std."
+        )
+    collapsed = [f"{block(layer)}: {why}" for layer, values in layers.items()
+                 if (why := collapse(values.get("first", ())))]  # fmt: skip
+    if collapsed:
+        more = f"; and {len(collapsed) - SHOWN} more" if len(collapsed) > SHOWN else ""
+        yield (
+            f"Collapsed routers on the validation images: {'; '.join(collapsed[:SHOWN])}{more}. Raise "
+            "student.moe.importance_weight, or guide the routers by the teacher (distill.routing_weight)."
         )
     kept = {name: min((record.series(key)[-1][1] for key in _keys(record, "kept/")), default=1.0)
             for name, record in phases.items()}  # fmt: skip
@@ -124,7 +134,7 @@ def _teachers(phases: Mapping[str, PhaseRecord]) -> Iterator[str]:
             )
 
 
-def _told(phases: Mapping[str, PhaseRecord]) -> Iterator[str]:
+def told(phases: Mapping[str, PhaseRecord]) -> Iterator[str]:
     """What the health watch said while training ran: spikes, steps that were skipped, weights that went back."""
     for name, record in phases.items():
         messages = [str(row.get("message")) for row in record.rows if row["kind"] == "warning"]

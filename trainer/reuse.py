@@ -20,7 +20,7 @@ from torch import nn
 from models.hub_files import CheckpointFiles, Weights
 from models.vmoe import VMoE, VMoEConfig, load_expert_parallel
 from models.vmoe_files import read
-from trainer import artifacts
+from trainer import artifacts, bases
 from trainer.config import build, read_yaml
 from trainer.context import Run, module_depths, student_config
 from trainer.schema import Recipe
@@ -106,7 +106,7 @@ class _Artifact:
         self.run, self.name = run, name
         self.files = CheckpointFiles(source, folder=name)
         self.recipe = self._recipe()
-        self.result = self._result()
+        self.result = self._result(source)
         self._compare()
 
     def take(self, folder: Path, module: nn.Module) -> None:
@@ -125,17 +125,28 @@ class _Artifact:
         beside = folder / f"{path.name}.tmp"
         shutil.copyfile(path, beside)
         beside.replace(folder / path.name)
+        basis = self.files.find(bases.FILE)  # of a meta model
+        if basis is not None:
+            shutil.copyfile(basis, folder / bases.FILE)
         made_here = ("files", "git_commit", "versions")
         result = {name: value for name, value in self.result.items() if name not in made_here}
         artifacts.write_result(folder, result | {"source": str(self.files), "command": self.run.command})
         log.info("%s was taken from %s", folder, self.files)
 
-    def _result(self) -> dict[str, Any]:
+    def _result(self, source: str) -> dict[str, Any]:
         path = self.files.find("result.json")
         if path is None:
             raise ValueError(f"{self.files} has no result.json: expected a finished {self.name} of a run")
+        grown = None
+        if self.name == "meta" and self.recipe.teacher.grown:
+            assembled = CheckpointFiles(source, folder="assemble")
+            grown = assembled.find("result.json")
+            if grown is None:
+                raise ValueError(f"{assembled} has no result.json: the teacher of this meta model is not grown yet")
         try:
             result = dict(json.loads(path.read_text()))
+            if grown is not None:
+                result |= _with_grown_teacher(result, json.loads(grown.read_text()))
             metrics, module = result["metrics"], self.name.partition("_")[2]
             fits = (result["phase"], result["module"]) == (self.name.split("_")[0], int(module) if module else None)
             needed = ["accuracy"] if module else [f"hybrid_accuracy/{i}" for i in range(self.recipe.modules)]
@@ -187,6 +198,13 @@ class _Artifact:
     def _same(self, key: str, theirs: Any, ours: Any) -> None:
         if theirs != ours:
             raise ValueError(f"{self.files} does not fit this recipe: {key} is {theirs} there, {ours} here")
+
+
+def _with_grown_teacher(meta: dict[str, Any], grown: dict[str, Any]) -> dict[str, Any]:
+    """What the result of a meta model cannot hold when its teacher was grown after it: the teacher and its hybrids."""
+    hybrids = {key: value for key, value in grown["metrics"].items() if key.startswith("hybrid_accuracy/")}
+    measured = hybrids | {"teacher_accuracy": grown["metrics"]["teacher_accuracy"]}
+    return {"teacher": grown["teacher"], "metrics": meta["metrics"] | measured}
 
 
 def _described(teacher: Any) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ if not __package__:  # started as a file: put the repository, not trainer/, on t
 
 from trainer import cli, interrupt
 from trainer.config import one_line
+from trainer.console import quieten, set_up_logging
 from trainer.job import EXIT_BAD_INPUT, EXIT_FAILED, Job
 from trainer.redaction import redact, refuse_secrets
 
@@ -53,8 +53,8 @@ def _work(arguments: list[str], rank: int) -> Callable[[], int]:
 def _train(rank: int, job: Job) -> int:
     """The phases of a job, on all ranks."""
     interrupt.listen()
-    _quieten()
-    _set_up_logging(rank == 0)
+    quieten()
+    set_up_logging(rank == 0)
     import models  # noqa: F401  first: it mends torchvision beside a CPU torch
     from trainer import dist as distributed
     from trainer.api import execute
@@ -116,8 +116,8 @@ def _command(name: str, path: Path, out: Path | None, settings: dict[str, Any]) 
 
 
 def _dry_run(job: Job) -> int:
-    _quieten()
-    _set_up_logging(main=False)
+    quieten()
+    set_up_logging(main=False)
     import models  # noqa: F401  first: it mends torchvision beside a CPU torch
     from trainer.dry_run import show
 
@@ -126,21 +126,6 @@ def _dry_run(job: Job) -> int:
 
 def _say(error: Exception, prefix: str = "") -> None:
     print(f"{prefix}error: {redact(one_line(error))}", file=sys.stderr, flush=True)
-
-
-def _quieten() -> None:
-    """Keep what is not about this run out of its log and its start."""
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)  # DeepSpeed's
-    # DeepSpeed compiles a function of an optimiser we never use while it is imported: 0.9 s for torch's compiler
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    if not sys.stderr.isatty():  # bars drawn into files
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-def _set_up_logging(main: bool) -> None:
-    logging.basicConfig(level=logging.INFO if main else logging.ERROR, format="%(levelname)s %(message)s", force=True)
-    for name in ("DeepSpeed", "deepspeed", "httpx", "httpx2", "huggingface_hub", "transformers", "timm"):
-        logging.getLogger(name).setLevel(logging.WARNING if main else logging.ERROR)
 
 
 if __name__ == "__main__":

@@ -124,9 +124,12 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig(ScheduleConfig):
-    """The monolithic teacher: one from the hub or a folder, or a small ViT trained by phase `teacher`."""
+    """The monolithic teacher: one from the hub or a folder, a small ViT trained by phase `teacher`, or a grown one."""
 
     source: str = knob("", "hub id[@revision] or directory; empty = train one with phase teacher")
+    grown: bool = knob(
+        False, "grow it inside the meta model: phases meta, incubate and assemble in place of phase teacher"
+    )
     depths: tuple[int, ...] = knob((), "blocks per module; empty = as equal as possible over `modules`")
     image_size: int = knob(32, "of a trained teacher, pixels")
     patch_size: int = knob(8, "of a trained teacher, pixels")
@@ -159,9 +162,31 @@ class MetaConfig(ScheduleConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.blocks_per_module >= 0, "meta.blocks_per_module", self.blocks_per_module, "0 (teacher) or more")
+        require(self.blocks_per_module or self.init == "teacher", "meta.init", self.init,
+                "teacher with meta.blocks_per_module=0, where the teacher is its own meta model")  # fmt: skip
         for name in ("label_weight", "kl_weight", "free_weight", "forced_weight"):
             require(getattr(self, name) >= 0, f"meta.{name}", getattr(self, name), "0 (off) or more")
+        require(self.kl_weight or self.label_weight or self.objective == "labels", "meta.kl_weight", self.kl_weight,
+                "a positive weight here or in meta.label_weight: else the last stage learns nothing")  # fmt: skip
         require(0 < self.replace_rate <= 1, "meta.replace_rate", self.replace_rate, "above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class IncubateConfig(ScheduleConfig):
+    """Growing a teacher (teacher.grown): each module is trained in its place in the frozen meta model, on labels."""
+
+    epochs: int = knob(100, "passes over the training images")
+    warmup_epochs: float = knob(20.0, "linear warm-up from warmup_lr, in epochs")
+    drop_path: float = knob(0.1, "stochastic depth of the teacher's blocks, rising linearly to this rate")
+
+
+@dataclass(frozen=True)
+class AssembleConfig(ScheduleConfig):
+    """Growing a teacher (teacher.grown): the incubated modules are put together and fine-tuned, on labels."""
+
+    epochs: int = knob(100, "passes over the training images")
+    drop_path: float = knob(0.1, "stochastic depth of the teacher's blocks, rising linearly to this rate")
+    clip: float | None = knob(1.0, 'gradient norm limit where the DeepSpeed JSON says "auto"; 0 = off')
 
 
 @dataclass(frozen=True)
@@ -208,10 +233,7 @@ class DistillConfig(ScheduleConfig):
 
 @dataclass(frozen=True)
 class RefineConfig(ScheduleConfig):
-    """Second round: every module learns on what the modules before it really send (not in the paper).
-
-    Targets and stitches are those of section distill.
-    """
+    """Second round on what the modules before really send; targets as in section distill (not in the paper)."""
 
     epochs: int = knob(0, "passes over the training images; 0 = no second round")
     order: Literal["parallel", "sequential"] = knob(
@@ -294,6 +316,11 @@ class StudentConfig:
             require(1 <= getattr(self, name) <= 100_000, f"student.{name}", getattr(self, name), "1 to 100,000")
         if not self.variant and missing:
             raise ValueError(f"student.variant is empty and student.{missing[0]} is not set: set one of them")
+        require(self.expert_noise >= 0, "student.expert_noise", self.expert_noise, "0 (off) or more")
+        if not self.init:
+            for name, off in (("experts", "copy"), ("expert_noise", 0.0)):
+                expected = f"{off} where student.init is empty: set student.init=teacher, or name a dense ViT"
+                require(getattr(self, name) == off, f"student.{name}", getattr(self, name), expected)
 
 
 @dataclass(frozen=True)
@@ -397,6 +424,8 @@ class Recipe:
     augment: AugmentConfig = section(AugmentConfig)
     teacher: TeacherConfig = section(TeacherConfig)
     meta: MetaConfig = section(MetaConfig)
+    incubate: IncubateConfig = section(IncubateConfig)
+    assemble: AssembleConfig = section(AssembleConfig)
     distill: DistillConfig = section(DistillConfig)
     expert: ExpertConfig = section(ExpertConfig)
     refine: RefineConfig = section(RefineConfig)
@@ -407,6 +436,21 @@ class Recipe:
 
     def __post_init__(self):
         require(self.modules >= 1, "modules", self.modules, "1 or more")
+        train, stitches = self.train, self.distill.stitches
+        if train.border_weight and train.start == "distilled" and not train.init and stitches != "tied":
+            raise ValueError(
+                f"train.border_weight compares states in the basis of tied stitches; distill.stitches is {stitches!r}: "
+                "set distill.stitches=tied, or train.border_weight=0"
+            )
+        if self.teacher.grown:  # nothing to copy, to match or to reuse: the teacher comes after the meta model
+            wanted = {"teacher.source": "", "meta.source": "", "meta.init": "scratch", "meta.objective": "labels"}
+            for key, value in wanted.items():
+                part, name = key.split(".")
+                found = getattr(getattr(self, part), name)
+                require(found == value, key, found, f"{value!r} with teacher.grown=true")
+        if "upcycled" in (self.train.start, *self.train.baselines) and not self.student.init:
+            raise ValueError("train.start or train.baselines say upcycled, but student.init is empty: set "
+                             "student.init=teacher, or name a dense ViT (hub id or folder)")  # fmt: skip
         for owner, name in ((self.teacher, "teacher"), (self.student, "student")):
             if owner.depths and len(owner.depths) != self.modules:
                 raise ValueError(f"{name}.depths has {len(owner.depths)} entries {owner.depths} but modules is "

@@ -4,7 +4,8 @@ Rank 0 only; no torch here. A row is a flat dict with at least "kind" ("train" |
 "step" counts the optimizer steps done, "epoch" of an evaluation the epochs done: after epoch 3 of 12 it is 3.
 Training rows hold loss, lr, images_per_s, memory (peak so far, bytes), time (unix) and, where they apply,
 "loss/<part>", grad_norm, accuracy and per MoE layer "load/<layer>" (share of the choices per expert), "kept/<layer>"
-and "gate_sum/<layer>". Evaluation rows hold accuracy (0..1), loss and images. events.jsonl beside it has a row for what
+and "gate_sum/<layer>". Evaluation rows hold accuracy (0..1), loss and images and, with MoE layers, routing_change and
+expert_similarity, mean and "/<layer>" (trainer/routing_watch.py). events.jsonl beside it has a row for what
 happened to the run: {"event": "resumed", "step": 8, "time": ...}.
 """
 

@@ -45,6 +45,7 @@ class Task:
     epochs: int
     seed: int
     run: RunConfig
+    evaluate_start: bool = False  # also before the first step
 
 
 class TrainStep:

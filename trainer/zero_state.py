@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from models.moe import plain_names
 
 MASTER = "fp32"  # kind of a trained parameter
+AVERAGE = "ema"  # kind of its average (train.ema)
 UNTRAINED = "state"  # kind of a buffer or frozen parameter, in its own dtype; moments go by the optimiser's word
 
 Read = Callable[[str, str, int, int], Tensor]  # (kind, name, start, stop) -> (stop - start,)
+Flats = Mapping[str, Sequence[Tensor]]  # kind -> what is kept beside the masters, laid out as `masters` gives them
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,17 @@ class Piece:
     values: Tensor  # 1-D, on its device; a view: the next optimiser step changes it
 
 
-def pieces(engine: Any) -> list[Piece]:
+def masters(engine: Any) -> list[Tensor]:
+    """The fp32 weights that this rank keeps, laid end to end: one tensor per group of the optimiser, of its memory."""
+    return [group["params"][0].detach() for group in engine.optimizer.optimizer.param_groups]
+
+
+def work_with_masters(engine: Any) -> None:
+    """Let the model work with the masters as they are now (collective)."""
+    engine.optimizer.update_lp_params()
+
+
+def pieces(engine: Any, beside: Flats | None = None) -> list[Piece]:
     """This rank's part of the training state.
 
     Over all ranks: every element of every trained parameter and of each of its moments once (no moments before the
@@ -44,6 +56,7 @@ def pieces(engine: Any) -> list[Piece]:
 
     Args:
         engine: a deepspeed.DeepSpeedEngine with ZeRO 1 or 2, between two optimiser steps.
+        beside: more kinds to save.
 
     Raises:
         RuntimeError: this version of DeepSpeed keeps its state in another way.
@@ -51,7 +64,7 @@ def pieces(engine: Any) -> list[Piece]:
     found = []
     for share in _shares(engine):
         share.check()
-        flats = {MASTER: share.flat.detach()} | _moments(engine.optimizer.optimizer, share.flat)
+        flats = share.flats(engine.optimizer.optimizer, beside or {})
         found += [Piece(kind, share.name, share.start, share.of(flat)) for kind, flat in flats.items()]
     for untrained in _untrained(engine.module):
         if untrained.ours:
@@ -71,7 +84,7 @@ def optimizer_steps(engine: Any) -> int:
 
 
 @torch.no_grad()
-def restore(engine: Any, read: Read, *, step: int) -> None:
+def restore(engine: Any, read: Read, *, step: int, beside: Flats | None = None) -> None:
     """Fill masters, moments, counters and working weights from a state that `pieces` gave at any topology (collective).
 
     At the topology it was saved at, training continues bit for bit.
@@ -81,6 +94,7 @@ def restore(engine: Any, read: Read, *, step: int) -> None:
         read: gives the elements start to stop (exclusive) of a flattened tensor. Asked for moments only when step > 0.
             When it fails on one rank alone the others wait for that rank.
         step: what optimizer_steps was.
+        beside: more kinds to fill.
 
     Raises:
         RuntimeError: this version of DeepSpeed keeps its state in another way.
@@ -91,12 +105,12 @@ def restore(engine: Any, read: Read, *, step: int) -> None:
     if step:
         _make_moments(optimizer, step)
     for share in shares:
-        for kind, flat in {MASTER: share.flat.detach(), **_moments(optimizer, share.flat)}.items():
+        for kind, flat in share.flats(optimizer, beside or {}).items():
             share.of(flat).copy_(read(kind, share.name, share.start, share.start + share.count))
     for untrained in _untrained(engine.module):
         values = read(UNTRAINED, untrained.name, 0, untrained.values.numel())
         untrained.values.copy_(values.view_as(untrained.values))
-    engine.optimizer.update_lp_params()
+    work_with_masters(engine)
     for share in shares:
         share.check()
     engine.optimizer._hp_optimizer_states_linked = False  # DeepSpeed finds the new moments at its next step
@@ -114,11 +128,17 @@ class _Share:
     start: int  # in the flattened parameter
     count: int
     place: int  # in the flat master
+    group: int  # of the optimiser
     flat: Tensor
 
     def of(self, flat: Tensor) -> Tensor:
         """These elements of the flat master or of one of its moments; (count,)."""
         return flat[self.place : self.place + self.count]
+
+    def flats(self, optimizer: torch.optim.Optimizer, beside: Flats) -> dict[str, Tensor]:
+        """Kind -> the flat tensor that holds these elements of it."""
+        more = {kind: flats[self.group] for kind, flats in beside.items()}
+        return {MASTER: self.flat.detach()} | _moments(optimizer, self.flat) | more
 
     def check(self) -> None:
         """A layout misread would give experts each other's weights: the model must work with these very masters."""
@@ -139,8 +159,9 @@ def _shares(engine: Any) -> Iterator[_Share]:
             # None: all of it is kept by other ranks
             if parameter.requires_grad and (mapping := parameter._hp_mapping) is not None:
                 here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                (flat,) = groups[mapping.param_group_index]["params"]
-                yield _Share(names[key], parameter, here.start, here.numel, there.start, flat)
+                group = mapping.param_group_index
+                (flat,) = groups[group]["params"]
+                yield _Share(names[key], parameter, here.start, here.numel, there.start, group, flat)
     except (AttributeError, ValueError) as error:
         raise _foreign(error) from error
 

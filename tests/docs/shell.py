@@ -25,6 +25,7 @@ from tests.unit.test_importers import FIXTURE, drawn, stages, whole
 from tests.warm_python import WarmPython
 from trainer.chain import settings as chain_settings
 from trainer.config import load_recipe
+from trainer.study.plan import cells, read_study
 
 TEACHER = "timm/deit3_large_patch16_224.fb_in1k"
 COPIED, LINKED = ("recipes", "ds_configs", "Makefile"), ("trainer", "models", "slurm", "tests", "benchmarks", "docs")
@@ -150,6 +151,10 @@ class Shell:
         if words[2] == "pytest" or words[2].startswith("tests."):  # tests do not run tests: what is named must be there
             named = [word.replace(".", "/") + ".py" if word.startswith("tests.") else word for word in words[2:]]
             assert all((self.folder / word).exists() for word in named if word.startswith("tests")), line
+            return
+        if words[2] == "trainer.study":  # hours: every cell must resolve; tests/integration/test_study_run.py runs one
+            extra = [word for word in words[4:] if "=" in word]
+            assert cells(read_study(self.folder / words[3], extra), self.folder / "runs/study"), line
             return
         self._expect(self._work("module", words[2:], variables), line)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.scheduler import CosineLRScheduler
+from torch import Tensor
 
 from models.preprocessing import Preprocessing
 from models.vmoe import VMoE
@@ -108,7 +109,8 @@ def fit(out: str, options: dict[str, Any]) -> None:
     """One life of a phase in folder `out`; its end, for the test to read, in out/rank_N.json.
 
     Args:
-        options: run = knobs of RunConfig, faults (see prepare), schedule = changes to SCHEDULE, workers.
+        options: run = knobs of RunConfig, faults (see prepare), schedule = changes to SCHEDULE, workers,
+            engine = options of build_engine.
     """
     dist = start()
     prepare(dist, options.get("faults", {}))
@@ -119,7 +121,9 @@ def fit(out: str, options: dict[str, Any]) -> None:
     often = {"log_every": 4, "save_every": 3, "save_epochs": 9, "keep": 9, "trackers": ()}
     config = RunConfig(**often | options.get("run", {}))
     end: dict[str, Any] = {}
-    with engine_for(dist, TEN_CLASSES, schedule, ep=dist.world, accumulation=2 // dist.world) as engine:
+    with engine_for(
+        dist, TEN_CLASSES, schedule, ep=dist.world, accumulation=2 // dist.world, options=options.get("engine")
+    ) as engine:
         objective = Classify(engine.module, tokens=5)
         interrupt.HEARTBEAT.watch(config.hang_seconds)
         try:
@@ -127,11 +131,17 @@ def fit(out: str, options: dict[str, Any]) -> None:
             end = {"health": outcome.health, "evaluation": outcome.evaluation}
         except (NonFiniteLoss, interrupt.Interrupted, OSError) as error:
             end = {"error": str(error)}
-        digest = hashlib.sha256()
-        for _, value in sorted(engine.fp32_state().items()):
-            digest.update(value.numpy().tobytes())
-        end |= {"weights": digest.hexdigest()}
+        end["weights"] = digest_of(engine.fp32_state())
+        with engine.published():
+            end["published"] = digest_of(engine.fp32_state())
     (Path(out) / f"rank_{dist.rank}.json").write_text(json.dumps(end))
+
+
+def digest_of(state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for _, value in sorted(state.items()):
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def replaced(place: str, make: Callable[[Callable], Callable]) -> None:
@@ -184,6 +194,12 @@ class Life:
     def weights(self) -> str:
         """Digest of the weights, the same on every rank."""
         (digest,) = {end["weights"] for end in self.ends}
+        return digest
+
+    @property
+    def published(self) -> str:
+        """The same of what a phase would publish."""
+        (digest,) = {end["published"] for end in self.ends}
         return digest
 
     @property

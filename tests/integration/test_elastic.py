@@ -66,7 +66,7 @@ EXACT = [tuple(Topology(*size, bf16=True, fp32_sums=True) for size in sizes)
 
 @contextmanager
 def engine_at(dist: Dist, at: Topology, schedule: ScheduleConfig = ADAM, model: Callable[[], VMoE] = build,
-              zero: dict | None = None, **values: Any) -> Iterator[Engine]:  # fmt: skip
+              zero: dict | None = None, ema: float = 0.0, **values: Any) -> Iterator[Engine]:  # fmt: skip
     stage = {"stage": at.zero} | ({"offload_optimizer": {"device": "cpu"}} if at.offload else {}) | (zero or {})
     values |= {"gradient_accumulation_steps": BATCH // MICRO // at.world, "zero_optimization": stage,
                "bf16": {"enabled": at.bf16}, "trainer": {"ep_size": at.ep}}  # fmt: skip
@@ -74,7 +74,7 @@ def engine_at(dist: Dist, at: Topology, schedule: ScheduleConfig = ADAM, model: 
         values |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
     settings = resolve(values, schedule, world=dist.world, local_world=dist.world, num_experts=4, phase="train")
     assert settings.micro_batch == MICRO
-    engine = build_engine(model(), schedule, settings, steps_per_epoch=BEFORE + AFTER, dist=dist)
+    engine = build_engine(model(), schedule, settings, steps_per_epoch=BEFORE + AFTER, dist=dist, ema=ema)
     yield engine
     engine.close()
 
@@ -105,7 +105,7 @@ def images_of(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def whole_state(engine: Engine, dist: Dist) -> State:
     """The pieces of all ranks put together; every element is there once."""
-    mine = [(p.kind, p.name, p.start, p.values.cpu().clone()) for p in pieces(engine.deepspeed)]
+    mine = [(p.kind, p.name, p.start, p.values.cpu().clone()) for p in pieces(engine.deepspeed, engine.beside_masters)]
     sizes = {name: shape for part in dist.gather(shapes(engine.deepspeed)) for name, shape in part.items()}
     state, seen = {}, {}
     for part in dist.gather(mine):

@@ -56,12 +56,21 @@ def decays(name: str) -> bool:
     return name.endswith(".weight") and "norm" not in name
 
 
-def train_plainly(config: VMoEConfig, schedule: ScheduleConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
+def rate_of(name: str, layer_decay: float) -> float:
+    """Learning rate of a parameter of this model of three blocks, relative to the head's."""
+    embeddings = ("cls_token", "reg_token", "pos_embed", "patch_embed")
+    blocks_after = 3 if name.startswith(embeddings) else 2 - int(name.split(".")[1]) if name.startswith("blocks") else 0
+    return layer_decay**blocks_after
+
+
+def train_plainly(
+    config: VMoEConfig, schedule: ScheduleConfig, layer_decay: float = 1.0
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     """Weights and gradient norms of a loop that knows nothing of DeepSpeed."""
     model = build(config).train()
     named = list(model.named_parameters())
-    groups = [{"params": [p for n, p in named if decays(n)], "weight_decay": schedule.weight_decay},
-              {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0}]  # fmt: skip
+    groups = [{"params": [p], "weight_decay": schedule.weight_decay if decays(n) else 0.0,
+               "rate": rate_of(n, layer_decay)} for n, p in named]  # fmt: skip
     optimizer = (
         torch.optim.AdamW(groups, eps=1e-3) if schedule.optimizer == "adamw" else torch.optim.SGD(groups, momentum=0.9)
     )
@@ -71,21 +80,23 @@ def train_plainly(config: VMoEConfig, schedule: ScheduleConfig) -> tuple[dict[st
         (F.cross_entropy(model(images), labels) + auxiliary_loss(model)).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip or math.inf)))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, schedule)
+            group["lr"] = learning_rate(step, schedule) * group["rate"]
         optimizer.step()
     return {name: p.detach().clone() for name, p in named}, norms
 
 
 @contextmanager
 def engine_for(dist: Dist, config: VMoEConfig, schedule: ScheduleConfig, *, ep: int, zero: int = 1,
-               accumulation: int = 1, **values: Any) -> Iterator[Engine]:  # fmt: skip
+               accumulation: int = 1, options: dict[str, float] | None = None,
+               **values: Any) -> Iterator[Engine]:  # fmt: skip
+    """`options` are those of build_engine, `values` more of the DeepSpeed JSON."""
     ours = {"ep_size": ep, "activation_checkpointing": values.pop("activation_checkpointing", False)}
     json = {"train_batch_size": "auto", "gradient_accumulation_steps": accumulation, "gradient_clipping": "auto",
             "zero_optimization": {"stage": zero} | values.pop("zero_optimization", {}), "trainer": ours}  # fmt: skip
     experts = 0 if config.moe_blocks == "none" else config.moe.num_experts
     settings = resolve(json | values, schedule, world=dist.world, local_world=dist.world, num_experts=experts,
                        phase="train")  # fmt: skip
-    engine = build_engine(build(config), schedule, settings, steps_per_epoch=STEPS, dist=dist)
+    engine = build_engine(build(config), schedule, settings, steps_per_epoch=STEPS, dist=dist, **options or {})
     yield engine
     engine.close()
 
@@ -138,6 +149,17 @@ def equals_plain() -> None:
             state, _ = train(engine, dist)
         assert_same_weights(state, wanted, f"{config.moe_blocks}, {schedule.optimizer}, clip {schedule.clip}")
     assert (train_plainly(MODEL, unclipped)[0]["head.weight"] - expected["head.weight"]).abs().max() > 1e-3
+
+
+def blocks_have_their_own_rates() -> None:
+    """layer_decay at every ep size, with both optimisers, under warm-up and cosine; the rate reported is the head's."""
+    dist = start()
+    for schedule, ep in ((SGD, 1), (SGD, 2), (ADAM, 2)):
+        expected, _ = train_plainly(MODEL, schedule, layer_decay=0.5)
+        with engine_for(dist, MODEL, schedule, ep=ep, options={"layer_decay": 0.5}) as engine:
+            state, _ = train(engine, dist)
+            assert_close(engine.lr, learning_rate(STEPS - 1, schedule), rtol=1e-6, atol=0)
+        assert_same_weights(state, expected, f"{schedule.optimizer}, ep {ep}")
 
 
 def starts_from_the_same_model() -> None:
@@ -194,7 +216,7 @@ def decays_matrices_only() -> None:
 @pytest.mark.parametrize(
     ("check", "ranks"),
     [("equals_plain", 1), ("equals_plain", 2), ("bf16_keeps_masters", 2), ("decays_matrices_only", 2),
-     ("starts_from_the_same_model", 2)],
+     ("starts_from_the_same_model", 2), ("blocks_have_their_own_rates", 2)],
 )  # fmt: skip
 def test_engine(warm, check, ranks):
     finished = warm.call(f"tests.integration.test_engine:{check}", ranks=ranks)

@@ -11,6 +11,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.testing import assert_close
 
+from models.expert_similarity import expert_similarity
+from models.guided_routing import Guide, teacher_routers
 from models.moe import MoEConfig, auxiliary_loss, expert_parallel, full_state_dict, load_full_state_dict
 from models.moe import routing_metrics as metrics_of
 from models.vmoe import VMoE, VMoEConfig
@@ -139,6 +141,33 @@ def train_in_deepspeed(folder: Path) -> None:
     engine.destroy()
 
 
+def guide_and_measure(ep_size: int, recompute: bool) -> None:
+    """Teacher-guided routing and the similarity of the experts are those of the plain model."""
+    rank = dist.get_rank()
+    images = torch.randn(WORLD, 4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    teacher = VMoE(replace(TINY, moe_blocks="none", seed=9)).eval()
+    plain, parallel = build("k2-dropless"), build("k2-dropless")
+    routers = teacher_routers(teacher, plain, images, {1: 0, 2: 2}, 4, seed=0)
+    guides = [Guide(routers, teacher, model, weight=2.0) for model in (plain, parallel)]
+    expert_parallel(parallel, ep_size).set_grad_checkpointing(recompute)
+    losses = []
+    for guide in guides:
+        with guide.watching(), torch.no_grad():
+            teacher(images[rank])
+        torch.manual_seed(rank)
+        logits, loss = guide.student.train()(images[rank]), guide.loss()
+        (logits.sum() + loss).backward()
+        losses.append(loss.detach())
+    assert_close(losses[1], losses[0])
+    for block in (1, 2):
+        wanted = plain.blocks[block].mlp.router.weight.grad
+        assert wanted.norm(dim=1).min() > 0
+        assert_close(parallel.blocks[block].mlp.deepspeed_moe.gate.router.weight.grad, wanted, rtol=1e-5, atol=1e-6)
+    similarity = expert_similarity(plain)
+    assert similarity.keys() == {"blocks.1.mlp", "blocks.2.mlp"} and max(map(abs, similarity.values())) < 0.5
+    assert expert_similarity(parallel) == pytest.approx(similarity, abs=1e-6)
+
+
 def worker(rank: int, port: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
@@ -154,6 +183,8 @@ def worker(rank: int, port: int, folder: str) -> None:
         for ep_size in (1, 2):
             compare(routing, ep_size, recompute=False)
     compare("k2-dropless", 2, recompute=True)
+    for ep_size in (1, 2):
+        guide_and_measure(ep_size, recompute=ep_size == 2)
     with pytest.raises(ValueError, match="does not divide the world size 2"):
         expert_parallel(build("k1-dropless"), 3)
     train_in_deepspeed(Path(folder))

@@ -98,7 +98,8 @@ class Held:
             part = self.share(kind, values)
             self.values[kind, name] = part.start, values[part].clone()
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self, beside: dict) -> list[Piece]:
+        assert not beside
         kept = {key: value for key, value in self.values.items() if key[0] != "state" or self.rank == 0}
         return [Piece(kind, name, start, values) for (kind, name), (start, values) in kept.items() if len(values)]
 
@@ -111,7 +112,7 @@ class Held:
 def without_deepspeed(monkeypatch) -> None:
     """Let trainer.zero_state take a Held for an engine."""
     monkeypatch.setattr("trainer.zero_state.pieces", Held.pieces)
-    monkeypatch.setattr("trainer.zero_state.restore", lambda held, read, *, step: held.restore(read, step))
+    monkeypatch.setattr("trainer.zero_state.restore", lambda held, read, *, step, beside: held.restore(read, step))
     monkeypatch.setattr("trainer.zero_state.shapes", lambda held: getattr(held, "shapes", SHAPES))
     monkeypatch.setattr("trainer.zero_state.optimizer_steps", lambda held: held.steps)
 
@@ -120,7 +121,7 @@ def saver(dist: Dist, folder: Path, batch: int = 8, **run: Any) -> Saver:
     """A Saver of a phase around a Held."""
     settings = SimpleNamespace(ep_size=1, bf16=False, global_batch=batch, micro_batch=batch // dist.world,
                                accumulation=1, config={"zero_optimization": {"stage": 1}})  # fmt: skip
-    engine = SimpleNamespace(deepspeed=Held(dist.rank, dist.world), settings=settings)
+    engine = SimpleNamespace(deepspeed=Held(dist.rank, dist.world), settings=settings, beside_masters={})
     return Saver(engine, folder, RunConfig(**run), dist)
 
 

@@ -89,7 +89,9 @@ def test_routing_is_that_of_the_router_on_every_patch():
             assert picture["experts"][name] == ranked_NTE[picture["index"], 2:, 0].tolist()
             assert picture["label"] == source.label(picture["index"])
         share = torch.bincount(ranked_NTE[..., :2].flatten(), minlength=4) / (21 * 18 * 2)
-        assert summary["layers"][name] == {"load": pytest.approx(share.tolist(), abs=1e-6), "kept": 1.0}
+        first = torch.bincount(ranked_NTE[..., 0].flatten(), minlength=4) / (21 * 18)
+        assert summary["layers"][name] == {"load": pytest.approx(share.tolist(), abs=1e-6),
+                                           "first": pytest.approx(first.tolist(), abs=1e-6), "kept": 1.0}  # fmt: skip
 
 
 def test_a_dropped_choice_gives_way_to_the_next_and_none_is_minus_one():

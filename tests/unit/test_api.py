@@ -44,7 +44,7 @@ def test_a_recipe_with_changes_from_python():
     "arguments, message",
     [
         ({"phase": "trian"}, "there is no phase trian. Did you mean train?"),
-        ({"phase": "meta", "module": 1}, "only distill takes a module"),
+        ({"phase": "meta", "module": 1}, "only incubate, cluster, expert, distill and refine take a module"),
         ({"phase": "distill", "module": 4}, "needs --module 0..3 or all, got 4"),
         ({"phase": "distill", "module": True}, "needs --module 0..3 or all, got True"),
         ({"phase": "meta", "ds_config": {"zero": 1}}, 'unknown key "zero"'),

@@ -20,7 +20,11 @@ FOR_PHASES = {
         "objectives",
         "loop",
         "artifacts",
+        "bases",
         "context",
+        "ds_config",
+        "growing",
+        "hybrids",
         "preflight",
         "schema",
         "dist",
@@ -28,12 +32,17 @@ FOR_PHASES = {
         "interrupt",
         "analysis",
         "reuse",
+        "guidance",
+        "upcycling",
+        "clusters",
+        "experts",
     )
 }
 # read before torch is imported, or on machines without it
 WITHOUT_TORCH = ("run", "api", "cli", "manual", "completion", "job", "replay", "reference", "interrupt", "config",
                  "schema", "ds_config", "artifacts", "tracking", "trackers", "report", "report_plots", "hub",
-                 "chain.settings", "chain.stages", "chain.slurm", "chain.submit", "chain.status")  # fmt: skip
+                 "chain.settings", "chain.stages", "chain.slurm", "chain.submit", "chain.status",
+                 "console", "study.__main__", "study.worker", "study.picture")  # fmt: skip
 HEAVY = {"torch", "timm", "transformers", "datasets", "deepspeed", "safetensors", "models"}
 
 

@@ -141,5 +141,5 @@ def test_published_costs_of_the_phases(published):
     block, taught = forward_flops(teacher.blocks[0], tokens), sum(forward_flops(m, tokens) for m in modules)
     assert (sum(pairs) - 3 * taught) / block == pytest.approx(48, rel=0.02)
     # matching: the teacher once (24 blocks), then 4 and 3 blocks of the meta model forward and backward
-    matching = MatchTeacher(meta, teacher, stages, MetaConfig(), tokens).flops_per_image
+    matching = MatchTeacher(meta, stages, MetaConfig(), tokens).flops_per_image
     assert matching / block == pytest.approx(24 + 3 * 7, rel=0.02)

@@ -143,8 +143,12 @@ def test_what_export_refuses(run, tmp_path, monkeypatch):
         export(run / "meta", tmp_path / "other")
 
 
-def test_export_of_phase_train_is_a_model(tmp_path, monkeypatch):
-    """Saved by three ranks whose cuts go through the middle of tensors; loads as every published V-MoE."""
+@pytest.mark.parametrize("published", ["fp32", "ema"])
+def test_export_of_phase_train_is_a_model(tmp_path, monkeypatch, published):
+    """Saved by three ranks whose cuts go through the middle of tensors; loads as every published V-MoE.
+
+    Where the checkpoint has an average, that is the model.
+    """
     without_deepspeed(monkeypatch)
     model = VMoE(MODEL)
     torch.nn.init.normal_(model.head.weight)
@@ -157,7 +161,8 @@ def test_export_of_phase_train_is_a_model(tmp_path, monkeypatch):
         held = made.engine.deepspeed
         held.shapes = {name: tuple(value.shape) for name, value in state.items()}
         held.values = {}
-        held.fill({(kind, name): value.flatten() for name, value in state.items() for kind in ("fp32", "exp_avg")})
+        kinds = {"fp32": 2.0, "exp_avg": 3.0} | {published: 1.0}
+        held.fill({(kind, name): x * value.flatten() for name, value in state.items() for kind, x in kinds.items()})
         made.save(5, state={}, own={}, wait=True)
 
     assert run_ranks(3, work) == [None] * 3

@@ -71,6 +71,31 @@ def test_as_deep_as_the_teacher_is_the_teacher():
     assert list(meta.stages[1].blocks) == ["2", "3"]
 
 
+@torch.no_grad()
+def test_the_teacher_as_its_own_meta_model():
+    teacher = tiny("deit3", depth=6).requires_grad_(False)
+    meta = MetaModel.from_teacher(teacher, 3, blocks_per_module=0, teacher_depths=DEPTHS).eval()
+    assert torch.equal(meta(images()), teacher(images()))
+    assert [len(stage.blocks) for stage in meta.stages] == DEPTHS
+    for i, module in enumerate(split(teacher, DEPTHS)):
+        assert torch.equal(meta.back(module(meta.front(images(), i)), i), teacher(images()))
+    for parameter in meta.parameters():  # a copy
+        parameter.zero_()
+    assert teacher.head.weight.any()
+    with pytest.raises(ValueError, match="blocks_per_module 0 makes the teacher its own meta model"):
+        MetaModel.from_teacher(teacher, 3, blocks_per_module=0, init="scratch", teacher_depths=DEPTHS)
+
+
+@torch.no_grad()
+def test_hidden_states_of_the_first_stages():
+    teacher = tiny("vit", depth=6)
+    meta = MetaModel.from_teacher(teacher, 3, teacher_depths=DEPTHS).eval()
+    every = meta.hidden_states(images())
+    assert meta.hidden_states(images(), 0) == []
+    assert [torch.equal(a, b) for a, b in zip(meta.hidden_states(images(), 2), every)] == [True, True]
+    assert len(meta.hidden_states(images(), 2)) == 2
+
+
 def test_scratch_is_seeded_and_is_the_vit_initialisation():
     teacher = tiny("deit3", depth=6, weight_init="skip")
 

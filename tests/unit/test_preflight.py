@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from vit_families import save_transformers
 
 from trainer import context, hub, preflight
 from trainer.config import load_recipe
@@ -59,6 +60,30 @@ def test_a_push_alone_needs_no_data(tmp_path, monkeypatch, opened):
     monkeypatch.setattr(hub, "check_hub", lambda *_, **__: None)
     preflight.check(run_with(tmp_path, "hub.repo=a/b"), ["push"])
     assert not opened
+
+
+UPCYCLED = ("student.init=teacher", "student.mlp_dim=64", "train.baselines=[upcycled]")
+
+
+def test_a_start_from_a_teacher_that_is_not_trained_yet(tmp_path):
+    preflight.check(run_with(tmp_path, *UPCYCLED, "student.width=32"), PHASES)
+    with pytest.raises(ValueError, match=r"student's width is 16 and that of to be trained, which .*, is 32"):
+        preflight.check(run_with(tmp_path, *UPCYCLED), PHASES)
+    with pytest.raises(ValueError, match="module 1 of the student has 3 blocks and the dense model's has 2"):
+        preflight.check(run_with(tmp_path, *UPCYCLED, "student.width=32", "student.depth=5",
+                                 "student.depths=[2, 3]"), PHASES)  # fmt: skip
+
+
+def test_a_start_from_another_dense_model(tmp_path):
+    save_transformers(tmp_path / "dense", "ViTForImageClassification")
+    fits = ("student.width=24", "student.heads=3", "student.mlp_dim=37", "student.depth=3", "teacher.image_size=32")
+    run = run_with(tmp_path, f"student.init={tmp_path / 'dense'}", "student.experts=clusters", *fits)
+    preflight.check(run, PHASES)
+    student = run.with_teacher(preflight.planned_teacher(run.recipe.teacher, run.labels)).new_student()
+    assert torch.equal(student.blocks[2].attn.proj.weight, run.dense.model.blocks[2].attn.proj.weight)
+    assert student.num_classes == 10 and run.dense.num_classes == 4 and not run.dense.model.head.weight.is_meta
+    with pytest.raises(ValueError, match=r"image_size is 16 and that of .*dense.* is 32: they must be equal; name in"):
+        preflight.check(run_with(tmp_path, f"student.init={tmp_path / 'dense'}", *fits[:-1]), PHASES)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The report against run folders whose numbers are worked out by hand in the comments."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.report_folder import complete_run, put
+from tests.report_folder import analysed_run, complete_run, put
 from trainer import report
 from trainer.report_data import read_phases
 
@@ -155,3 +156,30 @@ def test_only_phases_the_recipe_asks_for_are_missed(run):
     recipe = "recipe: {teacher: {source: ''}, train: {baselines: [scratch]}}\n"
     (run / "train" / "config.yaml").write_text(recipe)
     assert "Missing phases: train_scratch, evaluate." in report.write_report(run)
+
+
+def test_routing_measures_and_collapsed_routers_are_in_both_reports(tmp_path):
+    layers = {"blocks.1.mlp": {"load": [0.5, 0.5], "first": [0.95, 0.05], "kept": 1.0}}
+    run = analysed_run(tmp_path, layers=layers)
+    for name, measures in (("distill_0", {"routing_change": 0.125, "expert_similarity": 0.4567}),
+                           ("distill_1", {"expert_similarity": 1.0})):  # fmt: skip
+        path = run / name / "result.json"
+        result = json.loads(path.read_text())
+        path.write_text(json.dumps(result | {"metrics": result["metrics"] | measures}))
+    warned = {
+        "kind": "warning",
+        "phase": "train",
+        "epoch": 4,
+        "step": 20,
+        "message": "layer x: not one validation token",
+    }
+    with (run / "train" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(warned) + "\n")
+    text = report.write_report(run)
+    page = (run / "report.html").read_text()
+    assert cells(text, "distill_0") == ["12.5", "0.457"] and cells(text, "distill_1") == ["-", "1.000"]
+    assert all(cell in page for cell in (">12.5%</td>", ">0.457</td>", ">1.000</td>"))
+    collapsed = "block 1: first choices go to experts 0, 1 of 2, 95% to one (entropy 0.29)"
+    for shown in (text, page):
+        assert f"Collapsed routers on the validation images: {collapsed}" in shown
+        assert "Said during train: layer x: not one validation token." in shown

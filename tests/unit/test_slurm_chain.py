@@ -94,7 +94,7 @@ def test_nodes_and_time_per_stage():
         ({"time": "tomorrow"}, "time is 'tomorrow'"),
         ({"gpus_per_node": 0}, "tasks_per_node is 0, expected 1 or more"),
         ({"out": ""}, "set OUT or --out"),
-        ({"level": "expert"}, "does not exist yet"),
+        ({"level": "experts"}, "level is 'experts', expected module or expert"),
     ],
 )
 def test_settings_without_a_meaning_are_named(tmp_path, changes, words):

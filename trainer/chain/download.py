@@ -12,29 +12,25 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.artifacts import versions, write_json
+from trainer.artifacts import artifact_name, versions, write_json
 from trainer.chain.stages import hub_names
 from trainer.config import load_recipe
+from trainer.schema import Recipe
 
 
 def main() -> int:
-    """Open teacher and data once, as the phases will, check the hub, and leave RUN/download/result.json."""
+    """Open models and data once, as the phases will, check the hub, and leave RUN/download/result.json."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     recipe, started = load_recipe(options.recipe), time.monotonic()
-    from models.teacher import load_teacher
     from trainer import hub
-    from trainer.data.sources import open_source
 
     try:
         if recipe.hub.repo:
             hub.check_hub(recipe.hub)
-        if recipe.teacher.source:
-            load_teacher(recipe.teacher.source)
-        for split in ("train", "val"):
-            open_source(recipe.data, split)
+        _open_all(recipe)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -43,6 +39,28 @@ def main() -> int:
     seconds = time.monotonic() - started
     write_json(folder / "result.json", {"names": hub_names(recipe), "seconds": seconds, "versions": versions()})
     return 0
+
+
+def _open_all(recipe: Recipe) -> None:
+    from models.hub_files import CheckpointFiles
+    from models.teacher import load_teacher
+    from models.vmoe import VMoE
+    from trainer import bases
+    from trainer.data.sources import open_source
+
+    dense = "" if recipe.student.init == "teacher" else recipe.student.init
+    for source in filter(None, (recipe.teacher.source, dense)):
+        load_teacher(source)
+    if recipe.train.init:
+        VMoE.from_pretrained(recipe.train.init)
+    modules = [artifact_name("distill", i) for i in range(recipe.modules)]
+    for source, names in ((recipe.meta.source, ["meta"]), (recipe.distill.source, modules)):
+        for files in [CheckpointFiles(source, folder=name) for name in names if source]:
+            for file in ("result.json", "config.yaml", bases.FILE):
+                files.find(file)
+            files.weights()
+    for split in ("train", "val"):
+        open_source(recipe.data, split)
 
 
 if __name__ == "__main__":

@@ -12,24 +12,33 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import models  # noqa: F401  first: it mends torchvision beside a CPU torch
-from models.teacher import load_teacher, new_teacher, save_teacher
+from models.flops import num_tokens
+from models.meta import MetaModel
+from models.preprocessing import Preprocessing
+from models.teacher import load_teacher, save_teacher
 from models.vmoe import VMoE
-from trainer.chain.stages import chain, hub_names
-from trainer.checkpoint import BYTES_PER_PARAMETER
+from trainer import clusters, experts, reuse
+from trainer.artifacts import preparation, taught_by_expert
+from trainer.chain.stages import chain, hub_names, with_teacher
+from trainer.checkpoint import AVERAGE_BYTES, BYTES_PER_PARAMETER
 from trainer.config import load_recipe
 from trainer.context import Run, training_flops
 from trainer.dist import Dist
 from trainer.ds_config import read_ds_config
+from trainer.growing import with_seedling
 from trainer.loop import epoch_length
-from trainer.objectives import Classify, Distill, MatchTeacher
-from trainer.preflight import trained_preprocessing
+from trainer.objectives import Borders, Classify, Distill, Incubate, LearnFromTeacher, meta_objective
+from trainer.preflight import new_teacher_of, trained_preprocessing
 from trainer.schema import Recipe
+
+PREPARING = {"teacher", "meta", "incubate", "assemble", "cluster", "expert", "distill", "refine"}
 
 
 def main() -> int:
@@ -43,7 +52,8 @@ def main() -> int:
     report = {}
     with tempfile.TemporaryDirectory() as folder:
         dry = DryRun(load_recipe(options.recipe), read_ds_config(options.ds_config), Path(options.out), ranks, folder)
-        report["checks"], report["problems"] = carry_out(dry.checks())
+        phases = {stage.phase for stage in chain(dry.recipe)}
+        report["checks"], report["problems"] = carry_out(dry.checks(phases))
         report["flops"] = dry.flops
     Path(options.report).write_text(json.dumps(report))
     return 0
@@ -69,17 +79,28 @@ class DryRun:
         self.run = self._run("meta")
         self.flops: dict[str, float] = {}  # of a whole stage, per artifact
         self.images: dict[str, float] = {}  # passed through it in training, per artifact
-        self.parameters = 0
+        self.parameters, self.apart = 0, 0  # of the largest model, and of all experts that are taught alone
 
-    def checks(self) -> Iterator[tuple[str, Callable[[], str]]]:
-        """(name, check) pairs; a check returns what it found or raises."""
+    def checks(self, phases: Collection[str]) -> Iterator[tuple[str, Callable[[], str]]]:
+        """(name, check) pairs for these phases; a check returns what it found or raises."""
         yield "data", self.data
         yield "hub", self.hub
-        names = {stage.phase for stage in chain(self.recipe)}
-        yield "teacher", self.new_teacher if "teacher" in names else self.given_teacher
-        yield "meta", self.meta
-        for i in range(self.recipe.modules):
+        t, modules = self.recipe.train, range(self.recipe.modules)
+        if set(phases) & PREPARING or any(with_teacher(self.recipe, start) for start in (t.start, *t.baselines)):
+            yield "teacher", self.given_teacher if self.recipe.teacher.source else self.new_teacher
+        if "meta" in phases:
+            yield "meta", self.meta
+        if "incubate" in phases:
+            for i in modules:
+                yield f"incubate_{i}", lambda i=i: self.incubate(i)
+            yield "assemble", self.assemble
+        for i in modules if "expert" in phases else ():
+            yield f"cluster_{i}", lambda i=i: self.cluster(i)
+            yield f"expert_{i}", lambda i=i: self.experts(i)
+        for i in modules if "distill" in phases else ():
             yield f"distill_{i}", lambda i=i: self.distill(i)
+        for i in modules if "refine" in phases else ():
+            yield f"refine_{i}", lambda i=i: self.refine(i)
         yield "train", self.train
         yield "disk", self.disk
 
@@ -101,14 +122,13 @@ class DryRun:
         return "; ".join(filter(None, [found if names else "nothing is needed from the hub", pushed]))
 
     def new_teacher(self) -> str:
-        """The teacher the chain trains, with random weights in a temporary folder."""
+        """The teacher the chain trains or grows, with random weights."""
         t = self.recipe.teacher
+        if t.grown:
+            self.run = with_seedling(self.run)
+            return self.given_teacher()
         preprocessing = trained_preprocessing(t)
-        model = new_teacher(
-            image_size=t.image_size, patch_size=t.patch_size, width=t.width, depth=t.depth, heads=t.heads,
-            mlp_dim=t.mlp_dim, labels=self.run.labels, preprocessing=preprocessing,
-        )  # fmt: skip
-        save_teacher(model, self.scratch, preprocessing)
+        save_teacher(new_teacher_of(t, self.run.labels), self.scratch, preprocessing)
         self.run = self.run.with_teacher(load_teacher(self.scratch))
         self._cost("teacher", "teacher", training_flops(self.run.teacher.model, self.run.tokens))
         return self.given_teacher()
@@ -124,15 +144,46 @@ class DryRun:
 
     def meta(self) -> str:
         """The meta model, its batch on its ranks, and one image through it."""
-        meta, stages = self.run.new_meta(), self.run.teacher_stages()
-        m = self.recipe.meta
-        if m.objective == "labels":
-            objective = Classify(meta, self.run.tokens, 0.0)
-        else:
-            objective = MatchTeacher(meta, self.run.teacher.model, stages, m, self.run.tokens, 0.0)
+        meta, stages, m = self.run.new_meta(), self.run.teacher_stages(), self.recipe.meta
+        with torch.no_grad():
+            meta(self._images())
+        if m.blocks_per_module == 0:
+            self.images["meta"] = self.flops["meta"] = 0.0
+            return "the teacher itself, which is not trained again"
+        objective = meta_objective(meta, stages, m, self.run.tokens, 0.0, self.recipe.seed)
+        return self._cost("meta", "meta", objective.flops_per_image)
+
+    def incubate(self, i: int) -> str:
+        """Teacher module i of a teacher that is grown, inside the meta model."""
+        objective = Incubate(self.run.teacher_stages()[i], self.run.new_meta(), i, self.run.tokens)
         with torch.no_grad():
             objective.predict(self._images())
-        return self._cost("meta", "meta", objective.flops_per_image)
+        return self._cost("incubate", f"incubate_{i}", objective.flops_per_image)
+
+    def assemble(self) -> str:
+        """The grown teacher, fine-tuned whole."""
+        return self._cost("assemble", "assemble", training_flops(self.run.teacher.model, self.run.tokens))
+
+    def cluster(self, i: int) -> str:
+        """The images passed through the meta model to cluster them."""
+        artifact = f"cluster_{i}"
+        self.images[artifact], self.flops[artifact] = clusters.cost(self.run, self.run.new_meta(), i)
+        return f"{self.images[artifact]:,.0f} images"
+
+    def experts(self, i: int) -> str:
+        """The experts of module i, each a dense module that learns from an equal share of the images."""
+        run, e, count = self.run, self.recipe.expert, self.recipe.student.moe.num_experts
+        if i == 0:
+            experts.check(run)
+        dense, width = experts.dense_modules(run)[i], run.teacher.model.embed_dim
+        by_image = np.zeros(0, int) if clusters.goes_by_image(run, i) else None
+        rule = clusters.Clusters(torch.zeros(width), torch.zeros(count, width), by_image, by_image, [])
+        flops = experts.objective(run, rule, run.new_meta(), i, 0, dense).flops_per_image
+        self.apart += count * sum(p.numel() for p in dense.parameters())
+        batch, images = run.settings("expert", e).global_batch, len(run.sources[0])
+        share = images if by_image is None else max(images // count, batch)
+        found = [self._cost("expert", f"expert_{i}_{j}", flops, images=share) for j in range(count)]
+        return f"{count} experts, each about {found[0]}"
 
     def distill(self, i: int) -> str:
         """Student module i beside teacher module i inside the meta model."""
@@ -141,53 +192,88 @@ class DryRun:
         objective = Distill(student, stage, run.new_meta(), i, d, run.tokens, 0.0)
         with torch.no_grad():
             objective.predict(self._images())
-        return self._cost("distill", f"distill_{i}", objective.flops_per_image, self.recipe.student.moe.num_experts)
+        found = self._cost("distill", f"distill_{i}", objective.flops_per_image, self.recipe.student.moe.num_experts)
+        if taught_by_expert(self.recipe):
+            self.flops[f"distill_{i}"] += experts.assembly_flops(run, objective.meta, student, i)
+        return found
+
+    def refine(self, i: int) -> str:
+        """Student module i behind the student modules before it."""
+        run, artifact = self.run, f"refine_{i}"
+        if i == 0:
+            self.images[artifact] = self.flops[artifact] = 0.0
+            return "fed images either way, so it is taken as it is"
+        *before, student = run.student_modules()[: i + 1]
+        objective = Distill(
+            student, run.teacher_stages()[i], run.new_meta(), i, self.recipe.distill, run.tokens, 0.0, before
+        )
+        return self._cost("refine", artifact, objective.flops_per_image, self.recipe.student.moe.num_experts)
 
     def train(self) -> str:
         """The whole student, and the baselines' cost."""
-        student, experts = VMoE(self.run.student_config()), self.recipe.student.moe.num_experts
+        t, experts = self.recipe.train, self.recipe.student.moe.num_experts
+        given = t.init if t.start == "distilled" else ""
+        if given:
+            reuse.check(self.run, ["train"])
+        student = VMoE.from_pretrained(given) if given else self.run.new_student()
         self.parameters = max(self.parameters, sum(p.numel() for p in student.parameters()))
-        objective = Classify(student, self.run.tokens, 0.0)
+        objective = self._end_to_end(student)
         with torch.no_grad():
-            objective.predict(self._images())
+            objective.predict(self._images(student.preprocessing))
         found = self._cost("train", "train", objective.flops_per_image, experts)
-        epoch = self.flops["train"] / self.recipe.train.epochs
-        before = sum(v for k, v in self.flops.items() if k == "meta" or k.startswith("distill_"))
-        self.flops["train_scratch"] = self.flops["train"]
-        self.flops["train_scratch_equal_cost"] = self.flops["train"] + math.ceil(before / epoch) * epoch
-        for name in ("train_scratch", "train_scratch_equal_cost"):
+        epoch, before = self.flops["train"] / t.epochs, preparation(self.recipe)
+        self.flops["train_scratch"] = self.flops["train_upcycled"] = self.flops["train"]
+        if set(before) <= self.flops.keys():
+            longer = math.ceil(sum(self.flops[name] for name in before) / epoch)
+            self.flops["train_scratch_equal_cost"] = self.flops["train"] + longer * epoch
+        for name in [name for name in self.flops if name.startswith("train_")]:
             self.images[name] = self.flops[name] / objective.flops_per_image
         return f"student of {sum(p.numel() for p in student.parameters()) / 1e6:.3g} M parameters; {found}"
+
+    def _end_to_end(self, student: VMoE) -> Classify:
+        t, tokens = self.recipe.train, num_tokens(student)
+        fading = t.border_weight or t.routing_weight
+        if not t.kd_weight and not fading:
+            return Classify(student, tokens)
+        borders = Borders((), ()) if fading else None  # to know how long the teacher is run
+        return LearnFromTeacher(student, MetaModel(self.run.teacher_stages()), t, tokens, borders=borders)
 
     def disk(self) -> str:
         """Room for the checkpoints of the largest model and for the results of every stage."""
         r = self.recipe
-        running = r.modules if r.modules > 1 else 1
-        needed = self.parameters * (BYTES_PER_PARAMETER * (r.run.keep + 1) * 2 + 4 * (running + 4))
+        rounds = 2 + (r.refine.epochs > 0) + 2 * r.teacher.grown  # modules, whole student, ...
+        checkpoint = (BYTES_PER_PARAMETER + (AVERAGE_BYTES if r.train.ema else 0)) * (r.run.keep + 1)
+        needed = self.parameters * (checkpoint * rounds + 4 * (r.modules + 4)) + self.apart * (checkpoint + 4)
         folder = next(p for p in (self.out, *self.out.parents) if p.is_dir())
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise OSError(f"{needed / 1e9:.1f} GB needed below {folder}, {free / 1e9:.1f} GB free")
         return f"at most {needed / 1e9:.3g} GB needed below {folder}, {free / 1e9:,.0f} GB free"
 
-    def _cost(self, section: str, artifact: str, flops_per_image: float, experts: int = 0) -> str:
+    def _cost(
+        self, section: str, artifact: str, flops_per_image: float, experts: int = 0, images: int | None = None
+    ) -> str:
         schedule = getattr(self.recipe, section)
         run = self._run(section)
         settings = run.settings(section, schedule, experts)
-        per_epoch = epoch_length(self.run.data, settings)
+        data = self.run.data_for(None)
+        per_epoch = epoch_length(data, settings) if images is None else images // settings.global_batch
         steps = schedule.epochs * per_epoch
         self.images[artifact] = float(steps * settings.global_batch)
         self.flops[artifact] = self.images[artifact] * flops_per_image
         return (f"{steps:,} steps of {settings.global_batch} images on {run.dist.world} ranks (micro-batch "
                 f"{settings.micro_batch} x {settings.accumulation}, ep {settings.ep_size})")  # fmt: skip
 
+    def _teacher_flops(self) -> int:
+        return training_flops(self.run.teacher.model, self.run.tokens)
+
     def _run(self, section: str) -> Run:
         nodes, local = self.ranks[section]
         dist = Dist(0, nodes * local, 0, local, torch.device("cpu"))
         return Run(self.recipe, self.ds_values, self.out, dist, "dry run")
 
-    def _images(self) -> torch.Tensor:
-        pre = self.run.teacher.preprocessing
+    def _images(self, pre: Preprocessing | None = None) -> torch.Tensor:
+        pre = pre or self.run.teacher.preprocessing
         return torch.zeros(
             max(1, self.recipe.student.moe.images_per_group), pre.in_chans, pre.image_size, pre.image_size
         )

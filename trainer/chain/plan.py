@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trainer.chain import slurm
 from trainer.chain.settings import ONLINE, STAGES, Settings
-from trainer.chain.stages import chain
+from trainer.chain.stages import Stage, chain
 from trainer.chain.status import table
 from trainer.chain.submit import ROOT, Order, dependency, header, load, plan_orders, write_folder
 from trainer.schema import Recipe
@@ -62,15 +62,19 @@ def commands(settings: Settings, orders: Sequence[Order]) -> str:
         lines.append(" \\\n    ".join([f"JOB_{order.stage.name}=$(sbatch --parsable", *flags, *waits,
                                       f"{settings.run}/slurm/N/{order.stage.name}.sbatch)"]))  # fmt: skip
         run = f"srun {settings.srun_args} {settings.python} trainer/run.py --phase {order.stage.phase}"
-        if order.stage.overrides:
-            run += " " + shlex.join(order.stage.overrides)
-        module = " --module $SLURM_ARRAY_TASK_ID" if order.stage.array else ""
-        tasks = 1 if order.stage.phase in ONLINE else settings.nodes_of(order.stage.name) * settings.ranks_per_node
+        run += f" {_element(order.stage)} {shlex.join(order.stage.arguments)}"
+        tasks = 1 if order.stage.phase in ONLINE else settings.nodes_of(order.stage.setting) * settings.ranks_per_node
         if order.stage.phase != "download":
-            lines.append(
-                f"#   runs, as {tasks} tasks: {' '.join(run.split())}{module} {shlex.join(order.stage.overrides)}"
-            )
-    return "\n".join(line.rstrip() for line in lines)
+            lines.append(f"#   runs, as {tasks} tasks: {' '.join(run.split())}")
+    return "\n".join(lines)
+
+
+def _element(stage: Stage) -> str:
+    """The flags that tell an array's elements apart."""
+    element = "SLURM_ARRAY_TASK_ID"
+    if stage.experts:
+        return f"--module $(({element} / {stage.experts})) --expert $(({element} % {stage.experts}))"
+    return f"--module ${element}" if stage.array else ""
 
 
 def cost(
@@ -81,13 +85,14 @@ def cost(
     lines, expected, limit = [], 0.0, 0.0
     for order in orders:
         name = order.stage.name
-        units = 0 if order.stage.phase in ONLINE else settings.nodes_of(name) * settings.ranks_per_node
+        nodes, time = settings.nodes_of(order.stage.setting), settings.time_of(order.stage.setting)
+        units = 0 if order.stage.phase in ONLINE else nodes * settings.ranks_per_node
         needed = [flops.get(order.stage.artifacts[i]) for i in order.elements]
         hours = sum(needed) / flops_per_second / 3600 if None not in needed else None
-        most = len(order.elements) * units * settings.hours_of(name)
+        most = len(order.elements) * units * settings.hours_of(order.stage.setting)
         expected, limit = expected + (hours or 0.0), limit + most
-        lines.append((name, str(len(order.elements)), str(settings.nodes_of(name)), str(units), settings.time_of(name),
-                      "-" if hours is None else f"{hours:.3g}", f"{most:.3g}"))  # fmt: skip
+        expected_here = "-" if hours is None else f"{hours:.3g}"
+        lines.append((name, str(len(order.elements)), str(nodes), str(units), time, expected_here, f"{most:.3g}"))
     lines.append(("total", "", "", "", "", f"{expected:.3g}", f"{limit:.3g}"))
     head = ("stage", "jobs", "nodes", f"{unit}s", "time limit", f"{unit}-hours expected", "at most")
     return table(head, lines) + f"\nexpected: {source}; start-up, evaluation and saving come on top"

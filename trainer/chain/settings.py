@@ -14,8 +14,8 @@ from typing import Any
 from trainer.schema import knob, require
 
 COMMANDS = ("submit", "plan", "status", "cancel")
-STAGES = ("download", "teacher", "meta", "distill", "train", "train_scratch", "train_scratch_equal_cost", "evaluate",
-          "push")  # fmt: skip
+STAGES = ("download", "teacher", "meta", "incubate", "assemble", "cluster", "expert", "distill", "refine", "train",
+          "train_scratch", "train_scratch_equal_cost", "train_upcycled", "evaluate", "push")  # fmt: skip
 ONLINE = ("download", "push")  # one task without GPU on a node with internet
 TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 
@@ -44,8 +44,8 @@ class Settings:
     srun_args: str = knob("", "more srun flags, e.g. --container-image=... of pyxis")
     env_file: str = knob("", "shell file sourced before python starts: modules, conda, variables")
     python: str = knob("python", "interpreter on login and compute nodes, after env_file")
-    array_throttle: int = knob(0, "distillation jobs running at once; 0 = all")
-    level: str = knob("module", "module: one distillation job per module")
+    array_throttle: int = knob(0, "jobs of one array (modules, experts) running at once; 0 = all")
+    level: str = knob("", "distillation jobs: one per module, or one per expert first (expert); empty = as the recipe")
     warn_seconds: int = knob(300, "warning before the time limit: a save and an evaluation must fit in")
     max_requeues: int = knob(20, "restarts of one job, whatever the reason")
     max_idle_requeues: int = knob(1, "restarts in a row that gained no training step")
@@ -55,7 +55,7 @@ class Settings:
     def __post_init__(self):
         for name in ("recipe", "ds_config", "out"):
             require(getattr(self, name), name, getattr(self, name), f"a path: set {name.upper()} or --{_flag(name)}")
-        require(self.level == "module", "level", self.level, "module (per-expert distillation does not exist yet)")
+        require(self.level in ("", "module", "expert"), "level", self.level, "module or expert, or nothing")
         require(self.gpus_per_node >= 0, "gpus_per_node", self.gpus_per_node, "0 (CPU only) or more")
         require(self.gpus_per_node > 0 or self.tasks_per_node > 0, "tasks_per_node", self.tasks_per_node,
                 "1 or more ranks per node when gpus_per_node is 0")  # fmt: skip
@@ -64,6 +64,12 @@ class Settings:
         for stage in STAGES:
             require(self.nodes_of(stage) >= 1, "nodes", self.nodes, "1 or more")
             require(TIME.fullmatch(self.time_of(stage)), "time", self.time, "[days-]hours:minutes:seconds")
+
+    @property
+    def recipe_overrides(self) -> list[str]:
+        """What changes the recipe, the later the stronger."""
+        level = [f"distill.level={self.level}"] if self.level else []
+        return [*level, *(word for word in self.overrides if not word.startswith("ds."))]
 
     @property
     def ranks_per_node(self) -> int:

@@ -100,6 +100,8 @@ def clean_environ() -> dict[str, str]:
 def _advice(words: str) -> str:
     known = {
         "invalid partition": ". Partitions: sinfo -s; choose one with --partition",
+        "invalid job array": ". The cluster's largest array: scontrol show config | grep MaxArraySize; use fewer "
+        "modules or student.moe.num_experts, or --level module",
         "invalid account": ". Accounts: sacctmgr show assoc user=$USER; choose one with --account",
         "configuration source": ". There is no Slurm configuration here: run this on a login node (or set SLURM_CONF)",
         "Unable to contact": ". The controller does not answer (scontrol ping): submit when it is back",

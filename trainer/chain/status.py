@@ -30,7 +30,8 @@ def show(settings: Settings) -> int:
         for element, artifact in enumerate(stage.artifacts):
             row = _row_of(submitted, stage.name, element if stage.array else None)
             job = _job_of(jobs, row, element if stage.array else None)
-            cells = _cells(run, artifact, row, job, silent)
+            log = _rank0_log(run, stage.name, element if stage.array else None)
+            cells = _cells(run, artifact, row, job, silent, log)
             broken |= cells[1] in ("ENDED", *slurm.ENDED)
             lines.append((artifact, *cells))
     print(f"{run}" + (f"   (Slurm gives no answer: {silent})" if silent else ""))
@@ -40,8 +41,8 @@ def show(settings: Settings) -> int:
     return int(broken)
 
 
-def progress(run: Path, artifact: str) -> str:
-    """Epoch, accuracy of the last evaluation and ETA of a stage, as far as known."""
+def progress(run: Path, artifact: str, log: Path | None = None) -> str:
+    """Epoch, accuracy of the last evaluation and ETA of a stage, as far as known; `log` is that of its rank 0."""
     result, metrics = run / artifact / "result.json", run / artifact / "metrics.jsonl"
     if result.is_file():
         made = json.loads(result.read_text())
@@ -50,7 +51,6 @@ def progress(run: Path, artifact: str) -> str:
         accuracy = made.get("metrics", {}).get("accuracy")
         return "complete" if accuracy is None else f"accuracy {accuracy:.1%}"
     parts = []
-    log = _rank0_log(run, artifact)
     found = PROGRESS.findall(log.read_text(errors="replace")) if log else []
     if found:
         parts += [found[-1][0], f"eta {found[-1][1]}"]
@@ -69,29 +69,25 @@ def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [head, *lines])
 
 
-def _cells(run: Path, artifact: str, row: Row | None, job: slurm.Job | None, silent: str) -> tuple[str, ...]:
+def _cells(
+    run: Path, artifact: str, row: Row | None, job: slurm.Job | None, silent: str, log: Path | None
+) -> tuple[str, ...]:
     """job, state, progress, node, detail."""
-    done = (run / artifact / "result.json").is_file()
+    done, shown = (run / artifact / "result.json").is_file(), progress(run, artifact, log)
     if done and (job is None or not job.live):
-        return (row.job if row else "-", "done", progress(run, artifact), "-", "")
+        return (row.job if row else "-", "done", shown, "-", "")
     if row is None:
-        return ("-", "not submitted", progress(run, artifact), "-", "")
+        return ("-", "not submitted", shown, "-", "")
     if job is None:
-        state = "unknown" if silent else "ENDED"
-        return (
-            row.job,
-            state,
-            progress(run, artifact),
-            "-",
-            _last_event(run, artifact) or "Slurm has forgotten this job",
-        )
+        why = _last_event(run, artifact) or "Slurm has forgotten this job"
+        return (row.job, "unknown" if silent else "ENDED", shown, "-", why)
     if not job.live:
         why = _last_event(run, artifact, row.job) or _never_started(job)
-        return (job.id, job.state, progress(run, artifact), "-", why)
-    detail = f"waits: {job.reason}" if job.state == "PENDING" else f"{job.used}; {_last_line(run, artifact)}"
+        return (job.id, job.state, shown, "-", why)
+    detail = f"waits: {job.reason}" if job.state == "PENDING" else f"{job.used}; {_last_line(log)}"
     if job.state == "PENDING" and (before := _last_event(run, artifact, row.job)):
         detail += f"; {before}"
-    return (job.id, job.state, progress(run, artifact), job.nodes or "-", detail)
+    return (job.id, job.state, shown, job.nodes or "-", detail)
 
 
 def _never_started(job: slurm.Job) -> str:
@@ -131,14 +127,13 @@ def _last_event(run: Path, artifact: str, job: str | None = None) -> str:
     return text + (f" (restart {restart})" if restart != "0" else "")
 
 
-def _rank0_log(run: Path, artifact: str) -> Path | None:
-    stage, element = re.fullmatch(r"(.*?)(?:_(\d+))?", artifact).groups()
-    pattern = f"{stage}-*_{element}/*-rank0.out" if element else f"{stage}-*/*-rank0.out"
-    logs = sorted(run.glob(f"logs/{pattern}"), key=lambda p: p.stat().st_mtime)
+def _rank0_log(run: Path, stage: str, element: int | None) -> Path | None:
+    """The newest log of rank 0, of one element of an array."""
+    pattern = f"{stage}-*" if element is None else f"{stage}-*_{element}"
+    logs = sorted(run.glob(f"logs/{pattern}/*-rank0.out"), key=lambda p: p.stat().st_mtime)
     return logs[-1] if logs else None
 
 
-def _last_line(run: Path, artifact: str) -> str:
-    log = _rank0_log(run, artifact)
+def _last_line(log: Path | None) -> str:
     lines = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines() if log else []
     return lines[-1][-100:] if lines else ""

@@ -78,14 +78,15 @@ def submit(settings: Settings) -> int:
 
 def load(settings: Settings) -> tuple[Recipe, dict]:
     """Recipe and DeepSpeed JSON with the overrides, checked against the ranks of every stage. Without torch."""
-    recipe = load_recipe(settings.recipe, [o for o in settings.overrides if not o.startswith("ds.")])
+    recipe = load_recipe(settings.recipe, settings.recipe_overrides)
     ds_values = read_ds_config(settings.ds_config, [o for o in settings.overrides if o.startswith("ds.")])
     for stage in chain(recipe):
-        if stage.phase in ("teacher", "meta", "distill", "train"):
-            moe = recipe.student.moe.num_experts if stage.phase in ("distill", "train") else 0
+        section = {"cluster": "expert"}.get(stage.phase, stage.phase)
+        if hasattr(recipe, section):
+            moe = recipe.student.moe.num_experts if section in ("distill", "refine", "train") else 0
             local = settings.ranks_per_node
-            resolve(ds_values, getattr(recipe, stage.phase), world=settings.nodes_of(stage.name) * local,
-                    local_world=local, num_experts=moe, phase=stage.phase)  # fmt: skip
+            resolve(ds_values, getattr(recipe, section), world=settings.nodes_of(stage.setting) * local,
+                    local_world=local, num_experts=moe, phase=section)  # fmt: skip
     return recipe, ds_values
 
 
@@ -119,10 +120,11 @@ def render(settings: Settings, stage: Stage, folder: Path) -> str:
     body = (ROOT / "slurm/phase.sbatch").read_text().split("\n", 1)[1]
     arguments = ["--recipe", str(folder / "recipe.yaml"), "--out", str(settings.run)]
     if stage.phase != "download":
-        arguments += ["--ds_config", str(folder / "ds_config.json"), "--phase", stage.phase, *stage.overrides]
+        arguments += ["--ds_config", str(folder / "ds_config.json"), "--phase", stage.phase, *stage.arguments]
     values = {
         "ROOT": str(ROOT), "RUN": str(settings.run), "STAGE": stage.name, "PHASE": stage.phase,
         "ARTIFACTS": list(stage.artifacts), "INPUTS": list(stage.inputs), "TRAINER_ARGS": arguments,
+        "EXPERTS": stage.experts,
         "PYTHON": settings.python, "ENV_FILE": settings.env_file, "SRUN_ARGS": shlex.split(settings.srun_args),
         "GPUS": 0 if stage.phase in ONLINE else settings.gpus_per_node, "WARN_SECONDS": settings.warn_seconds,
         "MAX_REQUEUES": settings.max_requeues, "MAX_IDLE_REQUEUES": settings.max_idle_requeues,
@@ -141,12 +143,12 @@ def header(settings: Settings, stage: Stage) -> list[str]:
     flags = {
         "job-name": f"{settings.run.name}-{stage.name}",
         "output": str(log),
-        "nodes": settings.nodes_of(stage.name),
+        "nodes": settings.nodes_of(stage.setting),
         "ntasks-per-node": 1 if cpu_only else settings.ranks_per_node,
         "cpus-per-task": settings.cpus_per_task,
         "gres": f"gpu:{settings.gpus_per_node}" if settings.gpus_per_node and not cpu_only else "",
         "mem": settings.mem,
-        "time": settings.time_of(stage.name),
+        "time": settings.time_of(stage.setting),
         "signal": f"B:USR1@{settings.warn_seconds}",
         "partition": (settings.download_partition or settings.partition) if cpu_only else settings.partition,
         "account": settings.account,

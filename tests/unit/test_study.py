@@ -1,0 +1,278 @@
+"""Studies: their cells and artifacts, what is shared, and how they run, resume and fail."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT
+from trainer.artifacts import write_json, write_text
+from trainer.config import load_recipe, to_dict
+from trainer.study import runner as study_runner
+from trainer.study.plan import cells, flat, read_study, steps
+from trainer.study.runner import Runner, link_artifact
+
+TINY = ROOT / "tests/fixtures/tiny.yaml"
+STUDIES = sorted((ROOT / "recipes").glob("study_*.yaml"))
+BASELINES = sorted((ROOT / "recipes/baselines").glob("*.yaml"))
+VARIANTS = """
+  scratch: {overrides: {train.start: scratch}, label: from scratch}
+  m2mkd: {reference: scratch}
+  keep: {overrides: {train: {stitches: keep}}, reference: [m2mkd, scratch]}
+"""
+
+
+def study_file(folder: Path, variants: str = VARIANTS, more: str = "", seeds: str = "[0, 1]") -> Path:
+    path = folder / "study_x.yaml"
+    ds_config = ROOT / "ds_configs/cpu_debug.json"
+    path.write_text(f"base: {TINY}\nds_config: {ds_config}\nseeds: {seeds}\n{more}\nvariants:{variants}")
+    return path
+
+
+def plan(folder: Path, *extra: str, **options) -> list:
+    return cells(read_study(study_file(folder, **options), extra), folder / "out")
+
+
+def result(folder: Path, metrics: dict, rows: list = (), **values) -> None:
+    """What a phase leaves."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_json(folder / "result.json", {"metrics": metrics, "seconds": 2.0, "images_seen": 10} | values)
+
+
+# what a study is made of
+
+
+@pytest.mark.parametrize("path", [p for p in STUDIES if p.name != "study_base.yaml"], ids=lambda p: p.stem)
+def test_every_variant_of_every_study_resolves(path, tmp_path):
+    study = read_study(path)
+    made = cells(study, tmp_path)
+    assert len(made) == len(study.variants) * len(study.seeds) >= 10 * len(study.seeds)
+    assert study.ds_config.is_file() and len(study.seeds) >= 3
+    assert all(cell.recipe.data.source == "fractals" for cell in made)
+    assert f"python -m trainer.study recipes/{path.name} --out runs/{path.stem}\n" in path.read_text()
+    keys = [key for cell in made for key in cell.keys.values()]
+    assert len(set(keys)) < 0.8 * len(keys), "nothing to share"
+    of_seed = [tuple(sorted(cell.keys.values())) for cell in made if cell.seed == study.seeds[0]]
+    assert len(set(of_seed)) == len(of_seed), "two variants that are the same"
+
+
+@pytest.mark.parametrize("path", BASELINES, ids=lambda p: p.stem)
+def test_every_baseline_differs_from_the_recipe_it_extends(path):
+    ours, base = (to_dict(load_recipe(p)) for p in (path, ROOT / "recipes/vmoe_base_imagenet.yaml"))
+    assert {key for key in ours if ours[key] != base[key]} <= {"meta", "distill", "student", "train"}
+    assert ours != base and (ours["data"], ours["train"]["epochs"]) == (base["data"], base["train"]["epochs"])
+    assert f"--recipe recipes/baselines/{path.name} " in path.read_text()
+
+
+def test_the_steps_of_each_start():
+    def names(*words, phases=()):
+        return [step.name for step in steps(load_recipe(TINY, words), phases)]
+
+    chain = ["teacher", "meta", "distill_0", "distill_1", "train"]
+    assert names() == chain
+    assert names("refine.epochs=1") == [*chain[:-1], "refine_0", "refine_1", "train"]
+    assert names("train.start=scratch") == ["teacher", "train_scratch"]
+    assert names("train.start=scratch_equal_cost") == [*chain[:-1], "train_scratch_equal_cost"]
+    assert names("teacher.source=a/b") == chain[1:]
+    assert names("train.init=a/b") == ["teacher", "train"]
+    assert names(phases=["train", "evaluate", "meta"]) == ["meta", "train", "evaluate"]
+    by_expert = names("distill.level=expert", phases=["cluster", "expert"])
+    assert by_expert[:3] == ["cluster_0", "expert_0_0", "expert_0_1"]
+    with pytest.raises(ValueError, match="phase refine makes nothing in this recipe"):
+        names(phases=["refine"])
+
+
+def test_overrides_may_be_nested_or_dotted():
+    given = {"train": {"epochs": 3, "betas": [0.5, 0.9]}, "distill.stitches": "pca", "meta.clip": None}
+    assert flat(given, "overrides") == [
+        "train.epochs=3", "train.betas=[0.5, 0.9]", 'distill.stitches="pca"', "meta.clip=null",
+    ]  # fmt: skip
+
+
+def test_the_later_layer_wins(tmp_path):
+    first = plan(tmp_path, "distill.epochs=7", more="overrides: {train.stitches: fold, distill.epochs: 5}")
+    by_name = {cell.name: cell.recipe for cell in first}
+    assert by_name["m2mkd/seed1"].train.stitches == "fold"
+    assert by_name["keep/seed1"].train.stitches == "keep"  # its own
+    assert {recipe.distill.epochs for recipe in by_name.values()} == {7}  # the command line, of every cell
+    assert (by_name["keep/seed0"].seed, by_name["keep/seed1"].seed) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("\n  a: {overides: {}}", "variants.a has the unknown key overides. Did you mean overrides?"),
+        ("\n  a: {reference: b}", "variants.a.reference names b. Known: a"),
+        ("\n  a: {phases: [distil]}", "variants.a.phases names 'distil'. Did you mean distill?"),
+        ("\n  a: {overrides: {seed: 3}}", "variants.a.overrides sets seed"),
+        ("\n  a/b: {}", "variants.a/b names a folder"),
+        ("\n  a: {overrides: {train.epoch: 3}}", "variant a: unknown key train.epoch. Did you mean train.epochs?"),
+        ("\n  a: 3", "variants.a must be a section of keys, got 3"),
+    ],
+)
+def test_what_a_study_cannot_say(tmp_path, text, said):
+    with pytest.raises(ValueError) as error:
+        plan(tmp_path, variants=text)
+    assert said in str(error.value)
+
+
+def test_what_is_shared(tmp_path):
+    keys = {cell.name: cell.keys for cell in plan(tmp_path)}
+    m2mkd, keep, scratch = (keys[f"{name}/seed0"] for name in ("m2mkd", "keep", "scratch"))
+    shared = ("teacher", "meta", "distill_0", "distill_1")
+    assert all(m2mkd[name] == keep[name] for name in shared)
+    assert m2mkd["train"] != keep["train"]
+    assert scratch["teacher"] == m2mkd["teacher"]
+    assert m2mkd["distill_0"] != m2mkd["distill_1"]
+    assert not set(m2mkd.values()) & set(keys["m2mkd/seed1"].values()), "the seed is part of everything"
+
+
+def test_a_shared_teacher_is_that_of_the_first_seed(tmp_path):
+    variants = "\n  a: {}\n  b: {overrides: {distill.alpha: 0}}\n  other: {overrides: {teacher.epochs: 1}}"
+    first, second, *rest = plan(tmp_path, variants=variants, more="share_teacher: true")
+    assert {cell.variant.split("/")[0] for cell in (first, second)} == {"teachers"}
+    assert [step.name for step in first.steps] == ["teacher"] and first.seed == 0
+    sources = {cell.name: cell.recipe.teacher.source for cell in rest}
+    assert sources["a/seed0"] == sources["b/seed1"] == str(first.folder / "teacher")
+    assert sources["other/seed0"] == sources["other/seed1"] == str(second.folder / "teacher")
+    assert all("teacher" not in cell.keys for cell in rest)
+
+
+# running: with a stand-in for the worker, which writes a result.json per artifact
+
+
+@pytest.fixture
+def stand_in(monkeypatch, tmp_path):
+    """Replaces the worker; returns a function that reads which artifacts were made, in order."""
+    log = tmp_path / "made"
+    code = (
+        "import pathlib, sys, time\n"
+        "cell, ds_config, *names = sys.argv[1:]\n"
+        "cell = pathlib.Path(cell)\n"
+        "for name in names:\n"
+        f"    bad = pathlib.Path({str(tmp_path)!r}) / 'bad'\n"
+        "    if bad.is_file() and bad.read_text() == f'{cell.parent.name}/{name}':\n"
+        "        print('it broke'); sys.exit(1)\n"
+        "    time.sleep(0.05)\n"
+        "    (cell / name).mkdir(exist_ok=True)\n"
+        "    (cell / name / 'model.safetensors').write_text('weights')\n"
+        "    (cell / name / 'result.json').write_text('{}')\n"
+        f"    with open({str(log)!r}, 'a') as f: print(cell.parent.name, cell.name, name, file=f)\n"
+    )
+    monkeypatch.setattr(study_runner, "WORKER", [sys.executable, "-c", code])
+    monkeypatch.setattr(study_runner, "POLL", 0.01)
+
+    def made() -> list[str]:
+        found = log.read_text().splitlines() if log.is_file() else []
+        log.unlink(missing_ok=True)
+        return found
+
+    return made
+
+
+def run(made: list, folder: Path, jobs: int = 2) -> int:
+    return Runner(made, ROOT / "ds_configs/cpu_debug.json", folder / "out", jobs, after=lambda: None).run()
+
+
+def test_each_artifact_is_made_once_and_a_second_start_makes_nothing(stand_in, tmp_path):
+    grid = plan(tmp_path)
+    assert run(grid, tmp_path) == 0
+    made = stand_in()
+    keys = {key for cell in grid for key in cell.keys.values()}
+    assert len(made) == len(keys) == 14  # per seed: teacher, meta, distill x 2, and three trainings
+    assert all(cell.complete for cell in grid)
+    one, other = (tmp_path / "out" / name / "seed0/distill_1/model.safetensors" for name in ("m2mkd", "keep"))
+    assert one.samefile(other)
+    assert run(grid, tmp_path) == 0
+    assert stand_in() == []
+
+
+def test_what_another_study_made_in_the_same_folder_is_used(stand_in, tmp_path):
+    assert run(plan(tmp_path, seeds="[0]"), tmp_path) == 0
+    stand_in()
+    assert run(plan(tmp_path, variants="\n  fold: {overrides: {train.stitches: fold}}", seeds="[0]"), tmp_path) == 0
+    assert stand_in() == ["fold seed0 train"]
+
+
+def test_a_failing_cell_is_reported_and_the_others_go_on(stand_in, tmp_path, capsys):
+    grid = plan(tmp_path, seeds="[0]")
+    (tmp_path / "bad").write_text("m2mkd/distill_1")
+    assert run(grid, tmp_path) == 1
+    assert "scratch seed0 train_scratch" in stand_in()
+    said = capsys.readouterr().err
+    assert "m2mkd/seed0: distill_1 ended with code 1\n    it broke" in said
+    assert "keep/seed0 failed: it needs distill_1, which failed in m2mkd/seed0" in said
+    (tmp_path / "bad").unlink()
+    assert run(grid, tmp_path) == 0
+    assert stand_in() == ["m2mkd seed0 distill_1", "m2mkd seed0 train", "keep seed0 train"]
+
+
+def test_artifacts_of_another_recipe_are_named_and_kept(stand_in, tmp_path, capsys):
+    run(plan(tmp_path, seeds="[0]"), tmp_path)
+    stand_in()
+    changed = plan(tmp_path, "train.epochs=1", seeds="[0]")
+    assert run(changed, tmp_path) == 1
+    assert stand_in() == []
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/out/keep/seed0/train is of another recipe (train.epochs: 2 there, 1 here): delete it" in said
+
+
+def test_one_runner_at_a_time(stand_in, tmp_path):
+    grid = plan(tmp_path)
+    first = Runner(grid, Path("unused"), tmp_path / "out", 1, after=lambda: None)
+    with pytest.raises(ValueError, match=r"another start of a study.* works in"):
+        Runner(grid, Path("unused"), tmp_path / "out", 1, after=lambda: None)
+    first.lock.close()
+    Runner(grid, Path("unused"), tmp_path / "out", 1, after=lambda: None)
+
+
+def test_a_linked_artifact_is_complete_with_its_last_file(tmp_path, monkeypatch):
+    result(tmp_path / "a", {"accuracy": 0.5})
+    (tmp_path / "a/vocabulary.txt").write_text("behind result.json in the alphabet")
+    (tmp_path / "a/checkpoints").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/metrics.jsonl").write_text("of a run that was stopped")
+    linked = []
+    link = os.link
+    monkeypatch.setattr(os, "link", lambda source, target: (linked.append(source.name), link(source, target)))
+    link_artifact(tmp_path / "a", tmp_path / "b")
+    assert linked == ["metrics.jsonl", "vocabulary.txt", "result.json"]
+    assert all((tmp_path / "a" / name).samefile(tmp_path / "b" / name) for name in linked)
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(linked)
+
+
+def test_a_linked_artifact_keeps_its_files_when_the_other_is_replaced(tmp_path):
+    result(tmp_path / "a", {"accuracy": 0.5})
+    link_artifact(tmp_path / "a", tmp_path / "b")
+    write_json(tmp_path / "a/result.json", {"metrics": {"accuracy": 0.9}})  # as every phase writes
+    assert json.loads((tmp_path / "b/result.json").read_text())["metrics"] == {"accuracy": 0.5}
+
+
+def test_a_signal_reaches_the_processes_and_the_same_command_goes_on(monkeypatch, tmp_path):
+    code = (
+        "import pathlib, signal, sys, time\n"
+        "cell, ds_config, *names = sys.argv[1:]\n"
+        "def save(*_): (pathlib.Path(cell) / 'saved').touch(); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save)\n"
+        "(pathlib.Path(cell) / 'ready').touch()\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(study_runner, "WORKER", [sys.executable, "-c", code])
+    monkeypatch.setattr(study_runner, "POLL", 0.01)
+    grid = plan(tmp_path, variants="\n  a: {}")
+
+    def interrupt() -> None:
+        while sum((cell.folder / "ready").exists() for cell in grid) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
+    assert run(grid, tmp_path) == 75
+    assert all((cell.folder / "saved").exists() for cell in grid)
