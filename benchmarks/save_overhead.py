@@ -27,12 +27,13 @@ from models.teacher import new_teacher
 from models.vmoe import VMoE
 from trainer.checkpoint import Saver
 from trainer.config import load_recipe
-from trainer.context import Run, student_config
+from trainer.context import Run
 from trainer.dist import seed_everything, start, stop
 from trainer.ds_config import read_ds_config
 from trainer.engine import Engine, build_engine
 from trainer.objectives import Classify
 from trainer.preflight import trained_preprocessing
+from trainer.sizes import student_config
 
 STEPS = 100  # of an interval: one save
 KINDS = ("none", "background", "waited for")

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from models.guided_routing import TeacherRouters, matching_blocks, teacher_routers, teacher_routers_flops
-from trainer.context import Run, module_depths
+from trainer.context import Run
 from trainer.data.loader import eval_batches
 from trainer.interrupt import HEARTBEAT
+from trainer.sizes import module_depths
 
 IMAGES = 1000  # of the training set, spread evenly over it
 

@@ -22,8 +22,9 @@ from models.vmoe import VMoE, VMoEConfig, load_expert_parallel
 from models.vmoe_files import read
 from trainer import artifacts, bases
 from trainer.config import build, read_yaml
-from trainer.context import Run, module_depths, student_config
+from trainer.context import Run
 from trainer.schema import Recipe
+from trainer.sizes import module_depths, student_config
 
 log = logging.getLogger(__name__)
 

@@ -115,7 +115,8 @@ class ScheduleConfig:
         least = 0 if type(self).epochs == 0 else 1  # a phase that is off unless asked for
         require(self.epochs >= least, f"{name}.epochs", self.epochs, f"{least} or more")
         require(self.lr > 0, f"{name}.lr", self.lr, "a positive learning rate")
-        require(0 <= self.warmup_epochs <= self.epochs, f"{name}.warmup_epochs", self.warmup_epochs, "0 to epochs")
+        fits = 0 <= self.warmup_epochs <= (self.epochs or self.warmup_epochs)  # any of a phase that is off
+        require(fits, f"{name}.warmup_epochs", self.warmup_epochs, "0 to epochs")
         require(self.weight_decay >= 0, f"{name}.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.drop_path < 1, f"{name}.drop_path", self.drop_path, "0 to below 1")
         require(self.global_batch is None or self.global_batch >= 1, f"{name}.global_batch", self.global_batch, ">= 1")

@@ -36,6 +36,7 @@ FOR_PHASES = {
         "upcycling",
         "clusters",
         "experts",
+        "sizes",
     )
 }
 # read before torch is imported, or on machines without it

@@ -26,13 +26,14 @@ from models.stitch import STITCHES, StudentModule, assemble_student
 from models.vmoe import VMoE
 from models.vmoe_files import write_config
 from trainer import artifacts, reuse, upcycling
-from trainer.context import Run, module_depths
+from trainer.context import Run
 from trainer.data.loader import eval_batches
 from trainer.ds_config import Settings
 from trainer.guidance import routers_of
 from trainer.loop import Predictor, evaluate
 from trainer.objectives import Borders, Classify, LearnFromTeacher, Objective
 from trainer.schema import TrainConfig
+from trainer.sizes import module_depths
 
 FOLD_IMAGES = 256  # training images a fold is fitted on
 
