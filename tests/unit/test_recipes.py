@@ -35,7 +35,7 @@ IMAGENET = (
 )
 PARAMETERS = {
     "demo.yaml": (8 * 49_984 + 14_282, 4 * 49_984 + 14_282, 4 * 84_480 + 10_714),
-    "study_base.yaml": (8 * 49_984 + 56_996, 8 * 49_984 + 56_996, 4 * 84_480 + 42_772),
+    "study_base.yaml": (8 * 49_984 + 56_996, 8 * 49_984 + 56_996, 4 * 149_504 + 56_996),
     "vmoe_base_imagenet.yaml": IMAGENET,
     "vmoe_base_imagefolder.yaml": IMAGENET,
 }
@@ -76,7 +76,7 @@ def full_size(name):
     preprocessing = Preprocessing(model.patch_embed.img_size[0], (0.5,) * 3, (0.5,) * 3, "bicubic")
     teacher = Teacher(model.eval().requires_grad_(False), preprocessing, t.source, labels, model.num_classes)
     source = SimpleNamespace(labels=labels, name=data.source)
-    run.__dict__.update(teacher=teacher, sources=(source, source))  # in place of the cached properties that load them
+    run.__dict__.update(teacher=teacher, dense=teacher, sources=(source, source))  # in place of the cached properties that load them
     return run
 
 
