@@ -30,7 +30,7 @@ CLASSES = {"digits": 10, "fractals": 100, "ILSVRC/imagenet-1k": 1000, "imagenet"
 # parameters of teacher, meta model and student (without stitches), worked out from the sizes
 IMAGENET = (
     24 * 12_598_272 + 2_016_232,  # DeiT-III-L: a block is 12 D^2 + 13 D and two LayerScales
-    4 * 12_598_272 + 2_016_232,  # 4 of the 24 blocks, the same embedding, norm and head
+    24 * 12_598_272 + 2_016_232,  # the teacher is its own meta model
     86_567_656 + 12 * (7 * 4_722_432 + 8 * 768),  # ViT-B/16 with 7 more MLPs and a router in every block
 )
 PARAMETERS = {
@@ -76,7 +76,9 @@ def full_size(name):
     preprocessing = Preprocessing(model.patch_embed.img_size[0], (0.5,) * 3, (0.5,) * 3, "bicubic")
     teacher = Teacher(model.eval().requires_grad_(False), preprocessing, t.source, labels, model.num_classes)
     source = SimpleNamespace(labels=labels, name=data.source)
-    run.__dict__.update(teacher=teacher, dense=teacher, sources=(source, source))  # in place of the cached properties that load them
+    run.__dict__.update(
+        teacher=teacher, dense=teacher, sources=(source, source)
+    )  # in place of the cached properties that load them
     return run
 
 
@@ -173,7 +175,7 @@ def test_every_objective_is_built_and_one_image_goes_through(name):
 
 def test_the_published_schedule():
     """Facts of the published code: batches, rates, epochs, warm-up, drop path, clipping, augmentation."""
-    recipe = full_size("vmoe_base_imagenet.yaml").recipe
+    recipe = load_recipe(ROOT / "recipes/baselines/published.yaml")
     keys = ("global_batch", "epochs", "warmup_epochs", "drop_path", "clip", "lr", "weight_decay", "eps")
     rows = {section: [getattr(getattr(recipe, section), key) for key in keys] for section in ("distill", "train")}
     assert rows == {
@@ -186,6 +188,21 @@ def test_the_published_schedule():
     assert (a.rand_augment, a.random_erasing, a.mixup, a.cutmix) == ("rand-m9-mstd0.5-inc1", 0.25, 0.8, 1.0)
     assert (a.switch_prob, a.label_smoothing, a.repeats, a.color_jitter) == (0.5, 0.1, 3, 0.4)
     assert (recipe.teacher.depths, recipe.student.depths) == ((6, 6, 6, 6), (3, 3, 3, 3))
+
+
+@pytest.mark.parametrize("name", ["vmoe_base_imagenet.yaml", "study_base.yaml"])
+def test_preparation_costs_at_most_half_of_end_to_end_training(name):
+    run = full_size(name)
+    recipe = run.recipe
+    with torch.device("meta"):
+        student, modules, meta = VMoE(run.student_config()), run.student_modules(), run.new_meta()
+        pairs = [
+            Distill(module, stage, meta, i, recipe.distill, run.tokens).flops_per_image
+            for i, (module, stage) in enumerate(zip(modules, run.teacher_stages()))
+        ]
+        end_to_end = Classify(student, run.tokens).flops_per_image
+    assert recipe.meta.blocks_per_module == 0  # it costs nothing
+    assert 0.3 < sum(pairs) * recipe.distill.epochs / (end_to_end * recipe.train.epochs) <= 0.5
 
 
 def test_the_imagefolder_recipe_differs_in_its_data_only():
