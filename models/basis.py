@@ -95,7 +95,8 @@ class Project(nn.Module):
         self.register_buffer("directions", directions, persistent=False)
 
     def forward(self, h: Tensor) -> Tensor:
-        return (h - self.mean) @ self.directions
+        # float32: DeepSpeed leaves buffers as they are under bf16, and a border's mean is far larger than its spread
+        return ((h.float() - self.mean.float()) @ self.directions.float()).to(h.dtype)
 
 
 class Embed(nn.Module):
@@ -107,4 +108,4 @@ class Embed(nn.Module):
         self.register_buffer("directions", directions, persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.mean + z @ self.directions.T
+        return (self.mean.float() + z.float() @ self.directions.float().T).to(z.dtype)

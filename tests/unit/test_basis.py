@@ -82,6 +82,16 @@ def test_tied_stitches_cancel_out():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("of_buffers", [torch.float32, torch.bfloat16])
+def test_tied_stitches_in_bfloat16(of_buffers):
+    first, second = build_student_modules(student(), [2, 2], TEACHER_WIDTH, kind="tied", bases=bases(1))
+    z = torch.randn(2, 17, WIDTH).bfloat16()
+    sent = first.post.to(of_buffers)(z)
+    assert sent.dtype == torch.bfloat16
+    assert (second.pre.to(of_buffers)(sent) - z).abs().max() < 0.1
+
+
+@torch.no_grad()
 def test_equal_widths_need_no_basis():
     model = student(width=TEACHER_WIDTH)
     modules = build_student_modules(model, [2, 2], TEACHER_WIDTH, kind="tied", bases=bases(1))
