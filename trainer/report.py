@@ -13,13 +13,13 @@ from typing import Any
 
 from trainer.report_compare import comparison_page
 from trainer.report_data import (
-    RUNS,
     PhaseRecord,
     hybrids,
     preparation,
     read_analysis,
     read_phases,
     routing_measures,
+    runs_of,
     teacher_accuracy,
     total,
 )
@@ -95,7 +95,7 @@ def _run_table(phases: dict[str, PhaseRecord]) -> str:
     head = ["accuracy in % after", *(f"{fraction:.0%}" for fraction in FRACTIONS), "epochs"]
     head += ["FLOPs end to end", "FLOPs total", "seconds end to end", "seconds total"]
     rows = []
-    for run, name in RUNS.items():
+    for run, name in runs_of(phases).items():
         record = phases[run]
         points = [_at_fraction(record, fraction) for fraction in FRACTIONS]
         cells = [name, *(_percent(point and point[1]) for point in points), _number(record.value("epochs"), "g")]
@@ -119,7 +119,7 @@ def _notes(phases: dict[str, PhaseRecord]) -> list[str]:
         "goes with them: clusters, experts, second round; summed as if run one after the other); the "
         "teacher is not counted."
     ]
-    for run, name in RUNS.items():
+    for run, name in runs_of(phases).items():
         for fraction in FRACTIONS:
             point, epochs = _at_fraction(phases[run], fraction), phases[run].value("epochs")
             if point and point[0] != fraction * epochs:
@@ -155,7 +155,7 @@ def _draw(run_dir: Path, phases: dict[str, PhaseRecord]) -> dict[str, str] | Non
     curves = [
         report_plots.Curve(name, phases[run].curve(), phases[run].value("epochs"), phases[run].value("flops"),
                            preparation(phases, run, "flops"))
-        for run, name in RUNS.items()
+        for run, name in runs_of(phases).items()
     ]  # fmt: skip
     teacher, meta = teacher_accuracy(phases), phases["meta"].metric("accuracy")
     if any(curve.accuracy for curve in curves):
@@ -165,7 +165,7 @@ def _draw(run_dir: Path, phases: dict[str, PhaseRecord]) -> dict[str, str] | Non
     if any(value is not None for row in modules for value in row[1:]):
         report_plots.draw_hybrids(run_dir / "hybrid_accuracy.png", modules, teacher, meta)
         pictures["hybrid_accuracy.png"] = "Accuracy of the meta model with one module replaced"
-    loads = {name: phases[run].loads() for run, name in RUNS.items() if phases[run].loads()}
+    loads = {name: phases[run].loads() for run, name in runs_of(phases).items() if phases[run].loads()}
     if loads:
         report_plots.draw_expert_load(run_dir / "expert_load.png", loads)
         pictures["expert_load.png"] = "Load of the experts as share of uniform"

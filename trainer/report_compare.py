@@ -62,7 +62,9 @@ def _figures(runs: Mapping[str, Phases]) -> str:
             ["teacher's accuracy", *(percent(teacher_accuracy(p)) for p in runs.values())],
             ["meta model's accuracy", *(percent(p["meta"].metric("accuracy")) for p in runs.values())]]  # fmt: skip
     for run, name in list(RUNS.items())[1:]:
-        rows.append([f"student from {name}", *(percent(p[run].metric("accuracy")) for p in runs.values())])
+        if any(run in p for p in runs.values()):
+            shown = (percent(p[run].metric("accuracy") if run in p else None) for p in runs.values())
+            rows.append([f"student from {name}", *shown])
     ends = [p["train"] for p in runs.values()]
     rows += [
         ["epochs end to end", *(_shown(end.value("epochs")) for end in ends)],

@@ -16,7 +16,12 @@ import yaml
 from trainer.tracking import relative_load
 
 # end-to-end runs: folder -> name
-RUNS = {"train": "m2mKD", "train_scratch": "scratch", "train_scratch_equal_cost": "scratch, equal total cost"}
+RUNS = {
+    "train": "m2mKD",
+    "train_scratch": "scratch",
+    "train_scratch_equal_cost": "scratch, equal total cost",
+    "train_upcycled": "upcycled",
+}
 FLOP_UNITS = {1e21: "ZFLOP", 1e18: "EFLOP", 1e15: "PFLOP", 1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP", 1.0: "FLOP"}
 CLASS_COUNTS = ("images", "correct", "predicted", "taken_for", "taken_count")  # of analysis.json
 PREPARING = ("meta", "cluster", "expert", "distill", "refine")  # phases whose cost comes before end-to-end training
@@ -110,7 +115,14 @@ def read_phases(run_dir: Path) -> dict[str, PhaseRecord]:
             f"{run_dir} holds no phase of a run: expected folders such as teacher, meta, distill_0, train. "
             "Give the folder that was --out of trainer/run.py."
         )
+    if "train_upcycled" not in records:  # a baseline of those who ask for it; the others show what is missing
+        order.remove("train_upcycled")
     return {name: records.get(name) or PhaseRecord(run_dir / name) for name in order}
+
+
+def runs_of(phases: Mapping[str, PhaseRecord]) -> dict[str, str]:
+    """The end-to-end runs a report of these phases shows: folder -> name."""
+    return {run: name for run, name in RUNS.items() if run in phases}
 
 
 def read_analysis(phases: Mapping[str, PhaseRecord]) -> dict[str, Any] | None:

@@ -11,7 +11,6 @@ import yaml
 from trainer.report_classes import classes_section, routing_section
 from trainer.report_data import (
     FLOP_UNITS,
-    RUNS,
     PhaseRecord,
     at_end,
     distills,
@@ -21,6 +20,7 @@ from trainer.report_data import (
     preparation,
     read_analysis,
     routing_measures,
+    runs_of,
     speed,
     student_accuracy,
     teacher_accuracy,
@@ -147,7 +147,7 @@ def _phases(phases: Mapping[str, PhaseRecord]) -> str:
 def _curves(phases: Mapping[str, PhaseRecord]) -> str:
     teacher = teacher_accuracy(phases)
     levels = [] if teacher is None else [("teacher", teacher)]
-    runs = [(place, run, name) for place, (run, name) in enumerate(RUNS.items()) if phases[run].curve()]
+    runs = [(place, run, name) for place, (run, name) in enumerate(runs_of(phases).items()) if phases[run].curve()]
     if not runs:
         return ""
     reference = [(name, "dash") for name, _ in levels]
@@ -204,7 +204,7 @@ def _modules(phases: Mapping[str, PhaseRecord]) -> str:
 def _losses(phases: Mapping[str, PhaseRecord]) -> str:
     groups = {"Teacher": [("teacher", phases["teacher"])], "Meta model": [("meta", phases["meta"])],
               "Distillation": [(record.folder.name, record) for record in distills(phases)],
-              "End-to-end training": [(name, phases[run]) for run, name in RUNS.items()]}  # fmt: skip
+              "End-to-end training": [(name, phases[run]) for run, name in runs_of(phases).items()]}  # fmt: skip
     falling, rates = [], []
     for title, members in groups.items():
         lines = [(place, name, record) for place, (name, record) in enumerate(members) if record.series("loss")]
@@ -229,7 +229,7 @@ def _losses(phases: Mapping[str, PhaseRecord]) -> str:
 def _loads(phases: Mapping[str, PhaseRecord]) -> str:
     text = ""
     ramp = '<p class="ramp"><span>no work</span><i></i><span>double the even share, or more</span></p>'
-    for run, name in RUNS.items():
+    for run, name in runs_of(phases).items():
         loads = phases[run].loads()
         if not loads:
             continue

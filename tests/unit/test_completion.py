@@ -58,7 +58,7 @@ class Typed:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_a_line_typed_with_tabs(shell, tmp_path):
-    if not shutil.which(shell):
+    if shell != "bash" and not shutil.which(shell):  # users have one; bash is always run
         pytest.skip(f"{shell} is not installed")
     typed = Typed(shell, tmp_path)
     try:

@@ -95,6 +95,14 @@ def test_train_alone_has_a_report(tmp_path):
     assert not (tmp_path / "expert_load.png").exists() and not (tmp_path / "hybrid_accuracy.png").exists()
 
 
+def test_an_upcycled_run_is_shown_where_there_is_one(run):
+    assert "upcycled" not in report.write_report(run)
+    put(run / "train_upcycled", {"accuracy": 0.75}, {1: 0.5, 2: 0.75}, flops=4e12, seconds=8.0, epochs=2)
+    text = report.write_report(run)
+    assert cells(text, "upcycled") == ["-", "50.0", "75.0", "2", "4.00e+12", "4.00e+12", "8", "8"]
+    assert "upcycled" in (run / "report.html").read_text()
+
+
 def test_a_run_of_no_epochs_has_a_report(tmp_path):
     put(tmp_path / "train_scratch", {"accuracy": 0.1}, {0: 0.1})  # assembled and evaluated only
     assert cells(report.write_report(tmp_path), "scratch")[:4] == ["10.0", "10.0", "10.0", "0"]
