@@ -263,7 +263,8 @@ def defining(recipe: dict[str, Any], name: str) -> dict[str, Any]:
             continue  # has no effect there
         value = recipe.get(key)
         if isinstance(value, dict):
-            value = _without(value, NOT_DEFINING.get(key, ()))
+            whole = kind == key == "teacher"  # it is cut into modules later
+            value = _without(value, ("depths",) if whole else NOT_DEFINING.get(key, ()))
         kept[key] = value
     return kept
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -25,7 +27,7 @@ from trainer.data.sources import ImageSource, open_source
 from trainer.dist import Dist, seed_everything
 from trainer.ds_config import Settings, resolve
 from trainer.engine import Engine, build_engine
-from trainer.loop import Data, Outcome, Task, epoch_length, eval_batch, fit
+from trainer.loop import Data, Outcome, Task, epoch_length, eval_batch, evaluate, fit
 from trainer.schema import Recipe, ScheduleConfig
 from trainer.sizes import module_depths, student_config
 
@@ -224,6 +226,17 @@ class Run:
         with engine.published():  # clones: in an fp32 run on the CPU the state is views of the weights
             state = {name: value.clone() for name, value in engine.fp32_state().items()}
         return outcome, state, engine
+
+    def measure(self, objective: Any, settings: Settings) -> Outcome:
+        """What is reached without training: `objective.predict` evaluated, in an outcome of no steps.
+
+        Moves the objective's modules to the device and to the type they would train in.
+        """
+        started, dtype = time.perf_counter(), torch.bfloat16 if settings.bf16 else torch.float32
+        for module in (objective.module, *objective.frozen):
+            module.to(self.dist.device, dtype)
+        found = evaluate(objective, self.data, dtype, self.eval_batch(settings), self.dist)
+        return Outcome(found, time.perf_counter() - started, steps=0, images_seen=0)
 
     def eval_batch(self, settings: Settings) -> int:
         """Images per rank and forward in evaluation."""

@@ -92,6 +92,9 @@ class AugmentConfig:
         require(self.repeats >= 1, "augment.repeats", self.repeats, "1 or more")
 
 
+MAY_BE_OFF = ("distill", "refine")  # the two rounds of teaching: 0 epochs turn one of them off
+
+
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Optimiser and schedule of one phase. The learning rate used is lr x global batch / 512."""
@@ -112,7 +115,7 @@ class ScheduleConfig:
 
     def __post_init__(self):
         name = type(self).__name__.removesuffix("Config").lower()
-        least = 0 if type(self).epochs == 0 else 1  # a phase that is off unless asked for
+        least = 0 if name in MAY_BE_OFF else 1
         require(self.epochs >= least, f"{name}.epochs", self.epochs, f"{least} or more")
         require(self.lr > 0, f"{name}.lr", self.lr, "a positive learning rate")
         fits = 0 <= self.warmup_epochs <= (self.epochs or self.warmup_epochs)  # any of a phase that is off
@@ -194,6 +197,7 @@ class AssembleConfig(ScheduleConfig):
 class DistillConfig(ScheduleConfig):
     """One teacher-student module pair inside the frozen meta model."""
 
+    epochs: int = knob(100, "passes over the training images; 0 = modules go untaught into the second round")
     source: str = knob("", "reuse distilled modules: run folder, or hub id[@revision] of a pushed run; empty = train")
     alpha: float = knob(0.5, "weight of the distillation term; the label loss gets 1 - alpha")
     tau: float = knob(1.0, "temperature of the distillation term")
@@ -437,6 +441,8 @@ class Recipe:
 
     def __post_init__(self):
         require(self.modules >= 1, "modules", self.modules, "1 or more")
+        require(self.distill.epochs or self.refine.epochs, "distill.epochs", 0,
+                "1 or more, or refine.epochs above 0: nothing would be taught")  # fmt: skip
         train, stitches = self.train, self.distill.stitches
         if train.border_weight and train.start == "distilled" and not train.init and stitches != "tied":
             raise ValueError(

@@ -83,6 +83,24 @@ def test_a_second_round_can_be_run_module_by_module(warm, taught, tmp_path):
     assert off.code == 2 and "refine.epochs is 0" in off.output
 
 
+def test_modules_may_be_taught_in_the_second_round_alone(warm, taught, tmp_path):
+    out = tmp_path / "out"
+    for name in ("teacher", "meta"):
+        shutil.copytree(taught / name, out / name)
+    alone = ["distill.epochs=0", "distill.warmup_epochs=0", "refine.order=sequential", "train.baselines=[]"]
+    finished = warm.run([*TINY, "--phase", "all", "--out", out, *METHOD, *alone])
+    assert finished.code == 0, finished.output
+    for module in range(2):
+        untaught, second = (result(out / f"{phase}_{module}") for phase in ("distill", "refine"))
+        assert (untaught["steps"], untaught["epochs"], untaught["flops"]) == (0, 0, 0)
+        assert 0 <= untaught["metrics"]["hybrid_accuracy"] <= 1
+        assert second["steps"] > 0 and second["flops"] > 0
+        before, after = (load_file(out / f"{phase}_{module}/model.safetensors") for phase in ("distill", "refine"))
+        assert before.keys() == after.keys() and any(not torch.equal(before[key], after[key]) for key in before)
+    neither = warm.run([*TINY, "--phase", "all", "--out", tmp_path / "off", "distill.epochs=0"])
+    assert neither.code == 2 and "nothing would be taught" in neither.output
+
+
 def test_folded_stitches_are_published(warm, taught, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(taught / "teacher", out / "teacher")

@@ -287,3 +287,9 @@ def test_weights_that_do_not_fit_name_the_tensor_and_the_command(tmp_path):
         assert f"delete {tmp_path} and run" in str(caught.value)
     save_file(good, tmp_path / "model.safetensors")
     assert artifacts.load_weights(tmp_path, good).keys() == good.keys()
+
+
+def test_where_a_teacher_is_cut_does_not_define_it():
+    plain, cut = (to_dict(recipe(teacher={"depths": depths})) for depths in ([], [1, 2, 2, 3]))
+    assert artifacts.defining(plain, "teacher") == artifacts.defining(cut, "teacher")
+    assert artifacts.defining(plain, "distill_0") != artifacts.defining(cut, "distill_0")

@@ -36,11 +36,15 @@ def run(run: Run, module: int) -> None:
         guide, extra_flops = Guide(routers, stage, student, d.routing_weight), extra_flops + flops
     smoothing = recipe.augment.label_smoothing
     objective = Distill(student, stage, meta, module, d, run.tokens, smoothing, guide=guide)
-    outcome, state, engine = run.train(
-        objective, run.data, d, settings, folder, f"distill {module + 1}/{recipe.modules}",
-        evaluate_start=assembly is not None,
-    )  # fmt: skip
-    engine.close()
+    if d.epochs:
+        outcome, state, engine = run.train(
+            objective, run.data, d, settings, folder, f"distill {module + 1}/{recipe.modules}",
+            evaluate_start=assembly is not None,
+        )  # fmt: skip
+        engine.close()
+    else:
+        state = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+        outcome = run.measure(objective, settings)
     if run.dist.main:
         save_weights(folder / "model.safetensors", state)
     metrics = outcome.evaluation | {
@@ -48,7 +52,7 @@ def run(run: Run, module: int) -> None:
         "teacher_hybrid_accuracy": meta_result["metrics"][f"hybrid_accuracy/{module}"],
     }
     if assembly:
-        metrics |= assembly.metrics(state) | {"start_accuracy": outcome.start["accuracy"]}
+        metrics |= assembly.metrics(state) | {"start_accuracy": (outcome.start or outcome.evaluation)["accuracy"]}
     run.finish(
         folder, "distill", module, outcome, settings,
         epochs=d.epochs, flops_per_image=objective.flops_per_image, extra_flops=extra_flops,

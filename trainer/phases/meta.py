@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from models.meta import MetaModel
@@ -11,7 +9,7 @@ from trainer import bases, hybrids, reuse
 from trainer.context import Run, save_weights
 from trainer.ds_config import Settings
 from trainer.growing import with_seedling
-from trainer.loop import Outcome, Predictor, evaluate
+from trainer.loop import Predictor
 from trainer.objectives import meta_objective
 
 
@@ -36,7 +34,7 @@ def run(run: Run) -> None:
         outcome, state, engine = run.train(objective, run.data, m, settings, folder, "meta")
     else:
         state = {name: tensor.clone() for name, tensor in meta.state_dict().items()}
-        outcome = _as_it_is(run, meta, settings)
+        outcome = run.measure(Predictor(meta, meta), settings)
     # a teacher that is grown is not there yet: phase assemble measures its hybrids
     measured = {} if grown else hybrids.measure(run, meta, stages, settings)
     found = bases.measure(meta, run.data, _dtype(settings), run.eval_batch(settings), run.dist)
@@ -52,14 +50,6 @@ def run(run: Run) -> None:
         flops_per_image=objective.flops_per_image if trained else 0, metrics=outcome.evaluation | measured,
         made_with=made_with,
     )  # fmt: skip
-
-
-def _as_it_is(run: Run, meta: MetaModel, settings: Settings) -> Outcome:
-    """What a meta model that nobody trains reaches."""
-    started = time.perf_counter()
-    meta.to(run.dist.device, _dtype(settings))
-    evaluation = evaluate(Predictor(meta, meta), run.data, _dtype(settings), run.eval_batch(settings), run.dist)
-    return Outcome(evaluation, time.perf_counter() - started, steps=0, images_seen=0)
 
 
 def _dtype(settings: Settings) -> torch.dtype:

@@ -34,7 +34,8 @@ def run(run: Run, module: int) -> None:
     objective = Distill(student, run.teacher_stages()[module], meta, module, recipe.distill, run.tokens,
                         recipe.augment.label_smoothing, predecessors)  # fmt: skip
     made_with = {"teacher": run.teacher_record, "meta": meta_result["files"]["model.safetensors"]}
-    if predecessors:
+    first_round = bool(recipe.distill.epochs)  # otherwise module 0 is taught here too
+    if trained := bool(predecessors) or not first_round:
         outcome, state, engine = run.train(
             objective, run.data, schedule, settings, folder, f"refine {module + 1}/{recipe.modules}"
         )
@@ -47,6 +48,6 @@ def run(run: Run, module: int) -> None:
         save_weights(folder / "model.safetensors", state)
     run.finish(
         folder, "refine", module, outcome, settings,
-        epochs=schedule.epochs if predecessors else 0, flops_per_image=objective.flops_per_image,
+        epochs=schedule.epochs if trained else 0, flops_per_image=objective.flops_per_image,
         metrics=metrics, made_with=made_with,
     )  # fmt: skip
