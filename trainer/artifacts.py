@@ -72,6 +72,11 @@ def taught_by_expert(recipe: Recipe) -> bool:
     return recipe.distill.level == "expert" and not recipe.distill.source
 
 
+def trained_again(recipe: Recipe, module: int) -> bool:
+    """Whether the second round trains this module: the first is fed images either way, but has to be taught once."""
+    return module > 0 or not recipe.distill.epochs
+
+
 def artifact_name(phase: str, module: int | None = None, start: str = "distilled", expert: int | None = None) -> str:
     """Folder name of a phase's artifact: distill_2, expert_2_0, train, train_scratch."""
     if phase in ("train", "evaluate") and start != "distilled":

@@ -59,6 +59,8 @@ def load(folder: Path, borders: int, width: int) -> list[Basis]:
         ValueError: missing (a meta model of an older version), or another shape.
     """
     path = folder / FILE
+    if not borders:
+        return []
     if not path.is_file():
         raise ValueError(
             f"{path} does not exist: the meta model was made without it. Set distill.stitches=linear and "

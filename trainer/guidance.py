@@ -8,13 +8,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from models.guided_routing import TeacherRouters, matching_blocks, teacher_routers, teacher_routers_flops
+from models.guided_routing import Guide, TeacherRouters, matching_blocks, teacher_routers, teacher_routers_flops
 from trainer.context import Run
 from trainer.data.loader import eval_batches
 from trainer.interrupt import HEARTBEAT
 from trainer.sizes import module_depths
 
 IMAGES = 1000  # of the training set, spread evenly over it
+
+
+def module_guide(run: Run, student: nn.Module, stage: nn.Module) -> tuple[Guide | None, int]:
+    """What guides the routers of a student module beside `stage` of the teacher, and the FLOPs of making it.
+
+    None where distill.routing_weight is 0. Raises ValueError as routers_of.
+    """
+    if not (weight := run.recipe.distill.routing_weight):
+        return None, 0
+    routers, flops = routers_of(run, student)
+    return Guide(routers, stage, student, weight), flops
 
 
 def routers_of(run: Run, student: nn.Module) -> tuple[TeacherRouters, int]:

@@ -210,10 +210,13 @@ def _hybrids(records: Mapping[str, PhaseRecord], recipe: Recipe) -> list[str]:
     rows = []
     for i in range(recipe.modules):
         distilled = records[artifact_name("distill", i)]
-        teacher, student = (distilled.metric(key) for key in ("teacher_hybrid_accuracy", "hybrid_accuracy"))
+        last = distilled if recipe.distill.epochs else records[artifact_name("refine", i)]
+        teacher, student = distilled.metric("teacher_hybrid_accuracy"), last.metric("hybrid_accuracy")
         rows.append((str(i), _number(teacher, ".4g"), _number(student, ".4g")))
     return [
-        "## Modules inside the meta model\n\nAccuracy of the meta model with one of its modules replaced.\n\n"
+        "## Modules inside the meta model\n\nAccuracy of the meta model with one of its modules replaced"
+        + ("" if recipe.distill.epochs else "; the student's with the modules before it replaced as well")
+        + ".\n\n"
         + _table(("module", "the teacher's", "the student's"), rows)
     ]
 

@@ -159,12 +159,18 @@ def teacher_accuracy(phases: Mapping[str, PhaseRecord]) -> float | None:
 
 
 def hybrids(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, float | None, float | None]]:
-    """Per module: its name, accuracy of teacher module i and of student module i, each in place of meta module i."""
+    """Per module: its name, accuracy of teacher module i and of student module i, each in place of meta module i.
+
+    Where the first round of teaching was left out (distill.epochs=0), the student's is that of the second round, in
+    which the student modules before it stand in place as well.
+    """
     rows = []
     for module, distill in enumerate(distills(phases)):
         teacher = phases["meta"].metric(f"hybrid_accuracy/{module}")
         teacher = distill.metric("teacher_hybrid_accuracy") if teacher is None else teacher
-        rows.append((f"module {module}", teacher, distill.metric("hybrid_accuracy")))
+        untaught = distill.value("epochs") == 0
+        taught = phases.get(f"refine_{module}", distill) if untaught else distill
+        rows.append((f"module {module}", teacher, taught.metric("hybrid_accuracy")))
     return rows
 
 

@@ -88,15 +88,19 @@ def test_modules_may_be_taught_in_the_second_round_alone(warm, taught, tmp_path)
     for name in ("teacher", "meta"):
         shutil.copytree(taught / name, out / name)
     alone = ["distill.epochs=0", "distill.warmup_epochs=0", "refine.order=sequential", "train.baselines=[]"]
-    finished = warm.run([*TINY, "--phase", "all", "--out", out, *METHOD, *alone])
+    finished = warm.run([*TINY, "--phase", "all", "--out", out, *METHOD, *alone, "distill.routing_weight=0.1"])
     assert finished.code == 0, finished.output
     for module in range(2):
         untaught, second = (result(out / f"{phase}_{module}") for phase in ("distill", "refine"))
         assert (untaught["steps"], untaught["epochs"], untaught["flops"]) == (0, 0, 0)
         assert 0 <= untaught["metrics"]["hybrid_accuracy"] <= 1
         assert second["steps"] > 0 and second["flops"] > 0
+        assert "loss/routing" in read_metrics(out / f"refine_{module}/metrics.jsonl")[0]
         before, after = (load_file(out / f"{phase}_{module}/model.safetensors") for phase in ("distill", "refine"))
         assert before.keys() == after.keys() and any(not torch.equal(before[key], after[key]) for key in before)
+    report = (out / "report.md").read_text()  # shows what was taught, not what was left as it was
+    for module in range(2):
+        assert f"{100 * result(out / f'refine_{module}')['metrics']['hybrid_accuracy']:.1f}" in report
     neither = warm.run([*TINY, "--phase", "all", "--out", tmp_path / "off", "distill.epochs=0"])
     assert neither.code == 2 and "nothing would be taught" in neither.output
 

@@ -9,6 +9,7 @@ from models.basis import Basis, basis_of, from_tensors, to_tensors
 from models.moe import MoEConfig
 from models.stitch import assemble_student, build_student_modules, fold
 from models.vmoe import VMoE, VMoEConfig
+from trainer.bases import load
 
 TEACHER_WIDTH, WIDTH = 24, 16
 
@@ -66,6 +67,12 @@ def test_file_and_refusals():
         from_tensors(saved, borders=3, width=TEACHER_WIDTH)
     with pytest.raises(ValueError, match=r"student\.width is 25, the teacher's 24"):
         bases(1)[0].leading(25)
+
+
+def test_a_single_module_has_no_border(tmp_path):
+    assert load(tmp_path, borders=0, width=TEACHER_WIDTH) == []
+    with pytest.raises(ValueError, match="does not exist"):
+        load(tmp_path, borders=1, width=TEACHER_WIDTH)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from models.preprocessing import Preprocessing
 from models.teacher import load_teacher, save_teacher
 from models.vmoe import VMoE
 from trainer import clusters, experts, reuse
-from trainer.artifacts import preparation, taught_by_expert
+from trainer.artifacts import preparation, taught_by_expert, trained_again
 from trainer.chain.stages import chain, hub_names, with_teacher
 from trainer.checkpoint import AVERAGE_BYTES, BYTES_PER_PARAMETER
 from trainer.config import load_recipe
@@ -193,6 +193,8 @@ class DryRun:
         with torch.no_grad():
             objective.predict(self._images())
         found = self._cost("distill", f"distill_{i}", objective.flops_per_image, self.recipe.student.moe.num_experts)
+        if not d.epochs:
+            found = "left as it starts: distill.epochs is 0"
         if taught_by_expert(self.recipe):
             self.flops[f"distill_{i}"] += experts.assembly_flops(run, objective.meta, student, i)
         return found
@@ -200,7 +202,7 @@ class DryRun:
     def refine(self, i: int) -> str:
         """Student module i behind the student modules before it."""
         run, artifact = self.run, f"refine_{i}"
-        if i == 0:
+        if not trained_again(self.recipe, i):
             self.images[artifact] = self.flops[artifact] = 0.0
             return "fed images either way, so it is taken as it is"
         *before, student = run.student_modules()[: i + 1]

@@ -6,11 +6,10 @@ distill.level=expert the module starts from its experts, which phase expert has 
 
 from __future__ import annotations
 
-from models.guided_routing import Guide
 from trainer import reuse, upcycling
 from trainer.context import Run, save_weights
 from trainer.experts import Assembly
-from trainer.guidance import routers_of
+from trainer.guidance import module_guide
 from trainer.objectives import Distill
 
 
@@ -30,10 +29,8 @@ def run(run: Run, module: int) -> None:
     stage = run.teacher_stages()[module]
     made_with = {"teacher": run.teacher_record, "meta": meta_result["files"]["model.safetensors"]}
     made_with |= upcycling.record(run)
-    extra_flops, guide = (assembly.flops if assembly else 0) + upcycling.spent(run) // recipe.modules, None
-    if d.routing_weight:
-        routers, flops = routers_of(run, student)
-        guide, extra_flops = Guide(routers, stage, student, d.routing_weight), extra_flops + flops
+    extra_flops = (assembly.flops if assembly else 0) + upcycling.spent(run) // recipe.modules
+    guide, guide_flops = module_guide(run, student, stage) if d.epochs else (None, 0)
     smoothing = recipe.augment.label_smoothing
     objective = Distill(student, stage, meta, module, d, run.tokens, smoothing, guide=guide)
     if d.epochs:
@@ -55,6 +52,6 @@ def run(run: Run, module: int) -> None:
         metrics |= assembly.metrics(state) | {"start_accuracy": (outcome.start or outcome.evaluation)["accuracy"]}
     run.finish(
         folder, "distill", module, outcome, settings,
-        epochs=d.epochs, flops_per_image=objective.flops_per_image, extra_flops=extra_flops,
+        epochs=d.epochs, flops_per_image=objective.flops_per_image, extra_flops=extra_flops + guide_flops,
         metrics=metrics, made_with=made_with,
     )  # fmt: skip

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from models.meta import MetaModel
 from trainer import bases, hybrids, reuse
 from trainer.context import Run, save_weights
 from trainer.ds_config import Settings

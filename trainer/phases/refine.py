@@ -1,7 +1,8 @@
 """Phase refine: a second round, in which every module learns on what the modules before it really send.
 
 Modules taught apart meet inputs they have not seen when they are put together, and their errors add up. Module 0 is fed
-images either way, so its second round is its first.
+images either way, so its second round is its first. With distill.epochs=0 there is no first round: modules are taught
+here alone, with order=sequential one after another on what those before have learned.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from models.moe import load_full_state_dict
 from trainer import artifacts
 from trainer.context import Run, save_weights
+from trainer.guidance import module_guide
 from trainer.loop import Outcome
 from trainer.objectives import Distill
 
@@ -31,11 +33,13 @@ def run(run: Run, module: int) -> None:
         load_full_state_dict(own, artifacts.load_weights(found, own.state_dict()))
     *predecessors, student = modules[: module + 1]
     settings = run.settings("refine", schedule, recipe.student.moe.num_experts)
-    objective = Distill(student, run.teacher_stages()[module], meta, module, recipe.distill, run.tokens,
-                        recipe.augment.label_smoothing, predecessors)  # fmt: skip
     made_with = {"teacher": run.teacher_record, "meta": meta_result["files"]["model.safetensors"]}
-    first_round = bool(recipe.distill.epochs)  # otherwise module 0 is taught here too
-    if trained := bool(predecessors) or not first_round:
+    trained = artifacts.trained_again(recipe, module)
+    stage = run.teacher_stages()[module]
+    guide, guide_flops = module_guide(run, student, stage) if trained else (None, 0)
+    objective = Distill(student, stage, meta, module, recipe.distill, run.tokens,
+                        recipe.augment.label_smoothing, predecessors, guide)  # fmt: skip
+    if trained:
         outcome, state, engine = run.train(
             objective, run.data, schedule, settings, folder, f"refine {module + 1}/{recipe.modules}"
         )
@@ -49,5 +53,5 @@ def run(run: Run, module: int) -> None:
     run.finish(
         folder, "refine", module, outcome, settings,
         epochs=schedule.epochs if trained else 0, flops_per_image=objective.flops_per_image,
-        metrics=metrics, made_with=made_with,
+        extra_flops=guide_flops, metrics=metrics, made_with=made_with,
     )  # fmt: skip

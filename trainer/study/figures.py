@@ -98,7 +98,8 @@ def measure(cell: Cell) -> Measured:
     )
     before = [_record(cell, name) for name in names]
     hybrids = [meta.metric(f"hybrid_accuracy/{i}") for i in range(cell.recipe.modules)] if "meta" in made else []
-    students = [record.metric("hybrid_accuracy") for name, record in zip(names, before) if name.startswith("distill_")]
+    taught_in = "distill_" if cell.recipe.distill.epochs else "refine_"
+    students = [record.metric("hybrid_accuracy") for name, record in zip(names, before) if name.startswith(taught_in)]
     own = train.value("flops")
     spent = None if cell.recipe.train.init else _sum(record.value("flops") for record in before)
     curve, epochs = _by_epoch(train), train.value("epochs")

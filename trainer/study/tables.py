@@ -57,8 +57,8 @@ def _accuracy(results: Results) -> Table:
             "mean", "assembled", "50% of the epochs", "100%"]  # fmt: skip
     caption = (
         "Accuracy on the validation images in %, mean ± standard deviation over the seeds. A hybrid is the meta model "
-        "with one module of the teacher or of the student in its place; assembled is the student before any end-to-end "
-        "step."
+        "with one module of the teacher or of the student in its place (where modules are taught in the second round "
+        "alone, the student's before it as well); assembled is the student before any end-to-end step."
     )
     rows = [[*_name(results, v), *(percent(results.of(v, key)) for key in keys)] for v in results.cells]
     return Table("Accuracy", caption, head, rows)
