@@ -77,6 +77,11 @@ def trained_again(recipe: Recipe, module: int) -> bool:
     return module > 0 or not recipe.distill.epochs
 
 
+def taught_in(recipe: Recipe) -> str:
+    """The phase whose result tells what a module has learned: the first round, unless it was left out."""
+    return "distill" if recipe.distill.epochs or not recipe.refine.epochs else "refine"
+
+
 def artifact_name(phase: str, module: int | None = None, start: str = "distilled", expert: int | None = None) -> str:
     """Folder name of a phase's artifact: distill_2, expert_2_0, train, train_scratch."""
     if phase in ("train", "evaluate") and start != "distilled":

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from trainer.artifacts import artifact_name, own_teacher, preparation
+from trainer.artifacts import artifact_name, own_teacher, preparation, taught_in
 from trainer.report_data import RUNS, PhaseRecord
 from trainer.schema import DataConfig, Recipe
 from trainer.tracking import read_metrics
@@ -210,12 +210,12 @@ def _hybrids(records: Mapping[str, PhaseRecord], recipe: Recipe) -> list[str]:
     rows = []
     for i in range(recipe.modules):
         distilled = records[artifact_name("distill", i)]
-        last = distilled if recipe.distill.epochs else records[artifact_name("refine", i)]
-        teacher, student = distilled.metric("teacher_hybrid_accuracy"), last.metric("hybrid_accuracy")
+        own = records[artifact_name(taught_in(recipe), i)]
+        teacher, student = distilled.metric("teacher_hybrid_accuracy"), own.metric("hybrid_accuracy")
         rows.append((str(i), _number(teacher, ".4g"), _number(student, ".4g")))
     return [
         "## Modules inside the meta model\n\nAccuracy of the meta model with one of its modules replaced"
-        + ("" if recipe.distill.epochs else "; the student's with the modules before it replaced as well")
+        + ("" if taught_in(recipe) == "distill" else "; the student's with the modules before it replaced as well")
         + ".\n\n"
         + _table(("module", "the teacher's", "the student's"), rows)
     ]

@@ -441,7 +441,7 @@ class Recipe:
 
     def __post_init__(self):
         require(self.modules >= 1, "modules", self.modules, "1 or more")
-        require(self.distill.epochs or self.refine.epochs, "distill.epochs", 0,
+        require(self.distill.epochs or self.refine.epochs or self.distill.source, "distill.epochs", 0,
                 "1 or more, or refine.epochs above 0: nothing would be taught")  # fmt: skip
         train, stitches = self.train, self.distill.stitches
         if train.border_weight and train.start == "distilled" and not train.init and stitches != "tied":

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.artifacts import artifact_name, preparation
+from trainer.artifacts import artifact_name, preparation, taught_in
 from trainer.report_data import PhaseRecord, read_phase
 from trainer.study.plan import Cell, Study, Variant
 from trainer.study.statistics import Curve, Race, Summary, at, difference, mean_curve, race, summary
@@ -98,8 +98,10 @@ def measure(cell: Cell) -> Measured:
     )
     before = [_record(cell, name) for name in names]
     hybrids = [meta.metric(f"hybrid_accuracy/{i}") for i in range(cell.recipe.modules)] if "meta" in made else []
-    taught_in = "distill_" if cell.recipe.distill.epochs else "refine_"
-    students = [record.metric("hybrid_accuracy") for name, record in zip(names, before) if name.startswith(taught_in)]
+    taught = taught_in(cell.recipe)
+    students = [
+        record.metric("hybrid_accuracy") for name, record in zip(names, before) if name.startswith(taught + "_")
+    ]
     own = train.value("flops")
     spent = None if cell.recipe.train.init else _sum(record.value("flops") for record in before)
     curve, epochs = _by_epoch(train), train.value("epochs")
