@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import interrupt
+from trainer.artifacts import in_one_job
 from trainer.ds_config import read_ds_config
 from trainer.job import Job
 from trainer.schema import Recipe
@@ -132,6 +133,8 @@ def _run(run: Any, job: Job, phase: str) -> None:
     elif phase == "distill":
         for i in job.modules:
             distill.run(run, i)
+    elif phase == "refine" and in_one_job(run.recipe, phase):
+        refine.run_together(run)
     elif phase == "refine":
         for i in job.modules:
             refine.run(run, i)

@@ -72,9 +72,14 @@ def taught_by_expert(recipe: Recipe) -> bool:
     return recipe.distill.level == "expert" and not recipe.distill.source
 
 
+def in_one_job(recipe: Recipe, phase: str) -> bool:
+    """Whether a phase that goes by module makes those of all modules in one training, and takes no module."""
+    return phase == "refine" and recipe.refine.order == "together"
+
+
 def trained_again(recipe: Recipe, module: int) -> bool:
     """Whether the second round trains this module: the first is fed images either way, but has to be taught once."""
-    return module > 0 or not recipe.distill.epochs
+    return module > 0 or not recipe.distill.epochs or in_one_job(recipe, "refine")
 
 
 def taught_in(recipe: Recipe) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.artifacts import BY_MODULE, artifact_name, taught_by_expert
+from trainer.artifacts import BY_MODULE, artifact_name, in_one_job, taught_by_expert
 from trainer.config import close
 from trainer.interrupt import EXIT_HUNG, EXIT_INTERRUPTED
 from trainer.schema import Recipe
@@ -79,7 +79,13 @@ class Job:
             )
         if phase in BY_EXPERT and not taught_by_expert(recipe):
             raise ValueError(_not_by_expert(phase, recipe))
-        return cls(recipe, ds_values, phase, _module(phase, module, recipe.modules), out, command, chosen)
+        number = _module(phase, module, recipe.modules)
+        if number is not None and in_one_job(recipe, phase):
+            raise ValueError(
+                f"--module {number} has no meaning with refine.order=together, which teaches all modules in one "
+                "training: leave it out, or set refine.order=sequential or parallel"
+            )
+        return cls(recipe, ds_values, phase, number, out, command, chosen)
 
     @property
     def phases(self) -> list[str]:

@@ -241,8 +241,9 @@ class RefineConfig(ScheduleConfig):
     """Second round on what the modules before really send; targets as in section distill (not in the paper)."""
 
     epochs: int = knob(0, "passes over the training images; 0 = no second round")
-    order: Literal["parallel", "sequential"] = knob(
-        "parallel", "predecessors of the first round, so modules are independent; or refined ones, one after another"
+    order: Literal["parallel", "sequential", "together"] = knob(
+        "parallel",
+        "predecessors of the first round, so modules are independent; refined ones, one after another; or all at once",
     )
 
 

@@ -105,6 +105,39 @@ def test_modules_may_be_taught_in_the_second_round_alone(warm, taught, tmp_path)
     assert neither.code == 2 and "nothing would be taught" in neither.output
 
 
+def test_modules_may_be_taught_together(warm, taught, tmp_path):
+    out = tmp_path / "out"
+    for name in ("teacher", "meta"):
+        shutil.copytree(taught / name, out / name)
+    alone = ["distill.epochs=0", "distill.warmup_epochs=0", "refine.order=together", "train.baselines=[]"]
+    words = [*TINY, "--out", out, *METHOD, *alone, "distill.routing_weight=0.1"]
+    one = warm.run([*words, "--phase", "refine", "--module", "1"])
+    assert one.code == 2 and "--module 1 has no meaning with refine.order=together" in one.output
+    finished = warm.run([*words, "--phase", "all"], ranks=2)
+    assert finished.code == 0, finished.output
+    for module in range(2):
+        made = result(out / f"refine_{module}")
+        assert made["steps"] > 0 and made["flops"] > 0 and made["module"] == module
+        before, after = (load_file(out / f"{phase}_{module}/model.safetensors") for phase in ("distill", "refine"))
+        assert before.keys() == after.keys() and any(not torch.equal(before[key], after[key]) for key in before)
+    row = read_metrics(out / "refine_1/metrics.jsonl")[0]  # of all modules
+    assert {"loss/border/0", "loss/routing/0", "loss/routing/1", "loss/distill/1"} <= row.keys()
+    assert not (out / "refine_0/metrics.jsonl").exists()
+    last, train = result(out / "refine_1")["metrics"], result(out / "train")["metrics"]
+    assert last["hybrid_accuracy"] == train["start_accuracy"]  # it is the whole student
+    shown = [student for *_, student in hybrids(read_phases(out))]
+    assert shown == [result(out / f"refine_{module}")["metrics"]["hybrid_accuracy"] for module in range(2)]
+    # ended between two results: the same command finishes, from the last checkpoint, with the same weights
+    weights = load_file(out / "refine_1/model.safetensors")
+    for name in ("result.json", "model.safetensors"):
+        (out / "refine_1" / name).unlink()
+    again = warm.run([*words, "--phase", "refine"], ranks=2)
+    assert again.code == 0, again.output
+    found = load_file(out / "refine_1/model.safetensors")
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert result(out / "refine_1")["metrics"] == last
+
+
 def test_folded_stitches_are_published(warm, taught, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(taught / "teacher", out / "teacher")

@@ -4,12 +4,14 @@ import dataclasses
 
 import pytest
 
+from models.flops import forward_flops
 from models.vmoe import VMoE
 from tests.unit.test_slurm_stages import RECIPE, ROOT
 from trainer.chain.dryrun import DryRun, carry_out
 from trainer.chain.settings import STAGES
 from trainer.chain.stages import chain
 from trainer.config import load_recipe
+from trainer.context import training_flops
 from trainer.ds_config import read_ds_config
 
 GROWN = ("teacher.grown=true", "meta.init=scratch", "meta.objective=labels")
@@ -31,7 +33,8 @@ def dry_run(tmp_path, *overrides):
 @pytest.mark.parametrize(
     "overrides",
     [("distill.level=expert", "refine.epochs=2", "train.baselines=[scratch_equal_cost]"),
-     (*GROWN, "refine.epochs=1", "refine.order=sequential"), ("train.start=scratch",)],
+     (*GROWN, "refine.epochs=1", "refine.order=sequential"), ("train.start=scratch",),
+     ("distill.epochs=0", "distill.warmup_epochs=0", "refine.epochs=1", "refine.order=together")],
 )  # fmt: skip
 def test_every_artifact_of_the_chain_has_a_cost(tmp_path, overrides):
     dry, _ = dry_run(tmp_path, *overrides)
@@ -53,6 +56,21 @@ def test_experts_share_the_images_and_a_second_round_costs_its_predecessors(tmp_
     )
     assert tokens.images["expert_0_0"] == 3 * 320  # all images, each with its own tokens
     assert tokens.apart == dry.apart > 4 * 3 * 1000
+
+
+def test_taught_together_modules_share_the_passes_of_teacher_and_student(tmp_path):
+    words = ("meta.blocks_per_module=0", "distill.border=mse", "distill.logit_weight=0", "distill.epochs=0",
+             "distill.warmup_epochs=0", "refine.epochs=8")  # fmt: skip
+    together, found = dry_run(tmp_path, *words, "refine.order=together")
+    assert any(line.startswith("refine: 160 steps of 16 images") and line.endswith("at once") for line in found)
+    names = [f"refine_{i}" for i in range(3)]
+    assert {together.images[name] for name in names} == {8 * 320}
+    spent = sum(together.flops[name] for name in names) / (8 * 320)
+    run = together.run  # student modules count with their stitches
+    student = sum(training_flops(module, run.tokens) for module in run.student_modules())
+    assert spent == forward_flops(run.teacher.model, run.tokens) + student
+    in_order, _ = dry_run(tmp_path, *words, "refine.order=sequential")
+    assert spent < sum(in_order.flops[name] for name in names) / (8 * 320)
 
 
 def test_the_average_and_more_rounds_need_more_room(tmp_path):

@@ -92,6 +92,28 @@ def test_a_second_round_in_order_is_a_job_per_module_behind_the_one_before(tmp_p
     assert "\n#SBATCH --nodes=1\n" in script and "\n#SBATCH --time=01:00:00\n" in script
 
 
+def test_a_second_round_of_all_modules_together_is_one_job(tmp_path, fake):  # noqa: F811
+    overrides = ("refine.epochs=2", "refine.order=together")
+    needs, names = needs_of(*overrides), ("refine_0", "refine_1", "refine_2")
+    assert needs["refine"] == ("distill",) and needs["train"] == ("refine",)
+    refine = stage_of("refine", *overrides)
+    assert not refine.array and refine.inputs == ("teacher", "meta", *MODULES)
+    assert refine.artifacts == names[::-1]  # the job's body looks at the first, which is complete last
+    assert stage_of("train", *overrides).inputs == ("teacher", "meta", *names)
+    settings = settings_for(tmp_path, overrides=overrides, time="24:00:00,refine=01:00:00")
+    finish(settings, "teacher", "meta", *MODULES, "refine_0")  # ended between two results
+    submit.submit(settings)
+    assert [(row.stage, row.array, row.depends) for row in submit.rows(settings.run)] == [
+        ("refine", "-", "-"), ("train", "-", "101"), ("evaluate", "-", "102"),
+    ]  # fmt: skip
+    script = (settings.run / "slurm/1/refine.sbatch").read_text()
+    assert "--phase refine)" in script and "--array" not in script
+    orders = submit.plan_orders(settings, load_recipe(RECIPE, list(overrides)), tmp_path / "scripts")
+    flops = {name: 3.6e12 for order in orders for name in order.stage.artifacts}
+    rows = {line.split()[0]: line.split() for line in plan.cost(settings, orders, flops, 1e9, "a test").splitlines()}
+    assert rows["refine"][1] == "1" and rows["refine"][-1] == str(settings.ranks_per_node)
+
+
 def test_a_grown_teacher_comes_after_the_meta_model():
     grown = ("teacher.grown=true", "meta.init=scratch", "meta.objective=labels", "hub.repo=alice/model")
     needs = needs_of(*grown)

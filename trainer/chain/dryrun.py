@@ -25,7 +25,7 @@ from models.preprocessing import Preprocessing
 from models.teacher import load_teacher, save_teacher
 from models.vmoe import VMoE
 from trainer import clusters, experts, reuse
-from trainer.artifacts import preparation, taught_by_expert, trained_again
+from trainer.artifacts import in_one_job, preparation, taught_by_expert, trained_again
 from trainer.chain.stages import chain, hub_names, with_teacher
 from trainer.checkpoint import AVERAGE_BYTES, BYTES_PER_PARAMETER
 from trainer.config import load_recipe
@@ -34,7 +34,7 @@ from trainer.dist import Dist
 from trainer.ds_config import read_ds_config
 from trainer.growing import with_seedling
 from trainer.loop import epoch_length
-from trainer.objectives import Borders, Classify, Distill, Incubate, LearnFromTeacher, meta_objective
+from trainer.objectives import Borders, Classify, Distill, Incubate, LearnFromTeacher, Together, meta_objective
 from trainer.preflight import new_teacher_of, trained_preprocessing
 from trainer.schema import Recipe
 
@@ -99,8 +99,11 @@ class DryRun:
             yield f"expert_{i}", lambda i=i: self.experts(i)
         for i in modules if "distill" in phases else ():
             yield f"distill_{i}", lambda i=i: self.distill(i)
-        for i in modules if "refine" in phases else ():
-            yield f"refine_{i}", lambda i=i: self.refine(i)
+        if "refine" in phases and in_one_job(self.recipe, "refine"):
+            yield "refine", self.refine_together
+        elif "refine" in phases:
+            for i in modules:
+                yield f"refine_{i}", lambda i=i: self.refine(i)
         yield "train", self.train
         yield "disk", self.disk
 
@@ -210,6 +213,21 @@ class DryRun:
             student, run.teacher_stages()[i], run.new_meta(), i, self.recipe.distill, run.tokens, 0.0, before
         )
         return self._cost("refine", artifact, objective.flops_per_image, self.recipe.student.moe.num_experts)
+
+    def refine_together(self) -> str:
+        """All student modules in one training."""
+        run, r = self.run, self.recipe
+        meta, students, stages = run.new_meta(), run.student_modules(), run.teacher_stages()
+        pairs = [
+            Distill(students[i], stages[i], meta, i, r.distill, run.tokens, 0.0, students[:i]) for i in range(r.modules)
+        ]
+        objective = Together(pairs, meta, run.tokens, r.meta.blocks_per_module == 0)
+        with torch.no_grad():
+            objective.predict(self._images())
+        experts = r.student.moe.num_experts
+        for i, flops in enumerate(objective.flops_by_module):
+            found = self._cost("refine", f"refine_{i}", flops, experts)
+        return f"{found} for all modules at once"
 
     def train(self) -> str:
         """The whole student, and the baselines' cost."""

@@ -89,10 +89,11 @@ def cost(
         units = 0 if order.stage.phase in ONLINE else nodes * settings.ranks_per_node
         needed = [flops.get(order.stage.artifacts[i]) for i in order.elements]
         hours = sum(needed) / flops_per_second / 3600 if None not in needed else None
-        most = len(order.elements) * units * settings.hours_of(order.stage.setting)
+        jobs = len(order.elements) if order.stage.array else 1
+        most = jobs * units * settings.hours_of(order.stage.setting)
         expected, limit = expected + (hours or 0.0), limit + most
         expected_here = "-" if hours is None else f"{hours:.3g}"
-        lines.append((name, str(len(order.elements)), str(nodes), str(units), time, expected_here, f"{most:.3g}"))
+        lines.append((name, str(jobs), str(nodes), str(units), time, expected_here, f"{most:.3g}"))
     lines.append(("total", "", "", "", "", f"{expected:.3g}", f"{limit:.3g}"))
     head = ("stage", "jobs", "nodes", f"{unit}s", "time limit", f"{unit}-hours expected", "at most")
     return table(head, lines) + f"\nexpected: {source}; start-up, evaluation and saving come on top"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.artifacts import BY_MODULE, artifact_name, own_teacher, preparation, require, taught_by_expert
+from trainer.artifacts import BY_MODULE, artifact_name, in_one_job, own_teacher, preparation, require, taught_by_expert
 from trainer.schema import Recipe
 
 FOLLOWING = ("evaluate", "push")  # done again when what they look at was made anew
@@ -19,7 +19,7 @@ class Stage:
     phase: str  # --phase of trainer/run.py; download is the chain's own
     needs: tuple[str, ...]  # stages that must end well before
     inputs: tuple[str, ...]  # artifacts that must lie complete on disk before
-    artifacts: tuple[str, ...]  # what it makes, one per array element
+    artifacts: tuple[str, ...]  # what it makes, one per array element; a plain job's first one tells how far it is
     arguments: tuple[str, ...] = ()  # more of trainer/run.py
     array: bool = False
     experts: int = 0  # of an array over modules x experts: element e is expert e % experts of module e // experts
@@ -94,6 +94,8 @@ def _second_round(recipe: Recipe) -> list[Stage]:
     if not recipe.refine.epochs:
         return []
     given, taught, refined = (*own_teacher(recipe), "meta"), _names(recipe, "distill"), _names(recipe, "refine")
+    if in_one_job(recipe, "refine"):  # the last module's first: there are the checkpoints, and its result comes last
+        return [Stage("refine", "refine", ("distill",), given + taught, refined[::-1])]
     if recipe.refine.order == "parallel":
         return [_by_module(recipe, "refine", ("distill",), given + taught)]
     # the elements of an array have no order, so every module is a job that waits for the one before it

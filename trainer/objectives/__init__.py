@@ -5,6 +5,7 @@ from trainer.objectives.distill import Distill
 from trainer.objectives.end_to_end import Borders, Classify, LearnFromTeacher
 from trainer.objectives.incubate import Incubate
 from trainer.objectives.meta import MatchTeacher, Theseus, meta_objective
+from trainer.objectives.together import Together
 
 __all__ = [
     "Borders",
@@ -15,6 +16,7 @@ __all__ = [
     "MatchTeacher",
     "Objective",
     "Theseus",
+    "Together",
     "meta_objective",
     "relative_mse",
     "soft_kl",

@@ -42,25 +42,33 @@ class Distill(Objective):
         self.taught = self.logit_weight > 0 and max(config.alpha, config.alpha_end or 0) > 0  # by the teacher's logits
         self.taught_here = self.taught or self.border != "none" or guide is not None  # the teacher module is run
         cost = [forward_flops(stage, tokens) for stage in meta.stages]
-        front, back = sum(cost[:index]), sum(cost[index + 1 :])
-        self.flops_per_image = sum(forward_flops(module, tokens) for module in predecessors)
-        self.flops_per_image += 3 * forward_flops(student, tokens)
-        if self.taught_here:
-            self.flops_per_image += front + forward_flops(teacher_stage, tokens)
-        elif not predecessors:
-            self.flops_per_image += front
-        if guide is not None:
-            self.flops_per_image += guide.routers.flops_per_image(tokens)
-        # a frozen suffix for the teacher, and one for the student that also passes the gradient on
-        self.flops_per_image += (back if self.taught else 0) + (2 * back if self.logit_weight else 0)
+        front, self.back_flops = sum(cost[:index]), sum(cost[index + 1 :])
+        # of the pair itself; the student's suffix also passes the gradient on
+        self.flops_of_pair = 3 * forward_flops(student, tokens) + (2 * self.back_flops if self.logit_weight else 0)
+        self.flops_of_pair += forward_flops(teacher_stage, tokens) if self.taught_here else 0
+        self.flops_of_pair += guide.routers.flops_per_image(tokens) if guide is not None else 0
+        # with what leads to its input, and the suffix for the teacher
+        self.flops_per_image = self.flops_of_pair + sum(forward_flops(module, tokens) for module in predecessors)
+        self.flops_per_image += front if self.taught_here or not predecessors else 0
+        self.flops_per_image += self.back_flops if self.taught else 0
 
     def __call__(self, forward, images: Tensor, target: Tensor) -> Step:
-        config, progress = self.config, self.progress
-        alpha, tau = _at(progress, config.alpha, config.alpha_end), _at(progress, config.tau, config.tau_end)
         with torch.no_grad():
             h, taught, wanted = self._teach(images)
             given = self._given(images, h)
-        mine = forward(given)
+        return self.loss(forward(given), target, h, taught, wanted)
+
+    def loss(
+        self, mine: Tensor, target: Tensor, h: Tensor | None, taught: Tensor | None, wanted: Tensor | None
+    ) -> Step:
+        """The step, once the student module has put out `mine`.
+
+        Args:
+            h, taught: input and output of the teacher module; None where nothing needs them.
+            wanted: the teacher's logits (B, C), likewise.
+        """
+        config, progress = self.config, self.progress
+        alpha, tau = _at(progress, config.alpha, config.alpha_end), _at(progress, config.tau, config.tau_end)
         balance = auxiliary_loss(self.module)
         loss, parts = balance, {"balance": balance.detach()}
         if self.guide is not None:
@@ -96,9 +104,13 @@ class Distill(Objective):
         if not self.taught_here:
             return None, None, None
         h = self.meta.front(images, self.index)
-        with self.guide.watching() if self.guide is not None else nullcontext():
-            taught = self.teacher_stage(h)
+        taught = self.teach(h)
         return h, taught, self.meta.back(taught, self.index) if self.taught else None
+
+    def teach(self, h: Tensor) -> Tensor:
+        """Output of the teacher module, watched by the guide if there is one."""
+        with self.guide.watching() if self.guide is not None else nullcontext():
+            return self.teacher_stage(h)
 
     def _given(self, images: Tensor, h: Tensor | None) -> Tensor:
         """What the student is fed."""

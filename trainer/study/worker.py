@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from trainer import interrupt
+from trainer.artifacts import in_one_job
 from trainer.config import load_recipe, one_line
 from trainer.console import quieten, set_up_logging
 from trainer.job import EXIT_BAD_INPUT, EXIT_FAILED
@@ -27,7 +28,7 @@ def main(cell: Path, ds_config: Path, names: list[str]) -> int:
     try:
         for name in names:
             step = Step(name)
-            where = dict(zip(("module", "expert"), step.numbers))
+            where = {} if in_one_job(recipe, step.phase) else dict(zip(("module", "expert"), step.numbers))
             run_phase(recipe, step.phase, out=cell, ds_config=ds_config, **where)
     except interrupt.Interrupted as stop:
         print(stop, file=sys.stderr, flush=True)
