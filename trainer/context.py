@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -26,7 +25,7 @@ from trainer.bases import load as load_bases
 from trainer.data.sources import ImageSource, open_source
 from trainer.dist import Dist, seed_everything
 from trainer.ds_config import Settings, resolve
-from trainer.engine import Engine, build_engine
+from trainer.engine import Engine, build_engine, working_type
 from trainer.loop import Data, Outcome, Task, epoch_length, eval_batch, evaluate, fit
 from trainer.schema import Recipe, ScheduleConfig
 from trainer.sizes import module_depths, student_config
@@ -232,7 +231,7 @@ class Run:
 
         Moves the objective's modules to the device and to the type they would train in.
         """
-        started, dtype = time.perf_counter(), torch.bfloat16 if settings.bf16 else torch.float32
+        started, dtype = time.perf_counter(), working_type(settings)
         for module in (objective.module, *objective.frozen):
             module.to(self.dist.device, dtype)
         found = evaluate(objective, self.data, dtype, self.eval_batch(settings), self.dist)

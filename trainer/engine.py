@@ -45,7 +45,7 @@ class Engine:
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights in the forward pass."""
-        return torch.bfloat16 if self.settings.bf16 else torch.float32
+        return working_type(self.settings)
 
     @property
     def lr(self) -> float:
@@ -108,6 +108,11 @@ class Engine:
     def close(self) -> None:
         """Free DeepSpeed's buffers and hooks, so that the next engine of this process starts clean."""
         self.deepspeed.destroy()
+
+
+def working_type(settings: Settings) -> torch.dtype:
+    """Type of the weights in a forward pass, of frozen models and images as well."""
+    return torch.bfloat16 if settings.bf16 else torch.float32
 
 
 def build_engine(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 
-import torch
 from torch import nn
 
 from models.meta import MetaModel
 from trainer.context import Run
 from trainer.ds_config import Settings
+from trainer.engine import working_type
 from trainer.loop import Predictor, evaluate
 
 log = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ FAR_BELOW = 0.9  # a hybrid under this share of the teacher's accuracy teaches l
 
 def measure(run: Run, meta: MetaModel, stages: list[nn.Module], settings: Settings) -> dict[str, float]:
     """Accuracy of the teacher, and of the meta model with each teacher module in its place (collective)."""
-    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    dtype = working_type(settings)
     meta.to(run.dist.device, dtype)
     teacher = run.teacher.model.to(run.dist.device, dtype)
     cases = {"teacher_accuracy": Predictor(meta, teacher, (teacher,))}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-
 from trainer import bases, hybrids, reuse
 from trainer.context import Run, save_weights
-from trainer.ds_config import Settings
+from trainer.engine import working_type
 from trainer.growing import with_seedling
 from trainer.loop import Predictor
 from trainer.objectives import meta_objective
@@ -36,7 +34,7 @@ def run(run: Run) -> None:
         outcome = run.measure(Predictor(meta, meta), settings)
     # a teacher that is grown is not there yet: phase assemble measures its hybrids
     measured = {} if grown else hybrids.measure(run, meta, stages, settings)
-    found = bases.measure(meta, run.data, _dtype(settings), run.eval_batch(settings), run.dist)
+    found = bases.measure(meta, run.data, working_type(settings), run.eval_batch(settings), run.dist)
     if trained:
         engine.close()
     if run.dist.main:
@@ -49,7 +47,3 @@ def run(run: Run) -> None:
         flops_per_image=objective.flops_per_image if trained else 0, metrics=outcome.evaluation | measured,
         made_with=made_with,
     )  # fmt: skip
-
-
-def _dtype(settings: Settings) -> torch.dtype:
-    return torch.bfloat16 if settings.bf16 else torch.float32

@@ -29,6 +29,7 @@ from trainer import artifacts, reuse, upcycling
 from trainer.context import Run
 from trainer.data.loader import eval_batches
 from trainer.ds_config import Settings
+from trainer.engine import working_type
 from trainer.guidance import routers_of
 from trainer.loop import Predictor, evaluate
 from trainer.objectives import Borders, Classify, LearnFromTeacher, Objective
@@ -143,7 +144,7 @@ def _ways_to_assemble(run: Run, modules: list[StudentModule], settings: Settings
         found = json.loads(path.read_text())
     found = run.dist.gather(found)[0]
     if found is None:
-        found, dtype = {}, torch.bfloat16 if settings.bf16 else torch.float32
+        found, dtype = {}, working_type(settings)
         states = _border_states(run, modules)
         for way in STITCHES:
             # a copy: its weights go to the device and to another type
