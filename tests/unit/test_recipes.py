@@ -21,7 +21,7 @@ from trainer.job import PHASES
 from trainer.objectives import Classify, Distill, MatchTeacher
 
 ROOT = Path(__file__).resolve().parents[2]
-STUDIES = {"study_ablation.yaml", "study_baselines.yaml"}  # test_study.py
+STUDIES = {path.name for path in (ROOT / "recipes").glob("study_*.yaml")} - {"study_base.yaml"}  # test_study.py
 RECIPES = sorted({path.name for path in (ROOT / "recipes").glob("*.yaml")} - STUDIES)
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 PHASE_SECTIONS = ("teacher", "meta", "distill", "train")

@@ -47,17 +47,21 @@ def result(folder: Path, metrics: dict, rows: list = (), **values) -> None:
 
 # what a study is made of
 
+FEWEST = {"study_ablation": 20, "study_baselines": 10, "study_meta": 6}  # variants
+
 
 @pytest.mark.parametrize("path", [p for p in STUDIES if p.name != "study_base.yaml"], ids=lambda p: p.stem)
 def test_every_variant_of_every_study_resolves(path, tmp_path):
     study = read_study(path)
     made = cells(study, tmp_path)
-    assert len(made) - study.share_teacher == len(study.variants) * len(study.seeds) >= 10 * len(study.seeds)
+    assert len(made) - study.share_teacher == len(study.variants) * len(study.seeds)
+    assert len(study.variants) >= FEWEST[path.stem]
     assert study.ds_config.is_file() and len(study.seeds) >= 3
     assert all(cell.recipe.data.source == "fractals" for cell in made)
     assert f"python -m trainer.study recipes/{path.name} --out runs/{path.stem}\n" in path.read_text()
     keys = [key for cell in made for key in cell.keys.values()]
-    assert len(set(keys)) < 0.9 * len(keys), "nothing to share"
+    if any(len(cell.steps) > 1 for cell in made):
+        assert len(set(keys)) < 0.9 * len(keys), "nothing to share"
     of_seed = [tuple(sorted(cell.keys.values())) for cell in made if cell.seed == study.seeds[0]]
     assert len(set(of_seed)) == len(of_seed), "two variants that are the same"
 

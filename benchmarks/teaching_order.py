@@ -1,0 +1,105 @@
+"""What it costs to teach every module one batch: as independent jobs, one module after another behind the student
+modules before it, and all together in one step (refine.order). Forward, backward and AdamW on plain torch, in turn in
+one run; beside each ratio that of the FLOPs (models/flops.py).
+
+    python benchmarks/teaching_order.py
+    python benchmarks/teaching_order.py modules=2 distill.logit_weight=1
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import models  # noqa: F401  isort: skip  first: it mends torchvision beside a CPU torch
+import torch
+
+from models.teacher import load_teacher, save_teacher
+from trainer.config import load_recipe
+from trainer.context import Run
+from trainer.dist import Dist
+from trainer.objectives import Distill, Objective, Together
+from trainer.preflight import new_teacher_of, trained_preprocessing
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="recipes/study_base.yaml", help="one without teacher.source")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    recipe = load_recipe(Path(options.recipe), ["data.source=digits", *options.overrides])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    run = Run(recipe, {}, Path(), Dist(0, 1, 0, 1, device), "benchmark")
+    with tempfile.TemporaryDirectory() as folder:
+        save_teacher(new_teacher_of(recipe.teacher, run.labels), folder, trained_preprocessing(recipe.teacher))
+        run = run.with_teacher(load_teacher(folder))
+    orders = {order: _objectives(run, order) for order in ("parallel", "sequential", "together")}
+    pre, batch = run.teacher.preprocessing, recipe.refine.global_batch or 16
+    images = torch.randn(batch, pre.in_chans, pre.image_size, pre.image_size, device=device)
+    target = torch.randint(len(run.labels), (batch,), device=device)
+    optimizers = {o: [torch.optim.AdamW(each.module.parameters()) for each in found] for o, found in orders.items()}
+    seconds: dict[str, list[float]] = {order: [] for order in orders}
+    for number in range(options.rounds + 2):
+        for order, found in orders.items():
+            taken = _teach(found, optimizers[order], images, target)
+            seconds[order] += [taken] if number >= 2 else []  # the first ones warm up
+    flops = {order: _flops(found) for order, found in orders.items()}
+    print(f"{recipe.modules} modules, {batch} images, {device.type}, medians of {options.rounds} rounds")
+    for order, taken in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(taken, seconds["together"]))
+        print(f"{order:10} {statistics.median(taken) * 1e3:8.1f} ms  {ratio:5.2f} x together"
+              f"  (FLOPs {flops[order] / flops['together']:.2f} x)")  # fmt: skip
+
+
+def _objectives(run: Run, order: str) -> list[Objective]:
+    """What is trained of all modules, one optimiser each."""
+    recipe, meta, stages, students = run.recipe, run.new_meta(), run.teacher_stages(), run.student_modules()
+    pairs = [
+        Distill(students[i], stages[i], meta, i, recipe.distill, run.tokens,
+                predecessors=students[:i] if order != "parallel" else ())
+        for i in range(recipe.modules)
+    ]  # fmt: skip
+    together = Together(pairs, meta, run.tokens, meta_is_teacher=recipe.meta.blocks_per_module == 0)
+    found = [together] if order == "together" else pairs
+    for objective in found:
+        for part in (*objective.frozen, objective.module):
+            part.to(run.dist.device)
+    return found
+
+
+def _teach(
+    objectives: Sequence[Objective], optimizers: Sequence[torch.optim.Optimizer], images: torch.Tensor,
+    target: torch.Tensor,
+) -> float:  # fmt: skip
+    """One step of every optimiser; seconds."""
+    started = time.perf_counter()
+    for objective, optimizer in zip(objectives, optimizers):
+        for part in objective.frozen:
+            part.requires_grad_(False).eval()
+        objective.module.requires_grad_(True).train()
+        loss, _ = objective(objective.module, images, target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if images.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def _flops(objectives: Sequence[Objective]) -> int:
+    """Of one image taught to all modules."""
+    return sum(sum(o.flops_by_module) if isinstance(o, Together) else o.flops_per_image for o in objectives)
+
+
+if __name__ == "__main__":
+    main()
