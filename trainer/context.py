@@ -191,9 +191,10 @@ class Run:
         """The artifact's folder, created on rank 0, and whether it is complete already (collective)."""
         name = artifacts.artifact_name(phase, module, start, expert)
         found = self.out / name, False
-        about = {"phase": phase, "module": module, "command": self.command, "ds_config": self.ds_values}
-        about |= {} if expert is None else {"expert": expert}
         recipe = self.recipe
+        asked = None if artifacts.in_one_job(recipe, phase) else module  # what --config asks for when it repeats this
+        about = {"phase": phase, "module": asked, "command": self.command, "ds_config": self.ds_values}
+        about |= {} if expert is None else {"expert": expert}
         if phase in ("train", "evaluate"):  # --config repeats this start, also where --phase all trains baselines
             recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, start=start))
         with self.dist.together():

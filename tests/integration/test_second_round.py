@@ -131,7 +131,7 @@ def test_modules_may_be_taught_together(warm, taught, tmp_path):
     weights = load_file(out / "refine_1/model.safetensors")
     for name in ("result.json", "model.safetensors"):
         (out / "refine_1" / name).unlink()
-    again = warm.run([*words, "--phase", "refine"], ranks=2)
+    again = warm.run(["--config", out / "refine_0/config.yaml", "--out", out], ranks=2)
     assert again.code == 0, again.output
     found = load_file(out / "refine_1/model.safetensors")
     assert all(torch.equal(found[name], weights[name]) for name in weights)
