@@ -34,6 +34,27 @@ def test_elements_of_the_expert_array_are_modules_and_experts(cluster, warm, tmp
         chain.command("cancel")
 
 
+def test_modules_taught_together_are_one_job(cluster, warm, tmp_path):
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    words = ["teacher.epochs=1", "meta.epochs=1", "distill.epochs=0", "distill.warmup_epochs=0", "refine.epochs=1",
+             "refine.order=together"]  # fmt: skip
+    for phase in ("teacher", "meta", "distill", "refine"):
+        finished = warm.run([*COMMAND, "--phase", phase, "--out", whole, *words])
+        assert finished.code == 0, finished.output
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("refine_*"))
+    chain = Chain(cluster, out, NODES="1", OVERRIDES=" ".join(words))
+    jobs = chain.submit()
+    try:
+        assert list(jobs) == ["refine", "train", "evaluate"] and chain.rows()[0][2] == "-"
+        assert chain.until_ended(jobs["refine"]) == "COMPLETED", chain.logs()
+        for i in range(3):
+            weights = f"refine_{i}/model.safetensors"
+            assert (out / weights).read_bytes() == (whole / weights).read_bytes(), f"{weights} differs"
+        assert chain.events("refine_2")[-1] == "done exit 0"
+    finally:
+        chain.command("cancel")
+
+
 @pytest.mark.slow
 def test_a_chain_with_experts_and_a_second_round_in_order(cluster, warm, tmp_path):
     """Every stage of it in its place: the weights of every artifact are those of --phase all without Slurm."""
