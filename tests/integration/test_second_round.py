@@ -88,7 +88,7 @@ def test_modules_may_be_taught_in_the_second_round_alone(warm, taught, tmp_path)
     out = tmp_path / "out"
     for name in ("teacher", "meta"):
         shutil.copytree(taught / name, out / name)
-    alone = ["distill.epochs=0", "distill.warmup_epochs=0", "refine.order=sequential", "train.baselines=[]"]
+    alone = ["distill.epochs=0", "refine.order=sequential", "train.baselines=[]"]
     finished = warm.run([*TINY, "--phase", "all", "--out", out, *METHOD, *alone, "distill.routing_weight=0.1"])
     assert finished.code == 0, finished.output
     for module in range(2):
@@ -109,7 +109,7 @@ def test_modules_may_be_taught_together(warm, taught, tmp_path):
     out = tmp_path / "out"
     for name in ("teacher", "meta"):
         shutil.copytree(taught / name, out / name)
-    alone = ["distill.epochs=0", "distill.warmup_epochs=0", "refine.order=together", "train.baselines=[]"]
+    alone = ["distill.epochs=0", "refine.order=together", "train.baselines=[]"]
     words = [*TINY, "--out", out, *METHOD, *alone, "distill.routing_weight=0.1"]
     one = warm.run([*words, "--phase", "refine", "--module", "1"])
     assert one.code == 2 and "--module 1 has no meaning with refine.order=together" in one.output

@@ -36,7 +36,7 @@ def test_elements_of_the_expert_array_are_modules_and_experts(cluster, warm, tmp
 
 def test_modules_taught_together_are_one_job(cluster, warm, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
-    words = ["teacher.epochs=1", "meta.epochs=1", "distill.epochs=0", "distill.warmup_epochs=0", "refine.epochs=1",
+    words = ["teacher.epochs=1", "meta.epochs=1", "distill.epochs=0", "refine.epochs=1",
              "refine.order=together"]  # fmt: skip
     for phase in ("teacher", "meta", "distill", "refine"):
         finished = warm.run([*COMMAND, "--phase", phase, "--out", whole, *words])

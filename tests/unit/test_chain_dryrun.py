@@ -34,7 +34,7 @@ def dry_run(tmp_path, *overrides):
     "overrides",
     [("distill.level=expert", "refine.epochs=2", "train.baselines=[scratch_equal_cost]"),
      (*GROWN, "refine.epochs=1", "refine.order=sequential"), ("train.start=scratch",),
-     ("distill.epochs=0", "distill.warmup_epochs=0", "refine.epochs=1", "refine.order=together")],
+     ("distill.epochs=0", "refine.epochs=1", "refine.order=together")],
 )  # fmt: skip
 def test_every_artifact_of_the_chain_has_a_cost(tmp_path, overrides):
     dry, _ = dry_run(tmp_path, *overrides)
@@ -60,7 +60,7 @@ def test_experts_share_the_images_and_a_second_round_costs_its_predecessors(tmp_
 
 def test_taught_together_modules_share_the_passes_of_teacher_and_student(tmp_path):
     words = ("meta.blocks_per_module=0", "distill.border=mse", "distill.logit_weight=0", "distill.epochs=0",
-             "distill.warmup_epochs=0", "refine.epochs=8")  # fmt: skip
+             "refine.epochs=8")  # fmt: skip
     together, found = dry_run(tmp_path, *words, "refine.order=together")
     assert any(line.startswith("refine: 160 steps of 16 images") and line.endswith("at once") for line in found)
     names = [f"refine_{i}" for i in range(3)]
