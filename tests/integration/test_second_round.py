@@ -113,7 +113,7 @@ def test_modules_may_be_taught_together(warm, taught, tmp_path):
     words = [*TINY, "--out", out, *METHOD, *alone, "distill.routing_weight=0.1"]
     one = warm.run([*words, "--phase", "refine", "--module", "1"])
     assert one.code == 2 and "--module 1 has no meaning with refine.order=together" in one.output
-    finished = warm.run([*words, "--phase", "all"], ranks=2)
+    finished = warm.run([*words, "--phase", "all", "ds.trainer.ep_size=2"], ranks=2)
     assert finished.code == 0, finished.output
     for module in range(2):
         made = result(out / f"refine_{module}")
