@@ -40,6 +40,7 @@ def report(metrics: dict[str, float], modules: int) -> None:
         if hybrid < FAR_BELOW * teacher:
             log.warning(
                 "teacher module %d reaches only %.1f%% inside the meta model (teacher %.1f%%): its student will learn "
-                "from a broken teacher. Use meta.objective=matching, meta.init=teacher, or more meta.epochs",
+                "from a broken teacher. Use meta.objective=theseus, meta.init=teacher, more meta.epochs, or "
+                "meta.blocks_per_module=0",
                 i, 100 * hybrid, 100 * teacher,
             )  # fmt: skip

@@ -130,7 +130,7 @@ def _teachers(phases: Mapping[str, PhaseRecord]) -> Iterator[str]:
         if teacher and hybrid is not None and hybrid < FAR_BELOW * teacher:
             yield (
                 f"Teacher {name} reaches only {hybrid:.1%} inside the meta model (the whole teacher {teacher:.1%}): "
-                "its student learns from a broken teacher. Use meta.objective=matching, meta.init=teacher, more epochs."
+                "its student learns from a broken teacher. Use meta.objective=theseus, meta.init=teacher, more epochs."
             )
 
 

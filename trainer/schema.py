@@ -150,7 +150,7 @@ class MetaConfig(ScheduleConfig):
     source: str = knob("", "reuse a trained one: run folder, or hub id[@revision] of a pushed run; empty = train it")
     init: Literal["scratch", "teacher"] = knob("teacher", "start of the stages: new, or the teacher's own layers")
     objective: Literal["labels", "matching", "theseus"] = knob(
-        "matching", "labels only; the teacher's border states and logits; or random swapping with teacher modules"
+        "theseus", "labels only; the teacher's border states and logits; or random swapping with teacher modules"
     )
     blocks_per_module: int = knob(
         1, "transformer blocks per stage; 0 = the teacher is its own meta model, and nothing is trained"
