@@ -64,13 +64,14 @@ def main() -> None:
 def _objectives(run: Run, order: str) -> list[Objective]:
     """What is trained of all modules, one optimiser each."""
     recipe, meta, stages, students = run.recipe, run.new_meta(), run.teacher_stages(), run.student_modules()
-    pairs = [
-        Distill(students[i], stages[i], meta, i, recipe.distill, run.tokens,
-                predecessors=students[:i] if order != "parallel" else ())
-        for i in range(recipe.modules)
-    ]  # fmt: skip
-    together = Together(pairs, meta, run.tokens, meta_is_teacher=recipe.meta.blocks_per_module == 0)
-    found = [together] if order == "together" else pairs
+    if order == "together":
+        found = [Together(students, stages, meta, recipe.distill, run.tokens, recipe.meta.blocks_per_module == 0)]
+    else:
+        found = [
+            Distill(students[i], stages[i], meta, i, recipe.distill, run.tokens,
+                    predecessors=students[:i] if order == "sequential" else ())
+            for i in range(recipe.modules)
+        ]  # fmt: skip
     for objective in found:
         for part in (*objective.frozen, objective.module):
             part.to(run.dist.device)

@@ -32,7 +32,8 @@ def everything(config: DistillConfig, blocks: int):
         scramble(part)  # else it is the teacher in part
     students = build_student_modules(vmoe(), [1, 1, 1], teacher.embed_dim)
     pairs = [Distill(students[i], stages[i], meta, i, config, TOKENS, predecessors=students[:i]) for i in range(3)]
-    return Together(pairs, meta, TOKENS, meta_is_teacher=not blocks), pairs, meta, stages, students
+    objective = Together(students, stages, meta, config, TOKENS, meta_is_teacher=not blocks)
+    return objective, pairs, meta, stages, students
 
 
 @pytest.mark.parametrize("blocks", [0, 1], ids=["teacher as meta", "trained meta"])

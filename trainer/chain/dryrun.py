@@ -217,11 +217,8 @@ class DryRun:
     def refine_together(self) -> str:
         """All student modules in one training."""
         run, r = self.run, self.recipe
-        meta, students, stages = run.new_meta(), run.student_modules(), run.teacher_stages()
-        pairs = [
-            Distill(students[i], stages[i], meta, i, r.distill, run.tokens, 0.0, students[:i]) for i in range(r.modules)
-        ]
-        objective = Together(pairs, meta, run.tokens, r.meta.blocks_per_module == 0)
+        objective = Together(run.student_modules(), run.teacher_stages(), run.new_meta(), r.distill, run.tokens,
+                             r.meta.blocks_per_module == 0)  # fmt: skip
         with torch.no_grad():
             objective.predict(self._images())
         experts = r.student.moe.num_experts

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from models.flops import forward_flops
+from models.guided_routing import Guide
 from models.meta import MetaModel
+from models.modules import Stage
 from trainer.objectives.base import Objective, Step
 from trainer.objectives.distill import Distill
+from trainer.schema import DistillConfig
 
 
 class Together(Objective):
@@ -21,15 +24,24 @@ class Together(Objective):
     change as it does; only the limit on the gradient norm is one for all of them.
 
     Args:
-        pairs: one per module, in order, each with the student modules before it as its predecessors.
+        students, teacher_stages: the modules in order.
         meta: what they stand in.
         meta_is_teacher: its stages are the teacher's modules (meta.blocks_per_module=0), which then run only once.
+        guides: of teacher-guided routing, one per module.
     """
 
-    def __init__(self, pairs: Sequence[Distill], meta: MetaModel, tokens: int, meta_is_teacher: bool):
-        self.pairs, self.meta, self.meta_is_teacher = pairs, meta, meta_is_teacher
-        self.module = ModuleChain([pair.module for pair in pairs])
-        self.frozen = [meta, *(pair.teacher_stage for pair in pairs)]
+    def __init__(self, students: Sequence[nn.Module], teacher_stages: Sequence[Stage], meta: MetaModel,
+                 config: DistillConfig, tokens: int, meta_is_teacher: bool, label_smoothing: float = 0.0,
+                 guides: Sequence[Guide | None] = ()):  # fmt: skip
+        self.pairs = pairs = [
+            Distill(
+                student, stage, meta, i, config, tokens, label_smoothing, students[:i], guides[i] if guides else None
+            )
+            for i, (student, stage) in enumerate(zip(students, teacher_stages))
+        ]
+        self.meta, self.meta_is_teacher = meta, meta_is_teacher
+        self.module = ModuleChain(students)
+        self.frozen = [meta, *teacher_stages]
         self.teacher_runs = sum(pair.taught_here for pair in pairs)  # modules, from the first on
         self.flops_by_module = [pair.flops_of_pair for pair in pairs]  # per image
         if not meta_is_teacher:

@@ -70,17 +70,16 @@ def run_together(run: Run) -> None:
         return
     meta, students, made_with, _ = _load(run, [f"distill_{module}" for module in modules], "--phase refine")
     settings = run.settings("refine", schedule, recipe.student.moe.num_experts)
-    stages, smoothing = run.teacher_stages(), recipe.augment.label_smoothing
-    guides = [module_guide(run, student, stage) for student, stage in zip(students, stages)]
-    pairs = [Distill(students[i], stages[i], meta, i, recipe.distill, run.tokens, smoothing, students[:i], guides[i][0])
-             for i in modules]  # fmt: skip
-    objective = Together(pairs, meta, run.tokens, meta_is_teacher=recipe.meta.blocks_per_module == 0)
+    stages = run.teacher_stages()
+    guides, guide_flops = zip(*(module_guide(run, student, stage) for student, stage in zip(students, stages)))
+    objective = Together(students, stages, meta, recipe.distill, run.tokens, recipe.meta.blocks_per_module == 0,
+                         recipe.augment.label_smoothing, guides)  # fmt: skip
     outcome, state, engine = run.train(
         objective, run.data, schedule, settings, opened[-1][0], f"refine all {recipe.modules}"
     )
     engine.close()
     share = outcome.seconds / sum(objective.flops_by_module)
-    for module, (folder, _), pair, flops in zip(modules, opened, pairs, objective.flops_by_module):
+    for module, (folder, _), pair, flops in zip(modules, opened, objective.pairs, objective.flops_by_module):
         last = module == recipe.modules - 1
         measured = outcome if last else run.measure(pair, settings)
         if run.dist.main:
@@ -90,7 +89,7 @@ def run_together(run: Run) -> None:
         run.finish(
             folder, "refine", module,
             replace(outcome, seconds=share * flops, health=outcome.health if last else {}), settings,
-            epochs=schedule.epochs, flops_per_image=flops, extra_flops=guides[module][1],
+            epochs=schedule.epochs, flops_per_image=flops, extra_flops=guide_flops[module],
             metrics={"hybrid_accuracy": measured.evaluation["accuracy"], **measured.evaluation}, made_with=made_with,
         )  # fmt: skip
 
