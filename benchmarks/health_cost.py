@@ -1,5 +1,5 @@
 """What the watch over a training costs: optimiser steps of the embedded demo's student, bare (forward, backward, step)
-and through trainer/train_step.py (loss guard, running sums, seeded draws), and a metrics row with one all-reduce
+and through trainer/loop/step.py (loss guard, running sums, seeded draws), and a metrics row with one all-reduce
 against one with three per MoE layer, in turn in one run. On a busy machine look at the processor's time.
 
     python benchmarks/health_cost.py
@@ -24,17 +24,17 @@ if not __package__:
 import models  # noqa: F401  isort: skip  first: it mends torchvision beside a CPU torch
 import torch
 
-from models.moe import MoEConfig, routing_metrics
+from models.moe.layer import MoEConfig, routing_metrics
 from models.preprocessing import Preprocessing
-from models.vmoe import VMoE, VMoEConfig
-from trainer.config import load_recipe, to_dict
-from trainer.data.loader import Batch
+from models.vmoe.model import VMoE, VMoEConfig
+from trainer.config.ds_config import read_ds_config, resolve
+from trainer.config.load import load_recipe, to_dict
+from trainer.data.loader import Batch, Data
 from trainer.data.sources import open_source
-from trainer.dist import Dist, start, stop
-from trainer.ds_config import read_ds_config, resolve
-from trainer.engine import build_engine
+from trainer.distributed.engine import build_engine
+from trainer.distributed.ranks import Dist, start, stop
+from trainer.loop.step import Task, TrainStep
 from trainer.objectives import Classify
-from trainer.train_step import Data, Task, TrainStep
 
 STEPS = 25  # of one kind in a row
 

@@ -23,17 +23,17 @@ if not __package__:
 import models  # noqa: F401  isort: skip  first: it mends torchvision beside a CPU torch
 import torch
 
-from models.teacher import new_teacher
-from models.vmoe import VMoE
-from trainer.checkpoint import Saver
-from trainer.config import load_recipe
+from models.teacher.load import new_teacher
+from models.vmoe.model import VMoE
+from trainer.checkpoint.saver import Saver
+from trainer.config.ds_config import read_ds_config
+from trainer.config.load import load_recipe
 from trainer.context import Run
-from trainer.dist import seed_everything, start, stop
-from trainer.ds_config import read_ds_config
-from trainer.engine import Engine, build_engine
+from trainer.distributed.engine import Engine, build_engine
+from trainer.distributed.ranks import seed_everything, start, stop
 from trainer.objectives import Classify
-from trainer.preflight import trained_preprocessing
-from trainer.sizes import student_config
+from trainer.teaching.students import student_config
+from trainer.teaching.teachers import trained_preprocessing
 
 STEPS = 100  # of an interval: one save
 KINDS = ("none", "background", "waited for")

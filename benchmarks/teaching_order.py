@@ -22,12 +22,14 @@ if not __package__:
 import models  # noqa: F401  isort: skip  first: it mends torchvision beside a CPU torch
 import torch
 
-from models.teacher import load_teacher, save_teacher
-from trainer.config import load_recipe
+from models.teacher.load import load_teacher, save_teacher
+from trainer.config.load import load_recipe
 from trainer.context import Run
-from trainer.dist import Dist
+from trainer.distributed.ranks import Dist
 from trainer.objectives import Distill, Objective, Together
-from trainer.preflight import new_teacher_of, trained_preprocessing
+from trainer.teaching.meta import new_meta
+from trainer.teaching.students import student_modules
+from trainer.teaching.teachers import new_teacher_of, trained_preprocessing
 
 
 def main() -> None:
@@ -63,7 +65,7 @@ def main() -> None:
 
 def _objectives(run: Run, order: str) -> list[Objective]:
     """What is trained of all modules, one optimiser each."""
-    recipe, meta, stages, students = run.recipe, run.new_meta(), run.teacher_stages(), run.student_modules()
+    recipe, meta, stages, students = run.recipe, new_meta(run), run.teacher_stages(), student_modules(run)
     if order == "together":
         found = [Together(students, stages, meta, recipe.distill, run.tokens, recipe.meta.blocks_per_module == 0)]
     else:

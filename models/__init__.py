@@ -1,3 +1,3 @@
 """Pure torch models: teacher, modules, meta model, V-MoE student. Never imports trainer/."""
 
-from models import _torchvision  # noqa: F401  must run before timm or transformers import torchvision
+from . import _torchvision  # noqa: F401  must run before timm or transformers import torchvision

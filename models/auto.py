@@ -24,11 +24,11 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
-from models.convert import to_processor
-from models.moe import auxiliary_loss
-from models.preprocessing import Preprocessing
-from models.vmoe import VMoE, VMoEConfig, reset_head
-from models.vmoe_config import MODEL_TYPE
+from .moe.layer import auxiliary_loss
+from .preprocessing import Preprocessing
+from .teacher.convert import to_processor
+from .vmoe.config import MODEL_TYPE
+from .vmoe.model import VMoE, VMoEConfig, reset_head
 
 
 class VMoETransformersConfig(PreTrainedConfig):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from models.moe import MoE
+from .moe.layer import MoE
 
 ONE_TOKEN = ("head", "head_dist", "pre_logits")  # run on the pooled token, not on the sequence
 

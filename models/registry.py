@@ -22,11 +22,11 @@ from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg, g
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from models.hub_files import CheckpointFiles
-from models.moe import official
-from models.vmoe import VMoE, VMoEConfig, decode_variant
-from models.vmoe_config import MODEL_TYPE, POOLS
-from models.vmoe_files import ARCHITECTURE, TIMM_NAMES, read
+from .files.hub import CheckpointFiles
+from .moe.layer import official
+from .vmoe.config import MODEL_TYPE, POOLS
+from .vmoe.files import ARCHITECTURE, TIMM_NAMES, read
+from .vmoe.model import VMoE, VMoEConfig, decode_variant
 
 VARIANTS = {
     "vmoe_small_patch16_224": "S/16",

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from models.moe import MoEConfig
+from models.moe.layer import MoEConfig
 from models.preprocessing import Preprocessing
-from models.vmoe import VMoE, VMoEConfig
+from models.vmoe.model import VMoE, VMoEConfig
 from trainer import artifacts
-from trainer.config import build
-from trainer.schema import Recipe
+from trainer.config.load import build
+from trainer.config.recipe import Recipe
+from trainer.request import graph
 
 CONFIG = VMoEConfig(image_size=8, patch_size=4, width=16, depth=2, heads=2, mlp_dim=16, num_classes=3,
                     moe_blocks="1", moe=MoEConfig(num_experts=2, k=1))  # fmt: skip
@@ -50,13 +51,13 @@ def finish_run(out: Path, recipe: Recipe, student: VMoE, accuracy: float = 0.8, 
         folder = _open(out, name, recipe)
         save_file({"weight": torch.full((4,), len(name) * 1.0)}, folder / "model.safetensors")
         _close(folder, metrics, flops=1e9, seconds=10.0, images_seen=100)
-    name = artifacts.artifact_name("train", start=recipe.train.start)
+    name = graph.artifact_name("train", start=recipe.train.start)
     folder = _open(out, name, recipe)
     student.save_pretrained(folder, preprocessing=Preprocessing(8, (0.5,) * 3, (0.25,) * 3), labels=LABELS, **save)
     row = {"kind": "train", "phase": "train", "epoch": 0, "step": 1, "loss": 1.0, "load/1": [0.75, 0.25]}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     _close(folder, {"accuracy": 0.8125, "loss": 0.5}, flops=2e9, seconds=20.0, images_seen=200)
-    name = artifacts.artifact_name("evaluate", start=recipe.train.start)
+    name = graph.artifact_name("evaluate", start=recipe.train.start)
     _close(_open(out, name, recipe), {"accuracy": accuracy, "loss": 0.625, "images": 160.0}, flops=0.0, seconds=1.0)
 
 

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.api import load_results, run_phase
-    from trainer.config import load_recipe
-    from trainer.interrupt import Interrupted
+    from trainer.config.load import load_recipe
+    from trainer.distributed.interrupt import Interrupted
 
 __all__ = ["Interrupted", "load_recipe", "load_results", "run_phase"]
 _HOMES = {
-    "Interrupted": "trainer.interrupt",
-    "load_recipe": "trainer.config",
+    "Interrupted": "trainer.distributed.interrupt",
+    "load_recipe": "trainer.config.load",
     "load_results": "trainer.api",
     "run_phase": "trainer.api",
 }

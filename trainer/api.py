@@ -22,11 +22,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trainer import interrupt
-from trainer.artifacts import in_one_job
-from trainer.ds_config import read_ds_config
-from trainer.job import Job
-from trainer.schema import Recipe
+from trainer.config.ds_config import read_ds_config
+from trainer.config.recipe import Recipe
+from trainer.distributed import interrupt
+from trainer.request.graph import in_one_job
+from trainer.request.job import Job
 
 
 def run_phase(
@@ -94,11 +94,11 @@ def load_results(out: str | Path) -> dict[str, dict[str, Any]]:
 def execute(job: Job) -> None:
     """Join the other ranks, check everything, run the phases of a job (collective)."""
     import models  # noqa: F401  first: it mends torchvision beside a CPU torch
-    from trainer import dist as distributed
-    from trainer import preflight
     from trainer.context import Run
+    from trainer.distributed import ranks
+    from trainer.plan import preflight
 
-    run = Run(job.recipe, job.ds_values, job.out, distributed.start(), job.command)
+    run = Run(job.recipe, job.ds_values, job.out, ranks.start(), job.command)
     with run.dist.together():
         preflight.check(run, job.phases)
     interrupt.HEARTBEAT.watch(job.recipe.run.hang_seconds)  # from here on: what came before may be a download of hours
@@ -145,7 +145,7 @@ def _run(run: Any, job: Job, phase: str) -> None:
     elif phase == "evaluate":
         evaluate.run(run, start)
         if job.phase == "all" and run.dist.main:
-            from trainer.report import write_report
+            from trainer.report.write import write_report
 
             print(write_report(run.out), flush=True)
     elif phase == "push":
@@ -168,6 +168,6 @@ def _signals() -> Iterator[None]:
 
 
 def _leave() -> None:
-    from trainer import dist as distributed
+    from trainer.distributed import ranks
 
-    distributed.stop()
+    ranks.stop()

@@ -6,12 +6,10 @@ unfinished, and a folder made with another recipe is refused by the key that dif
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,79 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trainer.config import build, first_difference, read_yaml, to_dict
-from trainer.redaction import refuse_secrets
-from trainer.schema import Recipe
+from trainer.config.load import build, first_difference, read_yaml, to_dict
+from trainer.config.recipe import Recipe
+from trainer.config.redaction import refuse_secrets
+from trainer.disk import file_record, write_json, write_text
+from trainer.request.graph import _command, artifact_name, defining
+from trainer.request.stages import FOLLOWING, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# The sections of the recipe an artifact depends on (evaluate: those of what it measures); others may change.
-_TEACHER = ("seed", "data", "augment", "teacher")
-_META = (*_TEACHER, "modules", "meta")
-_STUDENT = (*_META, "distill", "expert", "student")
-_ALL = (*_STUDENT, "refine", "train")
-DEFINED_BY = {
-    "teacher": _TEACHER,
-    "meta": _META,
-    "incubate": (*_META, "incubate"),
-    "assemble": (*_META, "incubate", "assemble"),
-    "cluster": (*_META, "expert", "student"),
-    "expert": _STUDENT,
-    "distill": _STUDENT,
-    "refine": (*_STUDENT, "refine"),
-    "train": _ALL,
-    "train_scratch": (*_TEACHER, "student", "train"),
-    "train_upcycled": (*_TEACHER, "modules", "student", "train"),
-    "train_scratch_equal_cost": _ALL,
-    "push": _ALL,
-}
-BY_MODULE = ("incubate", "cluster", "expert", "distill", "refine")  # each module is a job and an artifact of its own
-NOT_DEFINING = {"data": ("workers", "fractals.cache"), "train": ("start", "baselines")}
 PACKAGES = ("torch", "deepspeed", "timm", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy")
-
-
-def preparation(recipe: Recipe) -> list[str]:
-    """Names of every artifact that is made on the way from the teacher to the student's end-to-end training."""
-    modules, apart = range(recipe.modules), taught_by_expert(recipe)
-    refined = [f"refine_{i}" for i in modules] if recipe.refine.epochs else []
-    experts = range(recipe.student.moe.num_experts)
-    parts = [name for i in modules for name in (f"cluster_{i}", *(f"expert_{i}_{j}" for j in experts)) if apart]
-    return ["meta", *parts, *(f"distill_{i}" for i in modules), *refined]
-
-
-def own_teacher(recipe: Recipe) -> tuple[str, ...]:
-    """The artifact that holds the teacher a run makes itself, which is also its phase; empty when it is given."""
-    if recipe.teacher.source:
-        return ()
-    return ("assemble",) if recipe.teacher.grown else ("teacher",)
-
-
-def taught_by_expert(recipe: Recipe) -> bool:
-    """Whether this run teaches the experts of its modules one by one before the modules."""
-    return recipe.distill.level == "expert" and not recipe.distill.source
-
-
-def in_one_job(recipe: Recipe, phase: str) -> bool:
-    """Whether a phase that goes by module makes those of all modules in one training, and takes no module."""
-    return phase == "refine" and recipe.refine.order == "together"
-
-
-def trained_again(recipe: Recipe, module: int) -> bool:
-    """Whether the second round trains this module: the first is fed images either way, but has to be taught once."""
-    return module > 0 or not recipe.distill.epochs or in_one_job(recipe, "refine")
-
-
-def taught_in(recipe: Recipe) -> str:
-    """The phase whose result tells what a module has learned: the first round, unless it was left out."""
-    return "distill" if recipe.distill.epochs or not recipe.refine.epochs else "refine"
-
-
-def artifact_name(phase: str, module: int | None = None, start: str = "distilled", expert: int | None = None) -> str:
-    """Folder name of a phase's artifact: distill_2, expert_2_0, train, train_scratch."""
-    if phase in ("train", "evaluate") and start != "distilled":
-        return f"{phase}_{start}"
-    return "_".join(str(part) for part in (phase, module, expert) if part is not None)
 
 
 def open_folder(out: Path, name: str, recipe: Recipe, run: dict[str, Any]) -> tuple[Path, bool]:
@@ -168,7 +104,7 @@ def load_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tens
     Raises:
         ValueError: a name, shape or type that differs, or a value that is not finite; the tensor is named.
     """
-    from models.checkpoint_checks import load_state
+    from models.files.checks import load_state
 
     with reading(folder):
         return load_state(folder, expected)
@@ -192,27 +128,6 @@ def write_result(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     result = result | {"git_commit": git_commit(), "versions": versions(), "files": files}
     write_json(folder / "result.json", result)
     return result
-
-
-def file_record(path: Path) -> dict[str, Any]:
-    """Size in bytes and SHA-256 of a file."""
-    with path.open("rb") as f:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file atomically: beside it first, flushed, then renamed."""
-    beside = path.with_name(path.name + ".tmp")
-    with beside.open("w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically; a value that is not finite is an error, not invalid JSON."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def git_commit() -> str | None:
@@ -251,43 +166,26 @@ def _refuse_other_recipe(folder: Path, name: str, recipe: Recipe, what: str) -> 
         raise ValueError(f"{what} ({difference}): use another --out, or the recipe in {path}")
 
 
-def _command(name: str) -> str:
-    """The flags that make an artifact."""
-    phase, _, rest = name.partition("_")
-    if phase == "upcycle":  # made by whichever phase needs it first
-        return "the phase"
-    if not rest:
-        return f"--phase {phase}"
-    if phase == "expert":
-        return "--phase expert --module {} --expert {}".format(*rest.split("_"))
-    if phase in BY_MODULE:
-        return f"--phase {phase} --module {rest}"
-    return f"--phase {phase} train.start={rest}"
+def missing(stage: Stage, out: Path, recipe: Recipe) -> list[int]:
+    """Array elements (0 for a plain job) whose artifact is not complete yet.
+
+    Raises:
+        ValueError: there is one of another recipe, or a file of it is damaged.
+    """
+    todo = []
+    for i, name in enumerate(stage.artifacts):
+        if not (out / name / "result.json").is_file():
+            todo.append(i)
+        elif stage.phase in FOLLOWING:
+            made = [(out / n / "result.json").stat().st_mtime for n in (*stage.inputs, name) if (out / n).is_dir()]
+            elsewhere = stage.phase == "push" and _pushed_to(out, recipe) != [recipe.hub.repo, recipe.hub.revision]
+            if made != sorted(made) or elsewhere:  # an input was made anew since
+                todo.append(i)
+        elif stage.phase != "download":
+            require(out, name, recipe, "the chain")
+    return todo
 
 
-def defining(recipe: dict[str, Any], name: str) -> dict[str, Any]:
-    """The part of a recipe (as from to_dict) that decides what the artifact `name` holds."""
-    phase = name.partition("_")[0]
-    kind = phase if phase in BY_MODULE else name.replace("evaluate", "train")
-    keys = DEFINED_BY[kind]
-    if recipe["teacher"]["grown"] and kind not in ("meta", "incubate"):  # those come before the teacher
-        keys = dict.fromkeys((*keys, *DEFINED_BY["assemble"]))
-    kept = {}
-    for key in keys:
-        if key == "expert" and recipe["distill"]["level"] == "module":
-            continue  # has no effect there
-        value = recipe.get(key)
-        if isinstance(value, dict):
-            whole = kind == key == "teacher"  # it is cut into modules later
-            value = _without(value, ("depths",) if whole else NOT_DEFINING.get(key, ()))
-        kept[key] = value
-    return kept
-
-
-def _without(section: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """A section without these keys; dotted ones lie in a section inside it."""
-    kept = {key: value for key, value in section.items() if key not in keys}
-    for inner, _, key in (dotted.partition(".") for dotted in keys if "." in dotted):
-        if isinstance(kept.get(inner), dict):
-            kept[inner] = _without(kept[inner], (key,))
-    return kept
+def _pushed_to(out: Path, recipe: Recipe) -> list[str]:
+    _, result = require(out, "push", recipe, "the chain")
+    return [result["repo"], result["revision"]]

@@ -2,75 +2,98 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.basis import Basis
 from models.flops import forward_flops, num_tokens
-from models.meta import MetaModel, check_pair
-from models.modules import split
-from models.stitch import StudentModule, build_student_modules
-from models.teacher import Teacher, load_teacher
-from models.vmoe import VMoE, VMoEConfig
-from trainer import artifacts, upcycling
-from trainer.bases import load as load_bases
-from trainer.data.sources import ImageSource, open_source
-from trainer.dist import Dist, seed_everything
-from trainer.ds_config import Settings, resolve
-from trainer.engine import Engine, build_engine, working_type
-from trainer.loop import Data, Outcome, Task, epoch_length, eval_batch, evaluate, fit
-from trainer.schema import Recipe, ScheduleConfig
-from trainer.sizes import module_depths, student_config
+from models.modules.stages import split
+from models.teacher.load import Teacher, fingerprint, load_teacher
+from trainer import artifacts
+from trainer.config.ds_config import Settings, resolve
+from trainer.config.load import module_depths
+from trainer.config.phases import ScheduleConfig
+from trainer.config.recipe import Recipe
+from trainer.data.base import ImageSource
+from trainer.data.sources import open_source
+from trainer.distributed.engine import Engine, build_engine, working_type
+from trainer.distributed.ranks import Dist, seed_everything
+from trainer.evaluation.accuracy import eval_batch, evaluate
+from trainer.loop.fit import Data, Outcome, Task, epoch_length, fit
+from trainer.request.graph import artifact_name, in_one_job, own_teacher
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Opened:
+    """What a process opens or loads once, however many runs look at it: image sources, the teacher, dense weights."""
+
+    def __init__(self, things: Mapping[str, Any] = MappingProxyType({})):
+        self._things = dict(things)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """The thing of that name, made by `make` when it is first asked for."""
+        if name not in self._things:
+            self._things[name] = make()
+        return self._things[name]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One invocation: the recipe, the DeepSpeed JSON, the output folder, and this process among the ranks."""
+    """One invocation: the recipe, the DeepSpeed JSON, the output folder, and this process among the ranks.
+
+    Attributes:
+        planned_teacher: stands in while the teacher of the recipe is not trained yet.
+        opened: shared with the runs made from this one.
+    """
 
     recipe: Recipe
     ds_values: dict[str, Any]
     out: Path
     dist: Dist
     command: str
-    planned_teacher: Teacher | None = None  # stands in while the teacher of the recipe is not trained yet
-
-    @cached_property
-    def sources(self) -> tuple[ImageSource, ImageSource]:
-        """Training and validation images."""
-        return open_source(self.recipe.data, "train"), open_source(self.recipe.data, "val")
+    planned_teacher: Teacher | None = None
+    opened: Opened = field(default_factory=Opened)
 
     def with_teacher(self, planned: Teacher) -> Run:
         """The same run with a stand-in for the teacher it is going to train, and its data open already."""
-        run = dataclasses.replace(self, planned_teacher=planned)
-        vars(run)["sources"] = self.sources  # where cached_property keeps it: opening a large folder takes minutes
-        return run
+        return replace(self, planned_teacher=planned, opened=Opened({"sources": self.sources}))
+
+    def with_student(self, **changes: Any) -> Run:
+        """The same run with changes to its student; what is open does not depend on them."""
+        return replace(self, recipe=replace(self.recipe, student=replace(self.recipe.student, **changes)))
+
+    @property
+    def sources(self) -> tuple[ImageSource, ImageSource]:
+        """Training and validation images."""
+        data = self.recipe.data
+        return self.opened.once("sources", lambda: (open_source(data, "train"), open_source(data, "val")))
 
     @property
     def labels(self) -> list[str]:
         """Class names of the data."""
         return self.sources[0].labels
 
-    @cached_property
+    @property
     def teacher(self) -> Teacher:
         """The teacher of the recipe, on the CPU; made by phase teacher or assemble when the recipe names none.
 
         Raises:
             ValueError: not found, not supported, or its head has another number of classes than the data.
         """
-        if self.planned_teacher is not None:
-            return self.planned_teacher
+        return self.planned_teacher or self.opened.once("teacher", self._load_teacher)
+
+    def _load_teacher(self) -> Teacher:
         source = self.recipe.teacher.source
-        for name in artifacts.own_teacher(self.recipe):
+        for name in own_teacher(self.recipe):
             source = str(artifacts.require(self.out, name, self.recipe, "a recipe without teacher.source")[0])
         teacher = load_teacher(source)
         if teacher.num_classes != len(self.labels):
@@ -80,20 +103,15 @@ class Run:
             )
         return teacher
 
-    @cached_property
+    @property
     def teacher_record(self) -> dict[str, Any]:
         """What tells this teacher from others, wherever it lies: its sizes and the SHA-256 of its weights.
 
         Ask before anything trains: training moves the teacher to the device and to the type of the student.
         """
-        return upcycling.fingerprint(self.teacher)
+        return self.opened.once("teacher record", lambda: fingerprint(self.teacher))
 
-    @cached_property
-    def dense(self) -> Teacher:
-        """The dense model the student starts from (student.init)."""
-        return upcycling.load_dense(self)
-
-    @cached_property
+    @property
     def data(self) -> Data:
         """Images with the teacher's preprocessing and the recipe's training transforms."""
         return self.data_for(self.teacher.preprocessing)
@@ -103,7 +121,7 @@ class Run:
         d = self.recipe.data
         return Data(*self.sources, preprocessing, self.recipe.augment, d.workers, len(self.labels), d.skip_unreadable)
 
-    @cached_property
+    @property
     def tokens(self) -> int:
         """Length of the token sequence, the same for teacher, meta model and student."""
         return num_tokens(self.teacher.model)
@@ -114,62 +132,9 @@ class Run:
         r = self.recipe
         return module_depths(r.teacher.depths, len(self.teacher.model.blocks), r.modules, "teacher")
 
-    def student_config(self, drop_path: float = 0.0, recipe: Recipe | None = None) -> VMoEConfig:
-        """The student that fits this teacher and data, of another recipe if given.
-
-        Raises:
-            ValueError: sizes that are open or do not fit.
-        """
-        images, tokens = self.teacher.preprocessing, self.teacher.model.num_prefix_tokens
-        return student_config(
-            recipe or self.recipe, len(self.labels), drop_path,
-            image_size=images.image_size, in_chans=images.in_chans, prefix_tokens=tokens,
-        )  # fmt: skip
-
-    def new_student(self, drop_path: float = 0.0) -> VMoE:
-        """The student before any training: initialised from the recipe's seed, or started from student.init."""
-        config, r = self.student_config(drop_path), self.recipe
-        if not r.student.init:
-            return VMoE(config)
-        return upcycling.started(self, config, module_depths(r.student.depths, config.depth, r.modules, "student"))
-
-    def student_modules(self, drop_path: float = 0.0) -> list[StudentModule]:
-        """The student's modules before any training, with their stitch layers."""
-        student = self.new_student(drop_path)
-        check_pair(self.teacher.model, student)
-        depths = module_depths(self.recipe.student.depths, len(student.blocks), self.recipe.modules, "student")
-        kind, width = self.recipe.distill.stitches, self.teacher.model.embed_dim
-        bases = self.bases if kind != "linear" else None
-        return build_student_modules(student, depths, width, self.recipe.seed, kind, bases)
-
-    @property
-    def bases(self) -> list[Basis] | None:
-        """The shared basis of each inner border, from phase meta; None while the meta model is not trained yet."""
-        if not (self.out / "meta" / "result.json").is_file():
-            return None
-        return load_bases(self.out / "meta", self.recipe.modules - 1, self.teacher.model.embed_dim)
-
     def teacher_stages(self) -> list[nn.Module]:
         """The teacher's modules, frozen."""
         return split(self.teacher.model, self.teacher_depths)
-
-    def new_meta(self) -> MetaModel:
-        """The meta model before training."""
-        m = self.recipe.meta
-        return MetaModel.from_teacher(
-            self.teacher.model, self.recipe.modules, m.blocks_per_module, m.init,
-            teacher_depths=self.teacher_depths, seed=self.recipe.seed,
-        )  # fmt: skip
-
-    def trained_meta(self, needed_by: str) -> tuple[MetaModel, dict[str, Any]]:
-        """The meta model of phase meta and its result."""
-        folder, result = artifacts.require(self.out, "meta", self.recipe, needed_by)
-        meta = self.new_meta().cpu().float()  # phases before may have left the teacher elsewhere, in another type
-        meta.load_state_dict(artifacts.load_weights(folder, meta.state_dict()))
-        if self.recipe.teacher.grown and self.planned_teacher is None:  # its hybrids are younger than the meta model
-            _, grown = artifacts.require(self.out, "assemble", self.recipe, needed_by)
-            result["metrics"] |= {k: v for k, v in grown["metrics"].items() if k.startswith("hybrid_accuracy/")}
-        return meta, result
 
     def settings(self, section: str, schedule: ScheduleConfig, num_experts: int = 0) -> Settings:
         """The DeepSpeed JSON resolved for a section of the recipe and this world."""
@@ -189,14 +154,14 @@ class Run:
         self, phase: str, module: int | None = None, start: str = "distilled", expert: int | None = None
     ) -> tuple[Path, bool]:
         """The artifact's folder, created on rank 0, and whether it is complete already (collective)."""
-        name = artifacts.artifact_name(phase, module, start, expert)
+        name = artifact_name(phase, module, start, expert)
         found = self.out / name, False
         recipe = self.recipe
-        asked = None if artifacts.in_one_job(recipe, phase) else module  # what --config asks for when it repeats this
+        asked = None if in_one_job(recipe, phase) else module  # what --config asks for when it repeats this
         about = {"phase": phase, "module": asked, "command": self.command, "ds_config": self.ds_values}
         about |= {} if expert is None else {"expert": expert}
         if phase in ("train", "evaluate"):  # --config repeats this start, also where --phase all trains baselines
-            recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, start=start))
+            recipe = replace(recipe, train=replace(recipe.train, start=start))
         with self.dist.together():
             if self.dist.main:
                 found = artifacts.open_folder(self.out, name, recipe, about)

@@ -19,15 +19,16 @@ from typing import Any
 if not __package__:  # started as a file: put the repository, not trainer/, on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from trainer import cli, interrupt
-from trainer.config import one_line
-from trainer.console import quieten, set_up_logging
-from trainer.job import EXIT_BAD_INPUT, EXIT_FAILED, Job
-from trainer.redaction import redact, refuse_secrets
+from trainer.cli import flags as cli
+from trainer.config.load import one_line
+from trainer.config.redaction import redact, refuse_secrets
+from trainer.distributed import interrupt
+from trainer.request.job import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Job
+from trainer.tracking.console import quieten, set_up_logging
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Do what the arguments ask and return the exit code: 0 only when it is done (the others: trainer/job.py)."""
+    """Do what the arguments ask and return the exit code: 0 only when it is done (others: trainer/request/job.py)."""
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     try:
         work = _work(sys.argv[1:] if arguments is None else arguments, rank)
@@ -56,9 +57,9 @@ def _train(rank: int, job: Job) -> int:
     quieten()
     set_up_logging(rank == 0)
     import models  # noqa: F401  first: it mends torchvision beside a CPU torch
-    from trainer import dist as distributed
     from trainer.api import execute
-    from trainer.health import NonFiniteLoss
+    from trainer.distributed import ranks
+    from trainer.tracking.health import NonFiniteLoss
 
     code = EXIT_FAILED
     try:
@@ -67,15 +68,15 @@ def _train(rank: int, job: Job) -> int:
     except interrupt.Interrupted as stop:
         if rank == 0:
             print(stop, file=sys.stderr, flush=True)
-        code = interrupt.EXIT_INTERRUPTED
+        code = EXIT_INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
         if not isinstance(error, ValueError | OSError | NonFiniteLoss):
             logging.getLogger(__name__).exception("phase %s failed", job.phase)
-        if rank == 0 or not isinstance(error, distributed.Agreed | NonFiniteLoss):
+        if rank == 0 or not isinstance(error, ranks.Agreed | NonFiniteLoss):
             _say(error, "" if rank == 0 else f"[rank {rank}] ")
         code = EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
-    if code in (0, interrupt.EXIT_INTERRUPTED):
-        distributed.stop()
+    if code in (0, EXIT_INTERRUPTED):
+        ranks.stop()
     return code
 
 
@@ -98,12 +99,12 @@ def _alone(rank: int, work: Callable[..., int | None], *arguments: Any) -> int:
 def _command(name: str, path: Path, out: Path | None, settings: dict[str, Any]) -> None:
     """inspect, export, import."""
     if name == "import":
-        from models.importers import import_checkpoint
+        from models.vmoe.importers import import_checkpoint
 
         for file in import_checkpoint(path, out=out, **settings):
             print(file)
         return
-    from trainer import inspection
+    from trainer.checkpoint import inspection
 
     if name == "export":
         print(inspection.export(path, out))
@@ -119,7 +120,7 @@ def _dry_run(job: Job) -> int:
     quieten()
     set_up_logging(main=False)
     import models  # noqa: F401  first: it mends torchvision beside a CPU torch
-    from trainer.dry_run import show
+    from trainer.plan.show import show
 
     return show(job)
 

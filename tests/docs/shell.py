@@ -24,7 +24,7 @@ from tests.launch import ROOT, Finished
 from tests.unit.test_importers import FIXTURE, drawn, stages, whole
 from tests.warm_python import WarmPython
 from trainer.chain import settings as chain_settings
-from trainer.config import load_recipe
+from trainer.config.load import load_recipe
 from trainer.study.plan import cells, read_study
 
 TEACHER = "timm/deit3_large_patch16_224.fb_in1k"

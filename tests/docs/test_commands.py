@@ -12,9 +12,9 @@ from tests.docs.documents import DOCUMENTS, blocks, command_lines
 from tests.docs.shell import Shell, make_foreign_files, make_images, seed_teacher
 from tests.hub_server import HubServer
 from tests.launch import ROOT
-from trainer.config import build
-from trainer.ds_config import read_ds_config
-from trainer.schema import Recipe
+from trainer.config.ds_config import read_ds_config
+from trainer.config.load import build
+from trainer.config.recipe import Recipe
 
 LANGUAGES = ("bash", "python", "yaml", "json", "text")  # text: nothing to run
 

@@ -41,7 +41,8 @@ def main(folder: str, url: str, kind: str, words: list[str], variables: dict[str
 def _chain(words: list[str]) -> int:
     """The driver of the chain. Its dry run, a new python otherwise, runs in this one: the imports are there."""
     from trainer.chain import __main__ as driver
-    from trainer.chain import dryrun, plan
+    from trainer.chain import plan
+    from trainer.plan import rehearsal
 
     class Done:
         returncode = 0
@@ -49,11 +50,11 @@ def _chain(words: list[str]) -> int:
     real = plan.subprocess.run
 
     def run(command, **options):
-        if "trainer.chain.dryrun" not in command:
+        if "trainer.plan.rehearsal" not in command:
             return real(command, **options)
         before, sys.argv = sys.argv, command[2:]
         with contextlib.redirect_stdout(sys.stderr):
-            dryrun.main()
+            rehearsal.main()
         sys.argv = before
         return Done
 

@@ -13,13 +13,13 @@ from typing import Any
 
 # where a fault can strike: moment -> what is wrapped, as module:function or module:class.method
 MOMENTS = {
-    "step": "trainer.engine:Engine.step",
-    "backward": "trainer.engine:Engine.backward",
-    "save": "trainer.checkpoint:Saver.save",
+    "step": "trainer.distributed.engine:Engine.step",
+    "backward": "trainer.distributed.engine:Engine.backward",
+    "save": "trainer.checkpoint.saver:Saver.save",
     "replace": "os:replace",  # every commit of a file: manifest, latest, weights, result, config
     "fsync": "os:fsync",
     "phase": "trainer.context:Run.open",
-    "evaluate": "trainer.loop:evaluate",
+    "evaluate": "trainer.loop.fit:evaluate",
 }
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 
@@ -113,7 +113,7 @@ def _fail_reading(number: int) -> None:
 
         return wrapped
 
-    _replace("trainer.data.sources:ImageSource.image", wrap)
+    _replace("trainer.data.base:ImageSource.image", wrap)
 
 
 def _kill_worker(number: int) -> None:

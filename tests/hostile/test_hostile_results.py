@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.hostile.driver import cases
 from tests.hostile.payloads import ALIASES, PICKLE
-from trainer.artifacts import file_record
+from trainer.disk import file_record
 
 
 def signed(folder: Path) -> None:

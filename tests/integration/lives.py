@@ -26,17 +26,19 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor
 
 from models.preprocessing import Preprocessing
-from models.vmoe import VMoE
+from models.vmoe.model import VMoE
 from tests.integration.test_engine import ADAM, MODEL, engine_for
-from trainer import interrupt, loop
-from trainer.data.loader import Batch
+from trainer.config.data import AugmentConfig, DataConfig
+from trainer.config.runtime import RunConfig
+from trainer.data.loader import Batch, Data
 from trainer.data.sources import DigitsSource
-from trainer.dist import Dist, start
-from trainer.health import NonFiniteLoss
+from trainer.distributed import interrupt
+from trainer.distributed.ranks import Dist, start
+from trainer.loop.fit import fit as fit_phase
+from trainer.loop.step import Task, TrainStep
 from trainer.objectives import Classify
-from trainer.schema import AugmentConfig, DataConfig, RunConfig
-from trainer.tracking import read_metrics
-from trainer.train_step import Data, Task, TrainStep
+from trainer.tracking.health import NonFiniteLoss
+from trainer.tracking.metrics import read_metrics
 
 TEN_CLASSES = replace(MODEL, num_classes=10, moe=replace(MODEL.moe, router_bias=True))
 SCHEDULE = replace(ADAM, epochs=2, lr=0.5)  # 24 steps: two epochs of 96 images in batches of 8
@@ -90,7 +92,7 @@ def prepare(dist: Dist, faults: dict[str, Any]) -> None:
 
         return build
 
-    replaced("trainer.train_step:TrainStep.batches", spoiled)
+    replaced("trainer.loop.step:TrainStep.batches", spoiled)
     replaced("trainer.objectives:Classify.__call__", distorted)
     replaced("timm.scheduler:CosineLRScheduler.step_update", misled)
     if "idle expert" in faults:
@@ -100,9 +102,9 @@ def prepare(dist: Dist, faults: dict[str, Any]) -> None:
     if "full disk" in faults:
         interrupt.ASK_EVERY = 0.0  # steps are so quick here that the run would be over within a second
     if "full disk" in faults and last:
-        replaced("trainer.checkpoint_writer:write_tensors", at_call(faults["full disk"], full_disk))
+        replaced("trainer.checkpoint.writer:write_tensors", at_call(faults["full disk"], full_disk))
     if "stuck image" in faults:
-        replaced("trainer.data.sources:ImageSource.image", at_call(faults["stuck image"], lambda: time.sleep(20)))
+        replaced("trainer.data.base:ImageSource.image", at_call(faults["stuck image"], lambda: time.sleep(20)))
 
 
 def fit(out: str, options: dict[str, Any]) -> None:
@@ -127,7 +129,7 @@ def fit(out: str, options: dict[str, Any]) -> None:
         objective = Classify(engine.module, tokens=5)
         interrupt.HEARTBEAT.watch(config.hang_seconds)
         try:
-            outcome = loop.fit(engine, objective, data, Task("train", "train", 2, 0, config), Path(out), dist)
+            outcome = fit_phase(engine, objective, data, Task("train", "train", 2, 0, config), Path(out), dist)
             end = {"health": outcome.health, "evaluation": outcome.evaluation}
         except (NonFiniteLoss, interrupt.Interrupted, OSError) as error:
             end = {"error": str(error)}

@@ -16,9 +16,9 @@ from torch.testing import assert_close
 from tests.integration.lives import Life
 from tests.integration.test_elastic import Topology, assert_equal, engine_at, train, whole_state
 from tests.launch import TINY
-from trainer.checkpoint import Saver
-from trainer.dist import start
-from trainer.schema import RunConfig
+from trainer.checkpoint.saver import Saver
+from trainer.config.runtime import RunConfig
+from trainer.distributed.ranks import start
 
 DECAY = 0.3  # the rule min(decay, (1 + n) / (10 + n)) gives 1/10, 2/11, 3/12, 4/13, and then 0.3
 DECAYS = (1 / 10, 2 / 11, 3 / 12, 0.3, 0.3)

@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.vmoe import VMoE
+from models.vmoe.model import VMoE
 from tests.integration.test_engine import ADAM, MODEL, engine_for, train
 from tests.launch import TINY
-from trainer import checkpoint_writer
-from trainer.checkpoint import Saver
-from trainer.checkpoint_files import candidates, complete
-from trainer.dist import start
-from trainer.inspection import export, inspect
-from trainer.schema import RunConfig
+from trainer.checkpoint import writer
+from trainer.checkpoint.files import candidates, complete
+from trainer.checkpoint.inspection import export, inspect
+from trainer.checkpoint.saver import Saver
+from trainer.config.runtime import RunConfig
+from trainer.distributed.ranks import start
 
 HERE = "tests.integration.test_checkpoint_save"
 
@@ -95,7 +95,7 @@ def one_rank_dies(folder: str) -> None:
         train(engine, dist)
         saver.save(5, state={}, own={}, wait=True)
         if dist.rank == 1:
-            checkpoint_writer.write_tensors = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            writer.write_tensors = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         saver.save(6, state={}, own={})
         train(engine, dist)
         saver.close()

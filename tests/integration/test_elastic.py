@@ -22,15 +22,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.moe import auxiliary_loss, full_state_dict
-from models.vmoe import VMoE
+from models.moe.layer import auxiliary_loss
+from models.moe.parallel import full_state_dict
+from models.vmoe.model import VMoE
 from tests.integration.test_engine import ADAM, build
-from trainer.checkpoint import Saver
-from trainer.dist import Dist, start
-from trainer.ds_config import resolve
-from trainer.engine import Engine, build_engine
-from trainer.schema import RunConfig, ScheduleConfig
-from trainer.zero_state import optimizer_steps, pieces, restore, shapes
+from trainer.checkpoint.saver import Saver
+from trainer.config.ds_config import resolve
+from trainer.config.phases import ScheduleConfig
+from trainer.config.runtime import RunConfig
+from trainer.distributed.engine import Engine, build_engine
+from trainer.distributed.ranks import Dist, start
+from trainer.distributed.zero_state import optimizer_steps, pieces, restore, shapes
 
 BEFORE, AFTER = 3, 10  # optimiser steps until the save and compared after it
 BATCH, MICRO = 8, 2  # the micro-batch stays, so that the same images are routed together; accumulation makes up for it

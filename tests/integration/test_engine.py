@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from models.moe import MoEConfig, auxiliary_loss, full_state_dict
-from models.vmoe import VMoE, VMoEConfig
-from trainer.dist import Dist, start
-from trainer.ds_config import resolve
-from trainer.engine import Engine, build_engine
-from trainer.schema import ScheduleConfig
+from models.moe.layer import MoEConfig, auxiliary_loss
+from models.moe.parallel import full_state_dict
+from models.vmoe.model import VMoE, VMoEConfig
+from trainer.config.ds_config import resolve
+from trainer.config.phases import ScheduleConfig
+from trainer.distributed.engine import Engine, build_engine
+from trainer.distributed.ranks import Dist, start
 
 STEPS, BATCH, CLIP = 5, 8, 0.1
 MOE = MoEConfig(num_experts=4, k=2, images_per_group=2, capacity_factor=0.75, capacity_multiple=1, batch_priority=True)

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.launch import TINY, TINY_RECIPE
-from trainer import dist
 from trainer.artifacts import write_result
-from trainer.config import load_recipe
+from trainer.config.ds_config import read_ds_config
+from trainer.config.load import load_recipe
 from trainer.context import Run
-from trainer.ds_config import read_ds_config
-from trainer.experts import Assembly
+from trainer.distributed import ranks
+from trainer.teaching.experts import Assembly
 
 EXPERTS = ["distill.level=expert", "expert.epochs=4", "expert.lr=0.06", "expert.global_batch=16",
            "expert.cluster_images=60", "expert.drop_path=0.1", "student.moe.num_experts=2", "student.moe.k=1",
@@ -133,7 +133,7 @@ def test_a_cluster_without_images_is_named_and_stood_in_for(warm, run, tmp_path)
 def assemble(out, words):
     """On a rank: module 0 is the dense module of expert 0, the second expert a copy that routers rank second."""
     recipe = load_recipe(TINY_RECIPE, [word for word in words if "=" in word])
-    run = Run(recipe, read_ds_config(TINY[1]), Path(out), dist.start(), "a test")
+    run = Run(recipe, read_ds_config(TINY[1]), Path(out), ranks.start(), "a test")
     student = Assembly(run, 0).student.state_dict()
     dense = load_file(Path(out) / "expert_0_0/model.safetensors")
     for block in range(2):

@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.testing import assert_close
 
-from models.expert_similarity import expert_similarity
-from models.guided_routing import Guide, teacher_routers
-from models.moe import MoEConfig, auxiliary_loss, expert_parallel, full_state_dict, load_full_state_dict
-from models.moe import routing_metrics as metrics_of
-from models.vmoe import VMoE, VMoEConfig
+from models.experts.guided_routing import Guide, teacher_routers
+from models.moe.layer import MoEConfig, auxiliary_loss
+from models.moe.layer import routing_metrics as metrics_of
+from models.moe.parallel import expert_parallel, full_state_dict, load_full_state_dict
+from models.moe.similarity import expert_similarity
+from models.vmoe.model import VMoE, VMoEConfig
 
 WORLD = 2
 TINY = VMoEConfig(

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.teacher import load_teacher
+from models.teacher.load import load_teacher
 from tests.integration.test_resume import saved
 from tests.launch import ROOT, TINY
-from trainer.tracking import read_metrics
+from trainer.tracking.metrics import read_metrics
 
 CPU = str(ROOT / "ds_configs/cpu_debug.json")
 GROWN = ["--ds_config", CPU, "--recipe", str(ROOT / "tests/fixtures/tiny_grown.yaml"), "train.baselines=[]"]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from tests.launch import TINY
-from trainer.tracking import read_metrics
+from trainer.tracking.metrics import read_metrics
 
 GUIDED = ["distill.routing_weight=1", "train.routing_weight=1", "train.border_epochs=4", "train.start=scratch"]
 TWO_MICRO_BATCHES = ["ds.train_micro_batch_size_per_gpu=8", "ds.gradient_accumulation_steps=2"]

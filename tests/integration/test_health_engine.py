@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.moe import auxiliary_loss
+from models.moe.layer import auxiliary_loss
 from tests.integration.test_engine import ADAM, BATCH, CLIP, MODEL, SGD, batches, build, engine_for
-from trainer import zero_state
-from trainer.dist import Dist, start
-from trainer.engine import Engine
+from trainer.distributed import zero_state
+from trainer.distributed.engine import Engine
+from trainer.distributed.ranks import Dist, start
 
 
 def run_steps(engine: Engine, dist: Dist, inputs: list[tuple[int, torch.Tensor, torch.Tensor]]) -> list[bool]:

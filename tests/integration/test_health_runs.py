@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.integration.lives import Life
-from trainer import interrupt
+from trainer.request.job import EXIT_HUNG
 
 
 def test_bad_steps_are_skipped_and_a_killed_run_skips_the_same(warm, tmp_path):
@@ -95,19 +95,20 @@ def test_weights_that_burst_reach_no_checkpoint(warm, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "place", ["trainer.engine:Engine.step", "trainer.checkpoint:Saver.save", "trainer.loop:evaluate"]
+    "place",
+    ["trainer.distributed.engine:Engine.step", "trainer.checkpoint.saver:Saver.save", "trainer.loop.fit:evaluate"],
 )
 def test_a_stopped_rank_is_not_waited_for(warm, tmp_path, place):
     """SIGSTOP of rank 1: rank 0 says where it hangs, and ends itself within the time that is set."""
     begun = time.monotonic()
-    life = Life(warm, tmp_path, run={"hang_seconds": 4.0}, faults={"stop in": place}, code=interrupt.EXIT_HUNG)
+    life = Life(warm, tmp_path, run={"hang_seconds": 4.0}, faults={"stop in": place}, code=EXIT_HUNG)
     assert time.monotonic() - begun < 60
     assert "error: nothing moved for 4 s (run.hang_seconds=4)" in life.output and "lives.py" in life.output
 
 
 def test_a_stuck_data_worker_is_not_waited_for(warm, tmp_path):
     run, faults = {"hang_seconds": 4.0}, {"stuck image": 40}
-    life = Life(warm, tmp_path, ranks=1, run=run, faults=faults, workers=1, code=interrupt.EXIT_HUNG)
+    life = Life(warm, tmp_path, ranks=1, run=run, faults=faults, workers=1, code=EXIT_HUNG)
     assert "a data loading process does not answer" in life.output and "dataloader.py" in life.output
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from models.vmoe import VMoE
+from models.vmoe.model import VMoE
 from tests.launch import ROOT
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.launch import ROOT, TINY, environment, launch
-from trainer.tracking import read_metrics
+from trainer.tracking.metrics import read_metrics
 
 PHASES = ("teacher", "meta", "distill_0", "distill_1", "train", "train_scratch")
 LEARNED = {"teacher", "meta", "distill_0", "distill_1"}  # what end-to-end training starts from

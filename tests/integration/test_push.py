@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.vmoe import VMoE
+from models.vmoe.model import VMoE
 from tests.hub_server import READER, WRITER, HubServer, connect
 from tests.launch import TINY
 

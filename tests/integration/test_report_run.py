@@ -4,7 +4,7 @@ import json
 import shutil
 
 from tests.launch import TINY
-from trainer.tracking import read_metrics
+from trainer.tracking.metrics import read_metrics
 
 
 def test_a_finished_run_has_its_page(chain):

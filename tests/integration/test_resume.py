@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.launch import TINY, started
-from trainer.tracking import read_metrics
+from trainer.tracking.metrics import read_metrics
 
 PHASES = ("teacher", "meta", "distill_0", "distill_1", "train")
 TIMING = ("time", "images_per_s", "memory")

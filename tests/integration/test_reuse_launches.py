@@ -13,11 +13,12 @@ import torch.distributed as torch_dist
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from models import hub_files
-from models.moe import MoEConfig, expert_parallel
-from models.vmoe import VMoE, VMoEConfig, load_expert_parallel
+from models.files import hub
+from models.moe.layer import MoEConfig
+from models.moe.parallel import expert_parallel
+from models.vmoe.model import VMoE, VMoEConfig, load_expert_parallel
 from tests.launch import TINY
-from trainer.dist import start
+from trainer.distributed.ranks import start
 
 SHORT = [*TINY, "teacher.epochs=1", "teacher.warmup_epochs=0", "meta.epochs=1", "distill.epochs=1", "train.epochs=1",
          "train.baselines=[]"]  # fmt: skip
@@ -35,8 +36,8 @@ def resident(folder: str) -> int:
 def half_of_the_experts(folder: str) -> None:
     """A rank reads its own experts only, and both together compute what the plain model computes."""
     dist, asked = start(), []
-    read = hub_files.Weights.read
-    hub_files.Weights.read = lambda self, name: asked.append((name, tensor := read(self, name))) or tensor
+    read = hub.Weights.read
+    hub.Weights.read = lambda self, name: asked.append((name, tensor := read(self, name))) or tensor
     model = load_expert_parallel(folder, ep_size=2, ep_rank=dist.rank)
     size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
     experts = {name: p.nbytes for name, p in model.named_parameters() if ".experts." in name}

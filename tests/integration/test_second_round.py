@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.vmoe import VMoE
+from models.vmoe.model import VMoE
 from tests.launch import TINY
-from trainer.report_data import hybrids, read_phases
-from trainer.tracking import read_metrics
+from trainer.report.data import hybrids, read_phases
+from trainer.tracking.metrics import read_metrics
 
 SMALLER = ["student.width=24", "student.mlp_dim=32"]  # than the teacher, or the basis would be the identity
 METHOD = [*SMALLER, "distill.stitches=tied", "distill.border=mse", "refine.epochs=1", "refine.global_batch=16"]

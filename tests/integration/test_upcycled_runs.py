@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from models.vmoe import VMoE
+from models.vmoe.model import VMoE
 from tests.launch import TINY
 
 START = ["student.init=teacher", "student.width=32", "student.mlp_dim=64", "student.moe.capacity_factor=null"]

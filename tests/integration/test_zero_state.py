@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from models.moe import auxiliary_loss
-from models.vmoe import VMoE
+from models.moe.layer import auxiliary_loss
+from models.vmoe.model import VMoE
 from tests.integration.test_elastic import (
     BATCH,
     BEFORE,
@@ -24,9 +24,9 @@ from tests.integration.test_elastic import (
     whole_state,
 )
 from tests.integration.test_engine import ADAM, MODEL, SGD, build
-from trainer import ds_config
-from trainer.dist import start
-from trainer.zero_state import pieces, restore
+from trainer.config import ds_config
+from trainer.distributed.ranks import start
+from trainer.distributed.zero_state import pieces, restore
 
 COUNTERS = ("global_steps", "skipped_steps", "micro_steps", "global_samples")
 EXPERTS = ("blocks.1.mlp.experts.0.", "blocks.1.mlp.experts.3.")

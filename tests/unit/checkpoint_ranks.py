@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint import Saver
-from trainer.checkpoint_files import complete, step_of
-from trainer.dist import Dist
-from trainer.schema import RunConfig
-from trainer.zero_state import Piece
+from trainer.checkpoint.files import complete, step_of
+from trainer.checkpoint.saver import Saver
+from trainer.config.runtime import RunConfig
+from trainer.distributed.ranks import Dist
+from trainer.distributed.zero_state import Piece
 
 SHAPES = {"head.weight": (4, 3), "blocks.0.mlp.experts.1.fc1.bias": (5,), "scale": (), "steps": (2,)}
 TRAINED = ("head.weight", "blocks.0.mlp.experts.1.fc1.bias", "scale")
@@ -111,10 +111,12 @@ class Held:
 
 def without_deepspeed(monkeypatch) -> None:
     """Let trainer.zero_state take a Held for an engine."""
-    monkeypatch.setattr("trainer.zero_state.pieces", Held.pieces)
-    monkeypatch.setattr("trainer.zero_state.restore", lambda held, read, *, step, beside: held.restore(read, step))
-    monkeypatch.setattr("trainer.zero_state.shapes", lambda held: getattr(held, "shapes", SHAPES))
-    monkeypatch.setattr("trainer.zero_state.optimizer_steps", lambda held: held.steps)
+    monkeypatch.setattr("trainer.distributed.zero_state.pieces", Held.pieces)
+    monkeypatch.setattr(
+        "trainer.distributed.zero_state.restore", lambda held, read, *, step, beside: held.restore(read, step)
+    )
+    monkeypatch.setattr("trainer.distributed.zero_state.shapes", lambda held: getattr(held, "shapes", SHAPES))
+    monkeypatch.setattr("trainer.distributed.zero_state.optimizer_steps", lambda held: held.steps)
 
 
 def saver(dist: Dist, folder: Path, batch: int = 8, **run: Any) -> Saver:

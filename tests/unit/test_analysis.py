@@ -9,15 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from models.moe import MoE, MoEConfig
+from models.moe.layer import MoE, MoEConfig
 from models.preprocessing import Preprocessing
-from models.vmoe import VMoE, VMoEConfig
-from trainer.analysis import Analysis, _classes
+from models.vmoe.model import VMoE, VMoEConfig
+from trainer.config.data import AugmentConfig, DataConfig
+from trainer.data.loader import Data
 from trainer.data.sources import open_source
-from trainer.dist import Dist
-from trainer.loop import Predictor, evaluate
-from trainer.schema import AugmentConfig, DataConfig
-from trainer.train_step import Data
+from trainer.distributed.ranks import Dist
+from trainer.evaluation.accuracy import Predictor, evaluate
+from trainer.evaluation.analysis import Analysis, _classes
 
 ALONE = Dist(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 PREPROCESSING = Preprocessing(8, (0.5,) * 3, (0.5,) * 3, interpolation="bilinear")

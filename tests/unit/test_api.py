@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import trainer
-from trainer import Interrupted, api, interrupt, load_recipe, load_results, run_phase
-from trainer.job import Job
+from trainer import Interrupted, api, load_recipe, load_results, run_phase
+from trainer.distributed import interrupt
+from trainer.request.job import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE, DS_CONFIG = ROOT / "recipes/demo.yaml", ROOT / "ds_configs/cpu_debug.json"
@@ -121,7 +122,8 @@ def test_signals_belong_to_the_script_again_afterwards(fake, monkeypatch):
 def test_the_watch_for_hung_ranks_ends_with_the_phase():
     """A script may think for longer than run.hang_seconds between two phases."""
     code = (
-        "import time; from trainer.interrupt import HEARTBEAT as h; h.watch(0.3); h.rest(); time.sleep(1); print('ok')"
+        "import time; from trainer.distributed.interrupt import HEARTBEAT as h; "
+        "h.watch(0.3); h.rest(); time.sleep(1); print('ok')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.stdout == "ok\n", done.stderr

@@ -6,58 +6,85 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for folder in ("models", "trainer")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
-PHASES = [name for name in SOURCES if name.startswith("trainer.phases.")]
-# what a phase may use of trainer/; context.py carries what all of them share
-FOR_PHASES = {
-    f"trainer.{name}"
-    for name in (
-        "engine",
-        "objectives",
-        "loop",
-        "artifacts",
-        "bases",
-        "context",
-        "ds_config",
-        "growing",
-        "hybrids",
-        "preflight",
-        "schema",
-        "dist",
-        "hub",
-        "interrupt",
-        "analysis",
-        "reuse",
-        "guidance",
-        "upcycling",
-        "clusters",
-        "experts",
-        "sizes",
-    )
-}
-# read before torch is imported, or on machines without it
-WITHOUT_TORCH = ("run", "api", "cli", "manual", "completion", "job", "replay", "reference", "interrupt", "config",
-                 "schema", "ds_config", "artifacts", "tracking", "trackers", "report", "report_plots", "hub",
-                 "chain.settings", "chain.stages", "chain.slurm", "chain.submit", "chain.status",
-                 "console", "study.__main__", "study.worker", "study.picture")  # fmt: skip
+SOURCES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+PACKAGES = {name for name, path in FILES.items() if path.name == "__init__.py"}
+# Rooms (a package or a single file) from the ground up: each may use those above it in this list, none of its own row.
+LAYERS = (
+    "models._torchvision models.preprocessing",
+    "models.files models.moe",
+    "models.flops models.modules models.teacher",
+    "models.vmoe",
+    "models.experts models.auto models.registry",
+    "trainer.config",
+    "trainer.disk trainer.request",
+    "trainer.artifacts trainer.data trainer.distributed trainer.tracking trainer.objectives",
+    "trainer.checkpoint trainer.evaluation trainer.report",
+    "trainer.hub trainer.loop",
+    "trainer.context",
+    "trainer.teaching",
+    "trainer.phases",
+    "trainer.plan",
+    "trainer.api trainer.chain",
+    "trainer.cli trainer.study",
+    "trainer.run",
+)
+FLOOR = {room: number for number, row in enumerate(LAYERS) for room in row.split()}
+# read before torch is imported, or on machines without it: packages whole, and single files
+WITHOUT_TORCH = (
+    "api",
+    "artifacts",
+    "chain",
+    "cli",
+    "config",
+    "disk",
+    "distributed.interrupt",
+    "hub.push",
+    "plan.cost",
+    "report",
+    "request",
+    "run",
+    "study",
+    "tracking.console",
+    "tracking.metrics",
+    "tracking.trackers",
+)
 HEAVY = {"torch", "timm", "transformers", "datasets", "deepspeed", "safetensors", "models"}
+LARGEST = 25  # files in one folder
 
 
-def imports(tree: ast.AST, top_level_only: bool = False) -> set[str]:
-    """Modules of this project and top-level packages that a file imports, for running or for types."""
+def room_of(module: str) -> str:
+    """models.vmoe.model -> models.vmoe."""
+    return ".".join(module.split(".")[:2])
+
+
+def imports(tree: ast.AST, top_level_only: bool = False, package: str = "") -> set[str]:
+    """Modules of this project and top-level packages that a file imports, for running or for types.
+
+    Args:
+        package: of the file, which relative imports are counted from.
+    """
     found = set()
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute"
-            found.add(node.module)
-            found |= {f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}.{alias.name}" in SOURCES}
+            parts = package.split(".")
+            above = parts[: len(parts) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            names = {f"{module}.{alias.name}" for alias in node.names}
+            found |= names & SOURCES.keys() or {module}
     return found
+
+
+def imports_of(name: str, top_level_only: bool = False) -> set[str]:
+    """The same of a module of this project."""
+    package = name if name in PACKAGES else name.rpartition(".")[0]
+    return imports(SOURCES[name], top_level_only, package)
 
 
 def reached(name: str) -> set[str]:
@@ -70,7 +97,7 @@ def reached(name: str) -> set[str]:
         seen.add(module)
         to_do += [".".join(module.split(".")[:i]) for i in range(1, module.count(".") + 1)]
         if module in SOURCES:
-            to_do += imports(SOURCES[module], top_level_only=True)
+            to_do += imports_of(module, top_level_only=True)
     return seen
 
 
@@ -80,49 +107,78 @@ def calls(tree: ast.AST, *names: str) -> list[ast.Call]:
 
 
 def test_the_sources_are_found():
-    assert {"models", "models.moe", "trainer", "trainer.run", "trainer.data.loader", "trainer.phases.meta"} <= set(
-        SOURCES
-    )
-    assert len(PHASES) >= 5
-    assert "models.flops" in imports(SOURCES["trainer.objectives.distill"])  # the rules below see imports
+    wanted = {"models", "models.moe.layer", "trainer", "trainer.run", "trainer.data.loader", "trainer.phases.meta"}
+    assert wanted <= SOURCES.keys()
+    assert "models.flops" in imports_of("trainer.objectives.distill")  # the rules below see imports
+    assert "models.moe.layer" in imports_of("models.vmoe.model")  # relative ones too
+
+
+def test_every_room_has_its_floor():
+    rooms = {room_of(name) for name in SOURCES} - {"models", "trainer"}
+    assert rooms == FLOOR.keys()
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_imports_point_one_way(name):
-    ours = {module for module in imports(SOURCES[name]) if module.split(".")[0] in ("models", "trainer", "tests")}
+def test_imports_point_down(name):
+    ours = {module for module in imports_of(name) if module.split(".")[0] in ("models", "trainer", "tests")}
     assert not any(module.startswith("tests") for module in ours)
-    assert "trainer.run" not in ours, "nothing imports the entry"
-    if name.startswith("models"):
-        assert not any(module.startswith("trainer") for module in ours), "models never import the trainer"
-    if name != "trainer.api":
-        wrong = {module for module in ours if module.startswith("trainer.phases")}
-        assert not wrong, "only trainer/api.py imports phases, and no phase another"
-    if name in PHASES:
-        trainer = {module for module in ours if module.startswith("trainer.")}
-        assert not {m for m in trainer if m not in FOR_PHASES and not m.startswith("trainer.data.")}
-    elif name.startswith("trainer.data"):
-        allowed = {"trainer", "trainer.schema"}
-        assert not {
-            m for m in ours if m.startswith("trainer") and m not in allowed and not m.startswith("trainer.data")
-        }
-    elif name in ("trainer.loop", "trainer.train_step", "trainer.health", "trainer.engine", "trainer.objectives"):
-        assert "trainer.context" not in ours
+    if name in ("models", "trainer"):
+        return  # the faces of the two houses
+    floor = FLOOR[room_of(name)]
+    above = {module for module in ours if FLOOR.get(room_of(module), -1) >= floor and room_of(module) != room_of(name)}
+    assert not above, f"{name} stands on floor {floor} of LAYERS"
+
+
+def test_no_circles():
+    for name in SOURCES:
+        to_do = [module for module in imports_of(name) if module in SOURCES]
+        seen: set[str] = set()
+        while to_do:
+            module = to_do.pop()
+            assert module != name, f"{name} is reached from what it imports: {sorted(seen)}"
+            if module not in seen:
+                seen.add(module)
+                to_do += [found for found in imports_of(module) if found in SOURCES]
+
+
+def test_inside_models_imports_are_relative():
+    """So that the folder can be installed under another name."""
+    absolute = {name for name in SOURCES if room_of(name).startswith("models")
+                if any(module.startswith("models") for module in imports(SOURCES[name]))}  # fmt: skip
+    assert not absolute
+
+
+def test_a_phase_uses_no_other_phase():
+    for name in SOURCES:
+        if name.startswith("trainer.phases."):
+            assert not {module for module in imports_of(name) if module.startswith("trainer.phases")}
+
+
+def test_folders_stay_small():
+    for folder in {path.parent for path in FILES.values()}:
+        assert len(list(folder.glob("*.py"))) <= LARGEST, (
+            f"{folder} holds more than {LARGEST} files: which idea is each?"
+        )
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_what_answers_before_torch_is_light(name):
-    loaded = {module.split(".")[0] for module in reached(f"trainer.{name}")}
-    assert "trainer" in loaded
-    assert not loaded & HEAVY
+    whole = f"trainer.{name}"
+    files = [module for module in SOURCES if module == whole or module.startswith(f"{whole}.")]
+    assert files
+    for module in files:
+        loaded = {found.split(".")[0] for found in reached(module)}
+        assert "trainer" in loaded
+        assert not loaded & HEAVY, module
 
 
 @pytest.mark.parametrize("name", SOURCES)
 def test_deepspeed_is_imported_late_and_initialised_in_one_place(name):
     tree = SOURCES[name]
-    if name != "models.deepspeed_moe":
-        assert not any(m.split(".")[0] == "deepspeed" for m in imports(tree, top_level_only=True))
-    assert "models.deepspeed_moe" not in imports(tree, top_level_only=True)
-    assert len(calls(tree, "deepspeed.initialize", "initialize")) == (name == "trainer.engine")
+    if name != "models.moe.deepspeed_layer":
+        assert not any(m.split(".")[0] == "deepspeed" for m in imports_of(name, top_level_only=True))
+    assert "models.moe.deepspeed_layer" not in imports_of(name, top_level_only=True)
+    assert len(calls(tree, "deepspeed.initialize", "initialize")) == (name == "trainer.distributed.engine")
 
 
 def is_constant(value: ast.expr, wanted: object) -> bool:
@@ -149,8 +205,14 @@ def test_the_rules_can_fail():
         "import deepspeed\nfrom trainer import run\nengine = deepspeed.initialize(model=m)\n"
         "def late():\n    import torch\n    torch.load(path)\n"
     )
-    assert imports(bad, top_level_only=True) == {"deepspeed", "trainer", "trainer.run"}
+    assert imports(bad, top_level_only=True) == {"deepspeed", "trainer.run"}
     assert "torch" in imports(bad)
     assert len(calls(bad, "deepspeed.initialize")) == 1
     assert [call.lineno for call in calls(bad, "torch.load")] == [6]
-    assert {"trainer.dist", "torch", "trainer.engine", "models.moe", "models"} <= reached("trainer.context")
+    assert {
+        "trainer.distributed.ranks",
+        "torch",
+        "trainer.distributed.engine",
+        "models.moe.layer",
+        "models",
+    } <= reached("trainer.context")

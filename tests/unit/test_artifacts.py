@@ -10,10 +10,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from trainer import artifacts
-from trainer.artifacts import artifact_name, open_folder, require, write_json, write_result
-from trainer.config import build, to_dict
-from trainer.schema import Recipe
+from trainer import artifacts, disk
+from trainer.artifacts import open_folder, require, write_result
+from trainer.config.load import build, to_dict
+from trainer.config.recipe import Recipe
+from trainer.disk import write_json
+from trainer.request import graph
+from trainer.request.graph import artifact_name
 
 GIT_COMMIT, COMMIT = artifacts.git_commit, "0123abc"
 RUN = {"phase": "meta", "module": None, "command": "trainer/run.py ...", "ds_config": {"train_batch_size": 64}}
@@ -189,7 +192,7 @@ def test_another_recipe_is_refused_by_the_key_that_differs(tmp_path, change, inv
 
 
 def test_every_section_of_the_recipe_counts_somewhere():
-    counted = {section for sections in artifacts.DEFINED_BY.values() for section in sections}
+    counted = {section for sections in graph.DEFINED_BY.values() for section in sections}
     assert counted == set(to_dict(Recipe())) - {"run", "hub"}
 
 
@@ -215,7 +218,7 @@ def test_the_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch, call):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts.os, call, disk_full)
+        patch.setattr(disk.os, call, disk_full)
         with pytest.raises(OSError, match="No space left"):
             write_result(folder, {"phase": "meta"})
     assert not (folder / "result.json").exists()
@@ -223,7 +226,7 @@ def test_the_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch, call):
         require(tmp_path, "meta", recipe(), "--phase distill")
     write_result(folder, {"phase": "meta"})
     whole = (folder / "result.json").read_text()
-    monkeypatch.setattr(artifacts.os, call, disk_full)
+    monkeypatch.setattr(disk.os, call, disk_full)
     with pytest.raises(OSError):
         write_result(folder, {"phase": "meta", "metrics": {"accuracy": 1.0}})
     assert (folder / "result.json").read_text() == whole
@@ -291,5 +294,5 @@ def test_weights_that_do_not_fit_name_the_tensor_and_the_command(tmp_path):
 
 def test_where_a_teacher_is_cut_does_not_define_it():
     plain, cut = (to_dict(recipe(teacher={"depths": depths})) for depths in ([], [1, 2, 2, 3]))
-    assert artifacts.defining(plain, "teacher") == artifacts.defining(cut, "teacher")
-    assert artifacts.defining(plain, "distill_0") != artifacts.defining(cut, "distill_0")
+    assert graph.defining(plain, "teacher") == graph.defining(cut, "teacher")
+    assert graph.defining(plain, "distill_0") != graph.defining(cut, "distill_0")

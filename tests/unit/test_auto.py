@@ -9,9 +9,9 @@ from test_vmoe_files import IMAGES, new, rewrite, same
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 import models.auto
-from models.convert import from_processor
-from models.moe import auxiliary_loss
-from models.vmoe import VMoE
+from models.moe.layer import auxiliary_loss
+from models.teacher.convert import from_processor
+from models.vmoe.model import VMoE
 from tests.hub_server import HubServer
 from trainer.data.transforms import eval_transform
 

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from vit_families import images, scramble
 
-from models.basis import Basis, basis_of, from_tensors, to_tensors
-from models.moe import MoEConfig
-from models.stitch import assemble_student, build_student_modules, fold
-from models.vmoe import VMoE, VMoEConfig
-from trainer.bases import load
+from models.modules.basis import Basis, basis_of, from_tensors, to_tensors
+from models.modules.stitch import assemble_student, build_student_modules, fold
+from models.moe.layer import MoEConfig
+from models.vmoe.model import VMoE, VMoEConfig
+from trainer.teaching.bases import load
 
 TEACHER_WIDTH, WIDTH = 24, 16
 

@@ -6,15 +6,15 @@ import torch.nn.functional as F
 from torch import nn
 from vit_families import images, scramble, tiny
 
-from models.basis import Project
 from models.flops import forward_flops
-from models.meta import MetaModel
-from models.modules import split
-from models.moe import MoEConfig, auxiliary_loss
-from models.stitch import assemble_student, build_student_modules
-from models.vmoe import VMoE, VMoEConfig
+from models.modules.basis import Project
+from models.modules.meta import MetaModel
+from models.modules.stages import split
+from models.modules.stitch import assemble_student, build_student_modules
+from models.moe.layer import MoEConfig, auxiliary_loss
+from models.vmoe.model import VMoE, VMoEConfig
+from trainer.config.phases import DistillConfig, TrainConfig
 from trainer.objectives import Borders, Classify, Distill, LearnFromTeacher, relative_mse, soft_kl
-from trainer.schema import DistillConfig, TrainConfig
 
 TOKENS, WIDTH = 17, 16
 X, LABELS = images(count=2), torch.tensor([1, 4])

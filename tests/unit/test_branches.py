@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from models.branches import SCALES_S, ByCluster, decided_scale, merged_state, router_rows, stand_ins, top_gates
-from models.moe import MoE, MoEConfig
-from models.vmoe import VMoE, VMoEConfig
+from models.experts.branches import SCALES_S, ByCluster, decided_scale, merged_state, router_rows, stand_ins, top_gates
+from models.moe.layer import MoE, MoEConfig
+from models.vmoe.model import VMoE, VMoEConfig
 
 SIZES = {"image_size": 8, "patch_size": 4, "width": 8, "depth": 2, "heads": 2, "mlp_dim": 12, "num_classes": 3}
 

@@ -5,14 +5,15 @@ import dataclasses
 import pytest
 
 from models.flops import forward_flops
-from models.vmoe import VMoE
+from models.vmoe.model import VMoE
 from tests.unit.test_slurm_stages import RECIPE, ROOT
-from trainer.chain.dryrun import DryRun, carry_out
 from trainer.chain.settings import STAGES
-from trainer.chain.stages import chain
-from trainer.config import load_recipe
+from trainer.config.ds_config import read_ds_config
+from trainer.config.load import load_recipe
 from trainer.context import training_flops
-from trainer.ds_config import read_ds_config
+from trainer.plan.rehearsal import DryRun, carry_out
+from trainer.request.stages import chain
+from trainer.teaching.students import student_config, student_modules
 
 GROWN = ("teacher.grown=true", "meta.init=scratch", "meta.objective=labels")
 TRAINING = ("teacher", "meta", "incubate", "assemble", "cluster", "expert", "distill", "refine", "train")
@@ -67,7 +68,7 @@ def test_taught_together_modules_share_the_passes_of_teacher_and_student(tmp_pat
     assert {together.images[name] for name in names} == {8 * 320}
     spent = sum(together.flops[name] for name in names) / (8 * 320)
     run = together.run  # student modules count with their stitches
-    student = sum(training_flops(module, run.tokens) for module in run.student_modules())
+    student = sum(training_flops(module, run.tokens) for module in student_modules(run))
     assert spent == forward_flops(run.teacher.model, run.tokens) + student
     in_order, _ = dry_run(tmp_path, *words, "refine.order=sequential")
     assert spent < sum(in_order.flops[name] for name in names) / (8 * 320)
@@ -86,7 +87,7 @@ def test_the_average_and_more_rounds_need_more_room(tmp_path):
 
 def test_a_given_student_needs_no_teacher(tmp_path):
     made, _ = dry_run(tmp_path, "train.start=scratch")
-    config = dataclasses.replace(made.run.student_config(), seed=5)
+    config = dataclasses.replace(student_config(made.run), seed=5)
     VMoE(config).save_pretrained(
         tmp_path / "given", preprocessing=made.run.teacher.preprocessing, labels=list("0123456789")
     )

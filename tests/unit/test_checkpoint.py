@@ -17,7 +17,7 @@ from tests.unit.checkpoint_ranks import (
     steps,
     without_deepspeed,
 )
-from trainer import checkpoint_files, checkpoint_writer
+from trainer.checkpoint import files, writer
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +50,8 @@ def test_nothing_to_resume(tmp_path):
 
 def test_training_goes_on_while_a_save_is_written(tmp_path, monkeypatch):
     """The write is held up: save() returns all the same, and what training changes then is not in the checkpoint."""
-    gate, write = threading.Event(), checkpoint_writer.write_tensors
-    monkeypatch.setattr(checkpoint_writer, "write_tensors", lambda *a: gate.wait(20) and write(*a))
+    gate, write = threading.Event(), writer.write_tensors
+    monkeypatch.setattr(writer, "write_tensors", lambda *a: gate.wait(20) and write(*a))
 
     def work(dist):
         made = saver(dist, tmp_path)
@@ -202,7 +202,7 @@ def test_another_global_batch(tmp_path):
 def test_the_tests_see_a_wrong_state(tmp_path, monkeypatch):
     """Guards the tests above: a reader that is off by one element is noticed."""
     save_steps(tmp_path, 3)
-    read = checkpoint_files.Reader.read
-    monkeypatch.setattr(checkpoint_files.Reader, "read", lambda self, *where: read(self, *where).roll(1))
+    read = files.Reader.read
+    monkeypatch.setattr(files.Reader, "read", lambda self, *where: read(self, *where).roll(1))
     (error,) = run_ranks(1, lambda dist: resumed_step(tmp_path))
     assert isinstance(error, AssertionError | ValueError)

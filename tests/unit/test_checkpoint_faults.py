@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.unit.checkpoint_ranks import resumed_step, run_ranks, save, save_steps, saver, without_deepspeed
-from trainer import checkpoint_writer
+from trainer.checkpoint import writer
 
 
 @pytest.fixture(autouse=True)
@@ -19,14 +19,14 @@ def _without_deepspeed(monkeypatch):
 
 def fails_on(rank: int, monkeypatch) -> None:
     """From step 2 on the disk of one rank is full."""
-    write = checkpoint_writer.write_tensors
+    write = writer.write_tensors
 
     def full(path, *rest):
         if path.name == f"rank_{rank:05d}.safetensors" and path.parent.name > "step_00000001":
             raise OSError(28, "No space left on device")
         return write(path, *rest)
 
-    monkeypatch.setattr(checkpoint_writer, "write_tensors", full)
+    monkeypatch.setattr(writer, "write_tensors", full)
 
 
 @pytest.mark.parametrize("how", ["close", "next save", "wait"])
@@ -56,7 +56,7 @@ def test_a_failure_in_the_background_reaches_all_ranks(tmp_path, monkeypatch, ra
 
 def test_ranks_that_do_not_see_one_folder(tmp_path, monkeypatch):
     """As on two nodes without a shared disk: an error that says so, not an endless wait."""
-    monkeypatch.setattr(checkpoint_writer, "VISIBLE", 0.05)
+    monkeypatch.setattr(writer, "VISIBLE", 0.05)
 
     def work(dist):
         made = saver(dist, tmp_path / f"node{dist.rank}")

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer import checkpoint_files as files
-from trainer.artifacts import file_record
+from trainer.checkpoint import files
+from trainer.disk import file_record
 
 VALUES = torch.arange(12.0)
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from models import cluster_experts as experts
-from models.cluster_experts import cluster_experts, truncated
-from models.moe import MoE, MoEConfig
+from models.experts import from_clusters as experts
+from models.experts.from_clusters import cluster_experts, truncated
+from models.moe.layer import MoE, MoEConfig
 
 
 def draws(*shape, seed=0):

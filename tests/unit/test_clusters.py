@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import clusters
-from models.clusters import spherical_kmeans
+from models.experts import kmeans
+from models.experts.kmeans import spherical_kmeans
 
 
 def bunches(k, each, width, seed=0, spread=0.05):
@@ -48,7 +48,7 @@ def test_a_fixed_point_of_the_algorithm():
 def test_deterministic_per_seed_in_any_chunks(monkeypatch):
     x = torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
     first = spherical_kmeans(x, 5, seed=3, iterations=4)
-    monkeypatch.setattr(clusters, "CHUNK", 77)
+    monkeypatch.setattr(kmeans, "CHUNK", 77)
     again = spherical_kmeans(x, 5, seed=3, iterations=4)
     assert torch.equal(first[1], again[1])
     torch.testing.assert_close(first[0], again[0])
@@ -59,7 +59,7 @@ def test_an_empty_cluster_restarts_from_the_worst_point(monkeypatch):
     x, truth = bunches(3, 20, 8)
     unit = F.normalize(x, dim=1)
     # seeds in bunches 0 and 1, the third a copy of the first: it starts without points, and bunch 2 fits worst
-    monkeypatch.setattr(clusters, "_seeds", lambda *_: torch.stack([unit[0], unit[20], unit[0]]))
+    monkeypatch.setattr(kmeans, "_seeds", lambda *_: torch.stack([unit[0], unit[20], unit[0]]))
     _, cluster = spherical_kmeans(x, 3, seed=0)
     assert all(len(cluster[truth == t].unique()) == 1 for t in range(3)) and len(cluster.unique()) == 3
 

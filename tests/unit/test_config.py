@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 import models.moe
-from trainer import schema
-from trainer.config import build, first_difference, load_recipe, parse_override, split_evenly, to_dict
-from trainer.schema import Recipe
+from trainer.config import phases, student
+from trainer.config.load import build, first_difference, load_recipe, parse_override, split_evenly, to_dict
+from trainer.config.recipe import Recipe
 
 
 def write(folder, **texts):
@@ -40,7 +40,7 @@ def test_extends_merges_key_by_key_over_two_levels(tmp_path):
     assert (recipe.train.epochs, recipe.train.lr, recipe.train.clip) == (7, 0.5, 1.5)
     assert recipe.train.betas == (0.1, 0.2)
     assert recipe.teacher.depths == (1, 2, 3, 4)  # a list is replaced, not joined
-    assert recipe.meta == schema.MetaConfig()
+    assert recipe.meta == phases.MetaConfig()
 
 
 def test_extends_is_relative_to_the_file(tmp_path):
@@ -294,7 +294,7 @@ def test_every_knob_says_what_it_is():
 
 def test_the_schema_and_the_model_agree_on_routing():
     """The schema may not import torch, so these fields and defaults stand in two places; this keeps them one fact."""
-    ours = {item.name: (item.default, item.type) for item in dataclasses.fields(schema.MoEConfig)}
+    ours = {item.name: (item.default, item.type) for item in dataclasses.fields(student.MoEConfig)}
     theirs = {item.name: item.default for item in dataclasses.fields(models.moe.MoEConfig)}
     assert {name: default for name, (default, _) in ours.items()} == theirs
-    assert typing.get_type_hints(schema.MoEConfig) == typing.get_type_hints(models.moe.MoEConfig)
+    assert typing.get_type_hints(student.MoEConfig) == typing.get_type_hints(models.moe.MoEConfig)

@@ -5,8 +5,8 @@ import typing
 import pytest
 
 from tests.unit.test_config import write
-from trainer.config import build, describe, load_recipe, origins, read_yaml
-from trainer.schema import Recipe
+from trainer.config.load import build, describe, load_recipe, origins, read_yaml
+from trainer.config.recipe import Recipe
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import pytest
 from PIL import EpsImagePlugin, Image
 from torchvision.datasets import ImageFolder
 
+from trainer.config.data import DataConfig
 from trainer.data.sources import open_source
-from trainer.schema import DataConfig
 
 
 def picture(value: int) -> Image.Image:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainer.config.data import DataConfig
 from trainer.data.sources import DIGITS_FILE, open_source
-from trainer.schema import DataConfig
 
 
 def picture(value: int, size: int = 8) -> Image.Image:

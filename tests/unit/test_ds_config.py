@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.ds_config import PASSED_ON, REFUSED, read_ds_config, resolve
-from trainer.schema import ScheduleConfig
+from trainer.config.ds_config import PASSED_ON, REFUSED, read_ds_config, resolve
+from trainer.config.phases import ScheduleConfig
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 ZERO1 = {"zero_optimization": {"stage": 1}}

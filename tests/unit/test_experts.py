@@ -9,16 +9,20 @@ import torch
 from torch import nn
 
 from models.flops import forward_flops
-from trainer import artifacts, clusters, experts, preflight
-from trainer.clusters import Clusters
-from trainer.config import load_recipe, to_dict
+from trainer import artifacts
+from trainer.config.ds_config import read_ds_config
+from trainer.config.load import load_recipe, to_dict
+from trainer.config.phases import DistillConfig
 from trainer.context import Run
-from trainer.dist import Dist
-from trainer.ds_config import read_ds_config
-from trainer.job import Job
-from trainer.objectives.experts import DistillTokens
-from trainer.preflight import planned_teacher
-from trainer.schema import DistillConfig
+from trainer.distributed.ranks import Dist
+from trainer.objectives.distill import DistillTokens
+from trainer.plan import preflight
+from trainer.request import graph
+from trainer.request.job import Job
+from trainer.teaching import clusters, experts
+from trainer.teaching.clusters import Clusters
+from trainer.teaching.students import student_modules
+from trainer.teaching.teachers import planned_teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,15 +71,15 @@ def test_what_a_job_cannot_be(arguments, message):
 
 
 def test_artifacts_by_expert(tmp_path):
-    names = artifacts.preparation(recipe("student.moe.num_experts=2"))
+    names = graph.preparation(recipe("student.moe.num_experts=2"))
     assert names == ["meta", "cluster_0", "expert_0_0", "expert_0_1", "cluster_1", "expert_1_0", "expert_1_1",
                      "distill_0", "distill_1"]  # fmt: skip
-    assert artifacts.preparation(recipe("distill.level=module")) == ["meta", "distill_0", "distill_1"]
+    assert graph.preparation(recipe("distill.level=module")) == ["meta", "distill_0", "distill_1"]
     with pytest.raises(ValueError, match="run --phase expert --module 1 --expert 3 --out"):
         artifacts.require(tmp_path, "expert_1_3", recipe(), "a test")
     # section expert decides what a module is only where experts are taught
     for level, same in (("module", True), ("expert", False)):
-        pair = [artifacts.defining(to_dict(recipe(f"distill.level={level}", word)), "distill_0")
+        pair = [graph.defining(to_dict(recipe(f"distill.level={level}", word)), "distill_0")
                 for word in ("expert.lr=1", "expert.lr=2")]  # fmt: skip
         assert (pair[0] == pair[1]) == same
     # the result of another expert in its place is refused
@@ -101,7 +105,7 @@ def test_refused_before_anything_trains(tmp_path, words, message):
 def test_dense_modules_start_alike_and_as_the_student_does(tmp_path):
     run = run_in(tmp_path)
     dense, again = (experts.dense_modules(run)[0].state_dict() for _ in range(2))
-    student = run.student_modules()[0].state_dict()
+    student = student_modules(run)[0].state_dict()
     assert not any(".experts." in name for name in dense)
     for name, value in dense.items():
         assert torch.equal(value, again[name])
@@ -119,7 +123,7 @@ def test_the_share_of_an_expert(tmp_path, caplog):
     assert list(last.train.rows) == list(run.data.train.rows[38:40]) * 8 and len(last.val) == 40
     assert "expert 3 of module 0 has 2 training images, fewer than one batch of 16" in caplog.text
     assert "no validation image of its own" in caplog.text
-    assert experts.share_of(run, replace(found, train=None, val=None), 0, 3, 16) is run.data  # tokens: all images
+    assert experts.share_of(run, replace(found, train=None, val=None), 0, 3, 16) == run.data  # tokens: all images
 
 
 def test_tokens_go_to_the_nearest_centroid():

@@ -8,13 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from vit_families import WIDTH, images, tiny
 
 from models.flops import forward_flops, num_tokens
-from models.meta import MetaModel
-from models.modules import split
-from models.moe import MoEConfig
-from models.stitch import assemble_student, build_student_modules
-from models.vmoe import VMoE, VMoEConfig, decode_variant
+from models.modules.meta import MetaModel
+from models.modules.stages import split
+from models.modules.stitch import assemble_student, build_student_modules
+from models.moe.layer import MoEConfig
+from models.vmoe.model import VMoE, VMoEConfig, decode_variant
+from trainer.config.phases import DistillConfig, MetaConfig
 from trainer.objectives import Classify, Distill, MatchTeacher
-from trainer.schema import DistillConfig, MetaConfig
 
 BATCH = 2
 

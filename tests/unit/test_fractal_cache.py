@@ -13,10 +13,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from trainer.config.data import DataConfig, FractalConfig
 from trainer.data import fractal_images, fractals
 from trainer.data.fractal_images import TRAIN, VAL, draw_images
 from trainer.data.sources import open_source
-from trainer.schema import DataConfig, FractalConfig
 
 fork = multiprocessing.get_context("fork")
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from benchmarks.fractals import grey, linear_accuracy, shortcuts
+from trainer.config.data import DataConfig, FractalConfig
 from trainer.data import fractal_images
 from trainer.data.fractal_images import CELLS, TRAIN, UNIT, VAL, ZERO, draw_images, draw_maps, draw_poses, stream
 from trainer.data.sources import open_source
-from trainer.schema import DataConfig, FractalConfig
 
 # SHA-256 of what draw_images(*arguments) returns, also under numpy 1.26. When it changes, raise fractals.FORMAT.
 KNOWN = {

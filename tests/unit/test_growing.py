@@ -8,17 +8,17 @@ from timm.layers import DropPath
 from torch import nn
 from vit_families import images, tiny
 
-from models.convert import back_to_transformers, to_timm
-from models.modules import set_drop_path
-from models.teacher import load_teacher, new_teacher, save_teacher
-from trainer.artifacts import defining, own_teacher
-from trainer.config import load_recipe, to_dict
+from models.modules.stages import set_drop_path
+from models.teacher.convert import back_to_transformers, to_timm
+from models.teacher.load import load_teacher, new_teacher, save_teacher
+from trainer.config.ds_config import read_ds_config
+from trainer.config.load import load_recipe, to_dict
 from trainer.context import Run
-from trainer.dist import Dist
-from trainer.ds_config import read_ds_config
-from trainer.growing import with_seedling
-from trainer.job import Job
-from trainer.preflight import check, trained_preprocessing
+from trainer.distributed.ranks import Dist
+from trainer.plan.preflight import check
+from trainer.request.graph import defining, own_teacher
+from trainer.request.job import Job
+from trainer.teaching.teachers import trained_preprocessing, with_seedling
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from models.flops import forward_flops
-from models.guided_routing import (
+from models.experts.guided_routing import (
     Guide,
     TeacherRouters,
     _numbers,
@@ -17,10 +16,11 @@ from models.guided_routing import (
     teacher_routers,
     teacher_routers_flops,
 )
-from models.modules import split
-from models.moe import MoE, MoEConfig, auxiliary_loss
-from models.stitch import build_student_modules
-from models.vmoe import VMoE, VMoEConfig
+from models.flops import forward_flops
+from models.modules.stages import split
+from models.modules.stitch import build_student_modules
+from models.moe.layer import MoE, MoEConfig, auxiliary_loss
+from models.vmoe.model import VMoE, VMoEConfig
 
 STUDENT = VMoEConfig(image_size=16, patch_size=8, width=16, depth=4, heads=2, mlp_dim=24, num_classes=5,
                      moe_blocks="1,2,3", moe=MoEConfig(num_experts=3, k=1, noise_std=1.0), seed=4)  # fmt: skip

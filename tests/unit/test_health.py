@@ -1,11 +1,11 @@
-"""What trainer/health.py calls a spike, a dead expert and one bad step too many; worked by hand."""
+"""What trainer/tracking/health.py calls a spike, a dead expert and one bad step too many; worked by hand."""
 
 import math
 
 import pytest
 
-from trainer.health import Health, NonFiniteLoss
-from trainer.schema import RunConfig
+from trainer.config.runtime import RunConfig
+from trainer.tracking.health import Health, NonFiniteLoss
 
 
 def health(**run):

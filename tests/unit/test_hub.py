@@ -8,11 +8,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from models.vmoe import VMoE
+from models.vmoe.model import VMoE
 from tests.hub_server import EXPIRED, FINE, READER, WRITER, HubServer
 from tests.run_folder import finish_run, logits, new_recipe, new_student
-from trainer import artifacts, hub
-from trainer.schema import HubConfig
+from trainer import artifacts
+from trainer.config.runtime import HubConfig
+from trainer.hub import push
 
 REPO = "alice/model"
 RECIPE = new_recipe()
@@ -47,10 +48,10 @@ def runs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def plans(runs):
     """The plans of the two runs."""
-    return [hub.plan(out, RECIPE) for out, _ in runs]
+    return [push.plan(out, RECIPE) for out, _ in runs]
 
 
-def contents(plan: hub.Plan) -> dict[str, bytes]:
+def contents(plan: push.Plan) -> dict[str, bytes]:
     return {f.path: f.content if isinstance(f.content, bytes) else f.content.read_bytes() for f in plan.files}
 
 
@@ -65,7 +66,7 @@ def pulled(home: Path, revision: str | None = None, repo: str = REPO) -> torch.T
 
 
 def test_push_then_pull_gives_the_same_logits(server, runs, plans, tmp_path):
-    commit = hub.push(plans[0], RECIPE.hub)
+    commit = push.push(plans[0], RECIPE.hub)
     assert server.head(REPO) == commit and server.repos[REPO].private
     assert set(server.files(REPO)) == SENT | {".gitattributes"}
     assert torch.equal(pulled(tmp_path / "cache"), logits(runs[0][1]))
@@ -74,9 +75,9 @@ def test_push_then_pull_gives_the_same_logits(server, runs, plans, tmp_path):
 
 
 def test_pushing_again_sends_nothing(server, plans):
-    commit = hub.push(plans[0], RECIPE.hub)
+    commit = push.push(plans[0], RECIPE.hub)
     before = {step: server.count(step) for step in ("preupload", "lfs-put", "commit")}
-    assert hub.push(plans[0], RECIPE.hub) == commit
+    assert push.push(plans[0], RECIPE.hub) == commit
     assert {step: server.count(step) for step in before} == before
 
 
@@ -85,7 +86,7 @@ def test_a_push_over_other_weights_leaves_no_stale_ones(server, tmp_path, first,
     students = new_student(1), new_student(2)
     for i, (student, size) in enumerate(zip(students, (first, second))):
         finish_run(tmp_path / str(i), RECIPE, student, max_shard_size=size)
-        hub.push(hub.plan(tmp_path / str(i), RECIPE), RECIPE.hub)
+        push.push(push.plan(tmp_path / str(i), RECIPE), RECIPE.hub)
         weights = [name for name in server.files(REPO) if name.endswith(".safetensors")]
         assert ("model.safetensors.index.json" in server.files(REPO)) == (len(weights) > 1) == (size == "4KB")
         assert torch.equal(pulled(tmp_path / f"cache{i}"), logits(student))
@@ -94,28 +95,28 @@ def test_a_push_over_other_weights_leaves_no_stale_ones(server, tmp_path, first,
 
 def test_what_others_put_into_the_repo_stays(server, plans):
     server.seed(REPO, {"notes.md": b"mine", "onnx/model.onnx": b"mine", "pytorch_model.bin": b"\0stale"})
-    hub.push(plans[0], RECIPE.hub)
+    push.push(plans[0], RECIPE.hub)
     assert set(server.files(REPO)) == SENT | {"notes.md", "onnx/model.onnx"}
 
 
 def test_all_stages_lie_beside_the_student_and_go_with_it(server, tmp_path):
     recipe = new_recipe(hub={"stages": "all"})
     finish_run(tmp_path, recipe, new_student())
-    hub.push(hub.plan(tmp_path, recipe), recipe.hub)
+    push.push(push.plan(tmp_path, recipe), recipe.hub)
     stages = {f"{stage}/{name}" for stage in ("teacher", "meta", "distill_0", "distill_1")
               for name in ("config.yaml", "model.safetensors", "result.json")}  # fmt: skip
     assert set(server.files(REPO)) == SENT | stages | {".gitattributes"}
-    hub.push(hub.plan(tmp_path, RECIPE), RECIPE.hub)
+    push.push(push.plan(tmp_path, RECIPE), RECIPE.hub)
     assert set(server.files(REPO)) == SENT | {".gitattributes"}
     from_hub = new_recipe(hub={"stages": "all"}, teacher={"source": "someone/vit"})
-    assert hub._stages(from_hub) == ["meta", "distill_0", "distill_1"]
-    assert hub._stages(new_recipe(hub={"stages": "all"}, train={"start": "scratch"})) == []
+    assert push._stages(from_hub) == ["meta", "distill_0", "distill_1"]
+    assert push._stages(new_recipe(hub={"stages": "all"}, train={"start": "scratch"})) == []
 
 
 def test_another_branch_is_made_and_main_stays(server, runs, plans, tmp_path):
-    hub.push(plans[0], RECIPE.hub)
+    push.push(plans[0], RECIPE.hub)
     recipe = new_recipe(hub={"revision": "v2"})
-    commit = hub.push(hub.plan(runs[1][0], recipe), recipe.hub)
+    commit = push.push(push.plan(runs[1][0], recipe), recipe.hub)
     assert server.head(REPO, "v2") == commit != server.head(REPO)
     assert torch.equal(pulled(tmp_path / "cache"), logits(runs[0][1]))
     assert torch.equal(pulled(tmp_path / "cache", revision="v2"), logits(runs[1][1]))
@@ -123,7 +124,7 @@ def test_another_branch_is_made_and_main_stays(server, runs, plans, tmp_path):
 
 def test_the_plan_contacts_nobody_and_shows_files_and_card(runs, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    plan = hub.plan(runs[0][0], RECIPE)
+    plan = push.plan(runs[0][0], RECIPE)
     assert {file.path for file in plan.files} == SENT
     shown = str(plan)
     assert f"push to {REPO}@main: 6 files, {sum(file.size for file in plan.files):,} bytes" in shown
@@ -136,9 +137,9 @@ def test_unfinished_and_damaged_artifacts_are_never_pushed(tmp_path, name):
     path = tmp_path / "train" / name
     path.unlink() if name == "result.json" else path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"--phase push needs .*unfinished|truncated or altered"):
-        hub.plan(tmp_path, RECIPE)
+        push.plan(tmp_path, RECIPE)
     with pytest.raises(ValueError, match=r"hub\.repo is empty"):
-        hub.plan(tmp_path, new_recipe(hub={"repo": ""}))
+        push.plan(tmp_path, new_recipe(hub={"repo": ""}))
 
 
 # ---- what is refused, before training
@@ -165,7 +166,7 @@ REFUSED = [
 def test_refused_in_one_line_before_training(server, monkeypatch, tmp_path, token, changes, message):
     server.connect(monkeypatch, tmp_path / "home", token)
     with pytest.raises(ValueError, match=message) as refused:
-        hub.check_hub(HubConfig(**{"repo": REPO, **changes}))
+        push.check_hub(HubConfig(**{"repo": REPO, **changes}))
     assert "\n" not in str(refused.value) and not (token and token in str(refused.value))
     assert not server.repos
 
@@ -173,7 +174,7 @@ def test_refused_in_one_line_before_training(server, monkeypatch, tmp_path, toke
 def test_offline_is_refused_with_what_to_do(server, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"hub\.repo is alice/model but HF_HUB_OFFLINE=1: unset it, or train with"):
-        hub.check_hub(RECIPE.hub)
+        push.check_hub(RECIPE.hub)
     assert not server.requests
 
 
@@ -182,17 +183,17 @@ def test_no_write_access_to_a_repo_that_exists(server, monkeypatch):
     server.seed("acme/model", {})
     server.users[WRITER]["auth"]["accessToken"]["role"] = "custom"
     with pytest.raises(ValueError, match=r"asking for the right to write to acme/model: the hub refuses it .* 403"):
-        hub.check_hub(HubConfig(repo="acme/model"))
+        push.check_hub(HubConfig(repo="acme/model"))
 
 
 @pytest.mark.parametrize("token, repo", [(WRITER, REPO), (WRITER, "acme/model"), (FINE, REPO)])
 def test_who_may_push_gets_the_repo_made(server, monkeypatch, tmp_path, token, repo):
     server.connect(monkeypatch, tmp_path / "home", token)
     config = HubConfig(repo=repo, private=False, revision="v2", license="mit")
-    hub.check_hub(config, make=False)
+    push.check_hub(config, make=False)
     assert not server.repos
-    hub.check_hub(config)
-    hub.check_hub(config)
+    push.check_hub(config)
+    push.check_hub(config)
     assert not server.repos[repo].private and set(server.repos[repo].branches) == {"main", "v2"}
 
 
@@ -224,17 +225,17 @@ def test_a_fault_leaves_the_old_model_or_the_new_one(server, runs, plans, tmp_pa
     server.seed(REPO, contents(plans[0]))
     server.fail(step, kind, times)
     if comes_through:
-        assert hub.push(plans[1], RECIPE.hub) == server.head(REPO)
+        assert push.push(plans[1], RECIPE.hub) == server.head(REPO)
         assert len(server.repos[REPO].commits) == 2
     else:
         with pytest.raises((ValueError, OSError)) as failed:
-            hub.push(plans[1], RECIPE.hub)
+            push.push(plans[1], RECIPE.hub)
         assert "\n" not in str(failed.value) and str(failed.value).startswith(f"pushing to {REPO}: ")
         assert len(server.repos[REPO].commits) == 1
     assert any(fault.times < times for fault in server.faults), "the fault was never met"
     assert torch.equal(pulled(tmp_path / "cache"), logits(runs[comes_through][1]))
     server.faults.clear()
-    assert hub.push(plans[1], RECIPE.hub) == server.head(REPO)  # starting again goes on
+    assert push.push(plans[1], RECIPE.hub) == server.head(REPO)  # starting again goes on
     assert set(server.files(REPO)) == SENT and len(server.repos[REPO].commits) == 2
     puts = [path for name, path in server.requests if name == "lfs-put"]
     assert len(puts) - len(set(puts)) <= (times if step == "lfs-put" else 0), "stored twice"
@@ -245,7 +246,7 @@ def test_a_fault_leaves_the_old_model_or_the_new_one(server, runs, plans, tmp_pa
 def test_a_fault_while_the_repo_is_made(server, runs, tmp_path, step, kind):
     recipe = new_recipe(hub={"revision": "v2"})
     server.fail(step, kind)
-    assert hub.push(hub.plan(runs[0][0], recipe), recipe.hub) == server.head(REPO, "v2")
+    assert push.push(push.plan(runs[0][0], recipe), recipe.hub) == server.head(REPO, "v2")
     assert server.repos[REPO].private and len(server.repos[REPO].commits) == 2  # the hub's own first one, and ours
     assert torch.equal(pulled(tmp_path / "cache", revision="v2"), logits(runs[0][1]))
 
@@ -253,7 +254,7 @@ def test_a_fault_while_the_repo_is_made(server, runs, tmp_path, step, kind):
 def test_somebody_else_commits_in_between(server, plans):
     server.seed(REPO, contents(plans[0]))
     server.before["commit"] = lambda: server.seed(REPO, {**contents(plans[0]), "model.safetensors.index.json": b"{}"})
-    commit = hub.push(plans[1], RECIPE.hub)
+    commit = push.push(plans[1], RECIPE.hub)
     assert [c.title for c in server.repos[REPO].commits.values()] == ["seed", "seed", "Push of a finished run by m2mkd"]
     assert server.files(REPO, commit) == contents(plans[1])
 
@@ -261,16 +262,16 @@ def test_somebody_else_commits_in_between(server, plans):
 def test_a_hub_that_is_gone(server, plans):
     server.stop()
     with pytest.raises(OSError, match=r"asking the hub whose token this is: .*refused .*9 attempts"):
-        hub.push(plans[0], RECIPE.hub)
+        push.push(plans[0], RECIPE.hub)
 
 
 def test_the_token_is_never_told(server, plans, caplog):
     caplog.set_level(logging.DEBUG)
     server.fail("commit", 503, 1)
-    hub.push(plans[0], RECIPE.hub)
+    push.push(plans[0], RECIPE.hub)
     server.fail("commit", 403, 99)
     with pytest.raises(ValueError, match="403") as refused:
-        hub.push(plans[1], RECIPE.hub)
+        push.push(plans[1], RECIPE.hub)
     assert "503" in caplog.text and WRITER not in caplog.text + str(refused.value)
     assert not any(WRITER.encode() in data for data in server.files(REPO).values())
 
@@ -279,7 +280,7 @@ def test_licence_of_the_teacher_from_its_page(server, runs):
     server.seed("someone/vit", {"README.md": b"---\nlicense: apache-2.0\n---\n# A ViT\n"})
     server.seed("someone/plain", {"README.md": b"# A ViT\n"})
     out = runs[0][0]
-    found = {name: hub.find_teacher_license(out, new_recipe(teacher={"source": f"someone/{name}"}))
+    found = {name: push.find_teacher_license(out, new_recipe(teacher={"source": f"someone/{name}"}))
              for name in ("vit", "vit@main", "plain", "absent")}  # fmt: skip
     assert found == {"vit": "apache-2.0", "vit@main": "apache-2.0", "plain": None, "absent": None}
-    assert hub.find_teacher_license(out, RECIPE) is None
+    assert push.find_teacher_license(out, RECIPE) is None

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from tests.hub_server import WRITER, HubServer
-from trainer.hub_retry import LONGEST_PAUSE, PAUSES, one_line, patiently
+from trainer.hub.retry import LONGEST_PAUSE, PAUSES, one_line, patiently
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
-from models.import_names import google_state, m2mkd_state
-from models.importers import import_checkpoint
-from models.teacher import load_teacher
-from models.vmoe import VMoE
+from models.teacher.load import load_teacher
+from models.vmoe.import_names import google_state, m2mkd_state
+from models.vmoe.importers import import_checkpoint
+from models.vmoe.model import VMoE
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "vmoe" / "model_token_k2.npz"
 WIDTH, HIDDEN, HEADS, CLASSES, DEPTH, EXPERTS, TEACHER_WIDTH = 24, 40, 3, 5, 4, 3, 32

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.moe import MoEConfig
-from models.vmoe import VMoE, VMoEConfig
+from models.moe.layer import MoEConfig
+from models.vmoe.model import VMoE, VMoEConfig
 from tests.unit.checkpoint_ranks import SHAPES, run_ranks, save, saver, state_at, without_deepspeed
 from trainer import artifacts
-from trainer.inspection import Damaged, export, inspect
+from trainer.checkpoint.inspection import Damaged, export, inspect
 
 MODEL = VMoEConfig(image_size=16, patch_size=8, width=8, depth=2, heads=2, mlp_dim=12, num_classes=3, moe_blocks="1",
                    moe=MoEConfig(num_experts=2, k=1), seed=4)  # fmt: skip

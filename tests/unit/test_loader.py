@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from models.preprocessing import Preprocessing
+from trainer.config.data import AugmentConfig, DataConfig
 from trainer.data.loader import Batch, eval_batches, make_mixup, steps_per_epoch, train_batches
 from trainer.data.sources import open_source
-from trainer.schema import AugmentConfig, DataConfig
 
 PRE = Preprocessing(12, (0.5, 0.4, 0.3), (0.5, 0.5, 0.5))
 # draws from `random` (crop, erasing), torch (flip, erasing's noise) and numpy (the choice of operations)

@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from models.preprocessing import Preprocessing
+from trainer.config.data import AugmentConfig, DataConfig
+from trainer.data.loader import Data
 from trainer.data.sources import DigitsSource
-from trainer.dist import Dist
-from trainer.health import NonFiniteLoss
-from trainer.loop import Predictor, evaluate
-from trainer.schema import AugmentConfig, DataConfig
-from trainer.train_step import Data, data_workers
+from trainer.distributed.ranks import Dist
+from trainer.evaluation.accuracy import Predictor, evaluate
+from trainer.loop.step import data_workers
+from trainer.tracking.health import NonFiniteLoss
 
 ALONE = Dist(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer import cli, manual, reference
-from trainer.config import all_keys, load_recipe, to_dict
-from trainer.schema import MoEConfig
+from trainer.cli import flags as cli
+from trainer.cli import manual, reference
+from trainer.config.load import all_keys, load_recipe, to_dict
+from trainer.config.student import MoEConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGEFOLDER = ROOT / "recipes/vmoe_base_imagefolder.yaml"
@@ -112,4 +113,4 @@ def test_recipes_that_cannot_be_printed():
 
 def test_the_reference_is_up_to_date():
     there = (ROOT / "docs/reference.md").read_text()
-    assert there == reference.text(), "run: python -m trainer.reference"
+    assert there == reference.text(), "run: python -m trainer.cli.reference"

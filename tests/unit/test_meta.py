@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from vit_families import every_family, images, tiny
 
-from models.meta import MetaModel, check_pair
-from models.modules import split
+from models.modules.meta import MetaModel, check_pair
+from models.modules.stages import split
 
 DEPTHS = [2, 1, 3]
 

@@ -9,11 +9,11 @@ from torch import nn
 from vit_families import images, tiny
 
 from models.flops import forward_flops
-from models.meta import MetaModel
-from models.modules import split
+from models.modules.meta import MetaModel
+from models.modules.stages import split
+from trainer.config.phases import MetaConfig
 from trainer.objectives import Classify, Incubate, MatchTeacher, Theseus, meta_objective
 from trainer.objectives.meta import expected_mixed_flops
-from trainer.schema import MetaConfig
 
 TOKENS, DEPTHS = 17, [2, 1, 3]  # of the tiny teacher of 6 blocks
 X, LABELS = images(count=2), torch.tensor([1, 4])

@@ -10,9 +10,9 @@ from huggingface_hub import ModelCard
 
 from tests.run_folder import finish_run, new_recipe, new_student
 from trainer import artifacts
-from trainer.config import build
-from trainer.model_card import PICTURE, hub_id, trained_with, write_card
-from trainer.schema import Recipe
+from trainer.config.load import build
+from trainer.config.recipe import Recipe
+from trainer.hub.card import PICTURE, hub_id, trained_with, write_card
 
 
 @pytest.fixture(autouse=True)
@@ -117,9 +117,9 @@ def test_the_same_run_gives_the_same_card_and_no_matplotlib_no_picture(tmp_path,
     first = write_card(tmp_path, recipe, None, ())
     assert first == write_card(tmp_path, recipe, None, ()) and first[PICTURE].startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in [name for name in sys.modules if name.startswith(("matplotlib.", "trainer.report_plots"))]:
+    for name in [name for name in sys.modules if name.startswith(("matplotlib.", "trainer.report.plots"))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("trainer.report_plots", raising=False)
+    monkeypatch.delattr("trainer.report.plots", raising=False)
     assert set(write_card(tmp_path, recipe, None, ())) == {"README.md"}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from vit_families import every_family, images, scramble, tiny
 
-from models.modules import assemble, shallow_copy, split
+from models.modules.stages import assemble, shallow_copy, split
 
 
 def chain(stages, x):

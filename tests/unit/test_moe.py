@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
-from models import moe
-from models.moe import MoE, MoEConfig, auxiliary_loss, full_state_dict, load_full_state_dict, official, paper
-from models.moe import routing_metrics as metrics_of
+from models.moe import layer as moe
+from models.moe.layer import MoE, MoEConfig, auxiliary_loss, official, paper
+from models.moe.layer import routing_metrics as metrics_of
+from models.moe.parallel import full_state_dict, load_full_state_dict
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "vmoe" / "moe_layer.npz"
 

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from vit_families import WIDTH, images, tiny
 
-from models.meta import MetaModel
-from models.modules import split
-from models.moe import MoEConfig, auxiliary_loss
-from models.stitch import build_student_modules
-from models.vmoe import VMoE, VMoEConfig
+from models.modules.meta import MetaModel
+from models.modules.stages import split
+from models.modules.stitch import build_student_modules
+from models.moe.layer import MoEConfig, auxiliary_loss
+from models.vmoe.model import VMoE, VMoEConfig
+from trainer.config.phases import DistillConfig, MetaConfig
 from trainer.objectives import Classify, Distill, MatchTeacher, relative_mse, soft_kl
-from trainer.schema import DistillConfig, MetaConfig
 
 CLASSES, TOKENS = 5, 17  # of the tiny models
 X = images(count=2)

@@ -2,10 +2,10 @@
 
 from torch import nn
 
-from models.moe import MoEConfig
-from models.stitch import stitch
-from models.vmoe import VMoE, VMoEConfig
-from trainer.engine import blocks_after, parameter_groups
+from models.modules.stitch import stitch
+from models.moe.layer import MoEConfig
+from models.vmoe.model import VMoE, VMoEConfig
+from trainer.distributed.engine import blocks_after, parameter_groups
 
 CONFIG = VMoEConfig(image_size=16, patch_size=8, width=16, depth=3, heads=2, mlp_dim=24, num_classes=5,
                     moe_blocks="1", moe=MoEConfig(num_experts=2, k=1), reg_tokens=1)  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 from trainer.chain import plan
 from trainer.chain.settings import Settings
 from trainer.chain.submit import load, plan_orders
+from trainer.plan import cost
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,7 +54,7 @@ def test_cost_from_flops_and_a_measured_speed(tmp_path):
 
 def test_speed_is_the_slowest_finished_stage_or_said_to_be_assumed(tmp_path):
     settings = settings_for(tmp_path, speed_from=str(tmp_path / "other"))
-    assert plan.speed(settings)[0] == plan.ASSUMED_FLOPS
+    assert plan.speed(settings)[0] == cost.ASSUMED_FLOPS
     assert "an assumption" in plan.speed(settings)[1]
     write_result(tmp_path / "other", "train", flops=8e9, seconds=2.0, world_size=4)
     write_result(tmp_path / "other", "meta", flops=9e9, seconds=1.0, world_size=4)

@@ -6,10 +6,15 @@ import pytest
 import torch
 from vit_families import save_transformers
 
-from trainer import context, hub, preflight
-from trainer.config import load_recipe
-from trainer.dist import Dist
-from trainer.ds_config import read_ds_config
+from trainer import context
+from trainer.config.ds_config import read_ds_config
+from trainer.config.load import load_recipe
+from trainer.distributed.ranks import Dist
+from trainer.hub import push
+from trainer.plan import preflight
+from trainer.teaching import teachers
+from trainer.teaching.students import new_student
+from trainer.teaching.upcycling import dense_start
 
 ROOT = Path(__file__).resolve().parents[2]
 PHASES = ["teacher", "meta", "distill", "train", "evaluate"]
@@ -45,7 +50,7 @@ def test_the_hub_is_asked_first_and_by_one_rank(tmp_path, monkeypatch, opened, r
         assert target.repo == "a/b" and not opened
         calls.append(make)
 
-    monkeypatch.setattr(hub, "check_hub", check_hub)
+    monkeypatch.setattr(push, "check_hub", check_hub)
     run = run_with(tmp_path, "hub.repo=a/b", rank=rank)
     preflight.check(run, [*PHASES, "push"])
     assert calls == [True] * asked and opened == ["train", "val"]
@@ -57,7 +62,7 @@ def test_the_hub_is_asked_first_and_by_one_rank(tmp_path, monkeypatch, opened, r
 
 
 def test_a_push_alone_needs_no_data(tmp_path, monkeypatch, opened):
-    monkeypatch.setattr(hub, "check_hub", lambda *_, **__: None)
+    monkeypatch.setattr(push, "check_hub", lambda *_, **__: None)
     preflight.check(run_with(tmp_path, "hub.repo=a/b"), ["push"])
     assert not opened
 
@@ -79,9 +84,13 @@ def test_a_start_from_another_dense_model(tmp_path):
     fits = ("student.width=24", "student.heads=3", "student.mlp_dim=37", "student.depth=3", "teacher.image_size=32")
     run = run_with(tmp_path, f"student.init={tmp_path / 'dense'}", "student.experts=clusters", *fits)
     preflight.check(run, PHASES)
-    student = run.with_teacher(preflight.planned_teacher(run.recipe.teacher, run.labels)).new_student()
-    assert torch.equal(student.blocks[2].attn.proj.weight, run.dense.model.blocks[2].attn.proj.weight)
-    assert student.num_classes == 10 and run.dense.num_classes == 4 and not run.dense.model.head.weight.is_meta
+    student = new_student(run.with_teacher(teachers.planned_teacher(run.recipe.teacher, run.labels)))
+    assert torch.equal(student.blocks[2].attn.proj.weight, dense_start(run).model.blocks[2].attn.proj.weight)
+    assert (
+        student.num_classes == 10
+        and dense_start(run).num_classes == 4
+        and not dense_start(run).model.head.weight.is_meta
+    )
     with pytest.raises(ValueError, match=r"image_size is 16 and that of .*dense.* is 32: they must be equal; name in"):
         preflight.check(run_with(tmp_path, f"student.init={tmp_path / 'dense'}", *fits[:-1]), PHASES)
 

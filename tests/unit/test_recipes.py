@@ -11,14 +11,16 @@ from timm.models.vision_transformer import VisionTransformer
 
 from models.flops import num_tokens
 from models.preprocessing import Preprocessing
-from models.teacher import Teacher
-from models.vmoe import VMoE
-from trainer.config import load_recipe, to_dict
-from trainer.context import Run
-from trainer.dist import Dist
-from trainer.ds_config import read_ds_config
-from trainer.job import PHASES
+from models.teacher.load import Teacher
+from models.vmoe.model import VMoE
+from trainer.config.ds_config import read_ds_config
+from trainer.config.load import load_recipe, to_dict
+from trainer.context import Opened, Run
+from trainer.distributed.ranks import Dist
 from trainer.objectives import Classify, Distill, MatchTeacher
+from trainer.request.graph import PHASES
+from trainer.teaching.meta import new_meta
+from trainer.teaching.students import student_config, student_modules
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = {path.name for path in (ROOT / "recipes").glob("study_*.yaml")} - {"study_base.yaml"}  # test_study.py
@@ -60,7 +62,7 @@ def full_size(name):
     flags, overrides, world = command_of(name)
     recipe = load_recipe(ROOT / flags["--recipe"], overrides)
     dist = Dist(0, world, 0, world, torch.device("cpu"))
-    run = Run(recipe, read_ds_config(ROOT / flags["--ds_config"]), Path("unused"), dist, "unused")
+    ds_values = read_ds_config(ROOT / flags["--ds_config"])
     t, data = recipe.teacher, recipe.data
     labels = [str(i) for i in range(CLASSES.get(data.path) or CLASSES.get(data.source) or 1000)]
     with torch.device("meta"):
@@ -76,10 +78,8 @@ def full_size(name):
     preprocessing = Preprocessing(model.patch_embed.img_size[0], (0.5,) * 3, (0.5,) * 3, "bicubic")
     teacher = Teacher(model.eval().requires_grad_(False), preprocessing, t.source, labels, model.num_classes)
     source = SimpleNamespace(labels=labels, name=data.source)
-    run.__dict__.update(
-        teacher=teacher, dense=teacher, sources=(source, source)
-    )  # in place of the cached properties that load them
-    return run
+    opened = Opened({"teacher": teacher, "dense start": teacher, "sources": (source, source)})
+    return Run(recipe, ds_values, Path("unused"), dist, "unused", opened=opened)
 
 
 def size(*modules):
@@ -118,9 +118,9 @@ def test_models_at_full_size(name, capsys):
     run = full_size(name)
     recipe, teacher = run.recipe, run.teacher.model
     with torch.device("meta"):
-        student = VMoE(run.student_config(recipe.train.drop_path))
-        modules = run.student_modules(recipe.distill.drop_path)
-        meta = run.new_meta()
+        student = VMoE(student_config(run, recipe.train.drop_path))
+        modules = student_modules(run, recipe.distill.drop_path)
+        meta = new_meta(run)
     stages = run.teacher_stages()
     assert all(p.is_meta for model in (teacher, student, meta, *modules) for p in model.parameters())
     N = recipe.modules
@@ -146,8 +146,8 @@ def test_every_objective_is_built_and_one_image_goes_through(name):
     run = full_size(name)
     recipe, teacher, smoothing = run.recipe, run.teacher.model, run.recipe.augment.label_smoothing
     with torch.device("meta"):
-        student, meta = VMoE(run.student_config()), run.new_meta()
-        modules, stages = run.student_modules(), run.teacher_stages()
+        student, meta = VMoE(student_config(run)), new_meta(run)
+        modules, stages = student_modules(run), run.teacher_stages()
         pre = run.teacher.preprocessing
         x = torch.empty(1, pre.in_chans, pre.image_size, pre.image_size)
         border = torch.empty(1, run.tokens, teacher.embed_dim)
@@ -195,7 +195,7 @@ def test_preparation_costs_at_most_half_of_end_to_end_training(name):
     run = full_size(name)
     recipe = run.recipe
     with torch.device("meta"):
-        student, modules, meta = VMoE(run.student_config()), run.student_modules(), run.new_meta()
+        student, modules, meta = VMoE(student_config(run)), student_modules(run), new_meta(run)
         first, second = (
             sum(
                 Distill(module, stage, meta, i, recipe.distill, run.tokens, predecessors=before(i)).flops_per_image

@@ -2,7 +2,7 @@
 
 import pytest
 
-from trainer.redaction import redact, refuse_secrets
+from trainer.config.redaction import redact, refuse_secrets
 
 TOKEN = "hf_" + "AbCdEfGhIjKlMnOpQrStUvWx"
 

@@ -12,9 +12,9 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch.testing import assert_close
 
 import models.registry
-from models.moe import MoE
+from models.moe.layer import MoE
 from models.preprocessing import Preprocessing
-from models.vmoe import VMoE
+from models.vmoe.model import VMoE
 from tests.hub_server import HubServer
 
 NAMES = sorted(models.registry.VARIANTS)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.report_folder import analysed_run, complete_run, put
-from trainer import report
-from trainer.report_data import read_phases
+from trainer.report import __main__, write
+from trainer.report.data import read_phases
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,7 +28,7 @@ def cells(text, start):
 
 
 def test_table_of_a_complete_run(run):
-    text = report.write_report(run)
+    text = write.write_report(run)
     assert cells(text, "teacher") == ["96.2"]
     assert cells(text, "meta model") == ["80.0"]
     assert cells(text, "student (phase evaluate)") == ["87.5"]
@@ -46,7 +46,7 @@ def test_table_of_a_complete_run(run):
 
 def test_report_file_names_pictures_commands_and_versions(run):
     (run / "train" / "config.yaml").write_text("phase: train\n")
-    text = report.write_report(run)
+    text = write.write_report(run)
     page = (run / "report.md").read_text()
     assert text in page
     for picture in ("learning_curves.png", "hybrid_accuracy.png", "expert_load.png"):
@@ -72,7 +72,7 @@ def test_missing_and_unfinished_phases(tmp_path):
     put(tmp_path / "distill_0", {"hybrid_accuracy": 0.7, "teacher_hybrid_accuracy": 0.85}, flops=3e12, seconds=30.0)
     put(tmp_path / "train", None, {1: 0.5, 2: 0.55})
     put(tmp_path / "train_scratch")
-    text = report.write_report(tmp_path)
+    text = write.write_report(tmp_path)
     assert cells(text, "teacher") == ["95.0"]  # a hub teacher: measured by meta, without a phase of its own
     assert cells(text, "teacher module in the meta model") == ["85.0", "90.0"]
     assert cells(text, "student module in the meta model") == ["70.0", "-"]
@@ -84,36 +84,36 @@ def test_missing_and_unfinished_phases(tmp_path):
 
 def test_no_total_without_every_distill_phase(run):
     (run / "distill_0" / "result.json").unlink()
-    row = cells(report.write_report(run), "m2mKD")
+    row = cells(write.write_report(run), "m2mKD")
     assert row[4:] == ["1.00e+12", "-", "10", "-"]
 
 
 def test_train_alone_has_a_report(tmp_path):
     put(tmp_path / "train", {"accuracy": 0.5}, {1: 0.5}, flops=1e9, seconds=1.0, epochs=1)
-    text = report.write_report(tmp_path)
+    text = write.write_report(tmp_path)
     assert cells(text, "m2mKD") == ["-", "-", "50.0", "1", "1.00e+09", "-", "1", "-"]
     assert not (tmp_path / "expert_load.png").exists() and not (tmp_path / "hybrid_accuracy.png").exists()
 
 
 def test_an_upcycled_run_is_shown_where_there_is_one(run):
-    assert "upcycled" not in report.write_report(run)
+    assert "upcycled" not in write.write_report(run)
     put(run / "train_upcycled", {"accuracy": 0.75}, {1: 0.5, 2: 0.75}, flops=4e12, seconds=8.0, epochs=2)
-    text = report.write_report(run)
+    text = write.write_report(run)
     assert cells(text, "upcycled") == ["-", "50.0", "75.0", "2", "4.00e+12", "4.00e+12", "8", "8"]
     assert "upcycled" in (run / "report.html").read_text()
 
 
 def test_a_run_of_no_epochs_has_a_report(tmp_path):
     put(tmp_path / "train_scratch", {"accuracy": 0.1}, {0: 0.1})  # assembled and evaluated only
-    assert cells(report.write_report(tmp_path), "scratch")[:4] == ["10.0", "10.0", "10.0", "0"]
+    assert cells(write.write_report(tmp_path), "scratch")[:4] == ["10.0", "10.0", "10.0", "0"]
 
 
 def test_learning_curves_start_after_the_preparation(run, monkeypatch):
-    from trainer import report_plots
+    from trainer.report import plots
 
     drawn = []
-    monkeypatch.setattr(report_plots, "draw_learning_curves", lambda path, curves, teacher: drawn.extend(curves))
-    report.write_report(run)
+    monkeypatch.setattr(plots, "draw_learning_curves", lambda path, curves, teacher: drawn.extend(curves))
+    write.write_report(run)
     assert [curve.preparation_flops for curve in drawn] == [9e12, 0.0, 0.0]
     assert drawn[1].accuracy == {2: 0.2, 4: 0.4, 6: 0.5, 10: 0.6}  # the last one from the result
 
@@ -129,13 +129,13 @@ def test_rows_with_non_finite_numbers_are_left_out(tmp_path):
     record = read_phases(tmp_path)["train"]
     assert record.curve() == {2: 0.5}
     assert record.loads()["10"] == [(2, [0.5, 1.5])]
-    report.write_report(tmp_path)
+    write.write_report(tmp_path)
 
 
 def test_needs_neither_torch_nor_matplotlib(run):
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['matplotlib', 'torch', 'deepspeed']));"
-        "from trainer.report import main; main(sys.argv[1:])"
+        "from trainer.report.__main__ import main; main(sys.argv[1:])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(run)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -146,14 +146,14 @@ def test_needs_neither_torch_nor_matplotlib(run):
 
 def test_a_folder_that_is_no_run_is_an_error_for_people(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        report.main([str(tmp_path)])
+        __main__.main([str(tmp_path)])
     assert stop.value.code == 2
     assert "holds no phase of a run: expected folders such as teacher, meta" in capsys.readouterr().err
 
 
 def test_a_broken_result_is_named_and_the_rest_is_shown(run):
     (run / "meta" / "result.json").write_text('{"phase": ')
-    text = report.write_report(run)
+    text = write.write_report(run)
     assert "Damaged: meta/result.json cannot be read" in text
     assert cells(text, "meta model") == ["-"] and cells(text, "m2mKD")[2] == "87.5"
 
@@ -163,7 +163,7 @@ def test_only_phases_the_recipe_asks_for_are_missed(run):
         shutil.rmtree(run / name)
     recipe = "recipe: {teacher: {source: ''}, train: {baselines: [scratch]}}\n"
     (run / "train" / "config.yaml").write_text(recipe)
-    assert "Missing phases: train_scratch, evaluate." in report.write_report(run)
+    assert "Missing phases: train_scratch, evaluate." in write.write_report(run)
 
 
 def test_routing_measures_and_collapsed_routers_are_in_both_reports(tmp_path):
@@ -183,7 +183,7 @@ def test_routing_measures_and_collapsed_routers_are_in_both_reports(tmp_path):
     }
     with (run / "train" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(warned) + "\n")
-    text = report.write_report(run)
+    text = write.write_report(run)
     page = (run / "report.html").read_text()
     assert cells(text, "distill_0") == ["12.5", "0.457"] and cells(text, "distill_1") == ["-", "1.000"]
     assert all(cell in page for cell in (">12.5%</td>", ">0.457</td>", ">1.000</td>"))

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from tests.report_folder import RECIPE, analysed_run, analysis, complete_run, put
-from trainer import report
-from trainer.report_data import read_phases
-from trainer.report_html import run_page
+from trainer.report import __main__, write
+from trainer.report.data import read_phases
+from trainer.report.run_page import run_page
 
 VOID = {"meta", "img", "br", "wbr"}  # without an end tag
 
@@ -57,7 +57,7 @@ def whole(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """write_report without the pictures of report.md, which take seconds."""
-    monkeypatch.setattr(report, "_draw", lambda run_dir, phases: {})
+    monkeypatch.setattr(write, "_draw", lambda run_dir, phases: {})
 
 
 def test_summary_says_what_was_taught_and_how_it_compares(whole):
@@ -186,7 +186,7 @@ def test_a_damaged_run_is_reported_with_what_is_damaged(tmp_path, quick):
     for name in ("train/metrics.jsonl", "meta/result.json", "evaluate/analysis.json", "train/config.yaml"):
         whole = (run / name).read_bytes()
         (run / name).write_bytes(whole[:10] + b"\x00\xff\n" + whole[10 : len(whole) // 2])
-    report.write_report(run)
+    write.write_report(run)
     text = Page((run / "report.html").read_text()).all_text
     for name in ("train/metrics.jsonl: ", "meta/result.json", "evaluate/analysis.json", "train/config.yaml"):
         assert f"Damaged: {name}" in text
@@ -196,7 +196,7 @@ def test_a_damaged_run_is_reported_with_what_is_damaged(tmp_path, quick):
 def test_an_unfinished_run_has_a_page(tmp_path, quick):
     put(tmp_path / "train", None, {1: 0.5, 2: 0.55}, loads=[[1.0, 0.0]] * 3)
     (tmp_path / "train" / "config.yaml").write_text(json.dumps({"recipe": RECIPE | {"train": {"baselines": []}}}))
-    report.write_report(tmp_path)
+    write.write_report(tmp_path)
     text = Page((tmp_path / "report.html").read_text()).all_text
     assert "0 of 4 phases complete" in text and "The student is not trained to the end yet." in text
     assert "Not finished: train (step 10), last accuracy 55.0% after epoch 2." in text
@@ -213,7 +213,7 @@ def test_comparison(tmp_path, quick, capsys):
     first, second = complete_run(tmp_path / "a" / "run"), analysed_run(tmp_path / "b" / "run")
     (first / "evaluate" / "result.json").unlink()  # 0.875 of its training counts then
     (first / "train" / "config.yaml").write_text(json.dumps({"recipe": RECIPE | {"seed": 1}}))
-    report.main([str(first), str(second)])
+    __main__.main([str(first), str(second)])
     assert str(first / "comparison.html") in capsys.readouterr().out
     found = Page((first / "comparison.html").read_text())
     assert "The best student is that of a/run with 87.5%, 0.0 points above the next." in found.all_text
@@ -225,5 +225,5 @@ def test_comparison(tmp_path, quick, capsys):
 def test_the_same_folder_twice_is_an_error(tmp_path, quick, capsys):
     run = complete_run(tmp_path / "run")
     with pytest.raises(SystemExit):
-        report.main([str(run), str(run)])
+        __main__.main([str(run), str(run)])
     assert "the same folder is given twice" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import re
 import pytest
 from PIL import Image
 
-from trainer.report_svg import Line, bar_chart, line_chart, load_map, matrix
+from trainer.report.svg import Line, bar_chart, line_chart, load_map, matrix
 
 # the plot lies between x 48 and 380 - 18 = 362 and, downwards, between y 10 and 250 - 40 = 210
 GROUND, CEILING, START, END = 210.0, 10.0, 48.0, 362.0

@@ -10,16 +10,19 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from models.preprocessing import Preprocessing
-from models.teacher import new_teacher, save_teacher
-from models.vmoe import VMoE
+from models.teacher.load import new_teacher, save_teacher
+from models.vmoe.model import VMoE
 from tests.hub_server import HubServer
-from trainer import artifacts, reuse
-from trainer.config import build
+from trainer import artifacts, disk
+from trainer.config.ds_config import Settings
+from trainer.config.load import build
+from trainer.config.recipe import Recipe
 from trainer.context import Run, save_weights
-from trainer.dist import Dist
-from trainer.ds_config import Settings
-from trainer.loop import Outcome
-from trainer.schema import Recipe
+from trainer.distributed.ranks import Dist
+from trainer.loop.fit import Outcome
+from trainer.teaching import reuse
+from trainer.teaching.meta import new_meta, trained_meta
+from trainer.teaching.students import student_config, student_modules
 
 STUDENT = {"patch_size": 4, "width": 8, "depth": 3, "heads": 2, "mlp_dim": 12, "moe": {"num_experts": 2, "k": 1}}
 SETTINGS = Settings(config={}, micro_batch=4, accumulation=1, global_batch=4, ep_size=1, bf16=False, clip=0.0,
@@ -60,7 +63,7 @@ def donor(teachers, tmp_path_factory):
     run = new_run(out, teachers / "one")
     outcome = Outcome({"accuracy": 0.5, "loss": 1.0}, seconds=7.0, steps=3, images_seen=12)
     made_with = {"teacher": run.teacher_record}
-    for name, module in (("meta", run.new_meta()), *((i, module) for i, module in enumerate(run.student_modules()))):
+    for name, module in (("meta", new_meta(run)), *((i, module) for i, module in enumerate(student_modules(run)))):
         phase, number = ("meta", None) if name == "meta" else ("distill", name)
         folder, _ = run.open(phase, number)
         save_weights(folder / "model.safetensors", fill(module, len(str(folder)) + (number or 0)))
@@ -68,7 +71,7 @@ def donor(teachers, tmp_path_factory):
         run.finish(folder, phase, number, outcome, SETTINGS, epochs=1, flops_per_image=5, metrics=metrics,
                    made_with=made_with)  # fmt: skip
         if phase == "meta":
-            made_with = made_with | {"meta": artifacts.file_record(folder / "model.safetensors")}
+            made_with = made_with | {"meta": disk.file_record(folder / "model.safetensors")}
     return out
 
 
@@ -102,7 +105,7 @@ def test_a_pair_is_taken_and_becomes_this_runs_artifacts(donor, teachers, tmp_pa
         given = load_file(donor / name / "model.safetensors")
         assert taken.keys() == given.keys() and all(torch.equal(taken[key], given[key]) for key in given)
         assert yaml.safe_load((folder / "config.yaml").read_text())["recipe"]["meta"]["source"] == str(donor)
-    meta, result = run.trained_meta("a test")
+    meta, result = trained_meta(run, "a test")
     assert torch.equal(meta.stages[0].cls_token, load_file(donor / "meta" / "model.safetensors")["stages.0.cls_token"])
     assert result["metrics"]["hybrid_accuracy/1"] == 0.75
 
@@ -110,7 +113,7 @@ def test_a_pair_is_taken_and_becomes_this_runs_artifacts(donor, teachers, tmp_pa
 def test_another_student_takes_the_meta_model_only(donor, teachers, tmp_path):
     run = new_run(tmp_path / "run", teachers / "one", meta={"source": str(donor)}, student={"width": 12})
     reuse.take_meta(run, run.open("meta")[0])
-    assert run.trained_meta("a test")[1]["source"] == str(donor / "meta")
+    assert trained_meta(run, "a test")[1]["source"] == str(donor / "meta")
 
 
 def test_a_pushed_pair_is_taken_from_the_hub(donor, teachers, tmp_path, monkeypatch):
@@ -155,7 +158,7 @@ def test_another_teacher_is_named_with_its_weights(donor, teachers, tmp_path):
 def test_modules_of_another_meta_model_are_refused(donor, teachers, tmp_path):
     run = new_run(tmp_path / "run", teachers / "one", distill={"source": str(donor)})
     meta, _ = run.open("meta")
-    save_weights(meta / "model.safetensors", fill(run.new_meta(), 99))
+    save_weights(meta / "model.safetensors", fill(new_meta(run), 99))
     artifacts.write_result(meta, {"phase": "meta"})
     with pytest.raises(ValueError, match=r"the meta model .*meta\.source\) is \w{64} there, \w{64} here"):
         reuse.take_module(run, 0, run.open("distill", 0)[0])
@@ -214,7 +217,7 @@ def test_damaged_sources_are_refused_and_leave_nothing(copy, teachers, tmp_path,
 
 def test_training_starts_from_a_saved_model(teachers, tmp_path):
     run = new_run(tmp_path / "run", teachers / "one", train={"init": str(tmp_path / "model"), "drop_path": 0.1})
-    saved = VMoE(run.student_config())
+    saved = VMoE(student_config(run))
     saved.load_state_dict(fill(saved, 3))
     images = Preprocessing(8, mean=(0.1,) * 3, std=(0.9,) * 3)
     saved.bfloat16().save_pretrained(tmp_path / "model", preprocessing=images)

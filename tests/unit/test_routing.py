@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from models.routing import RouterConfig, capacity, route, squared_variation
+from models.moe.routing import RouterConfig, capacity, route, squared_variation
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "vmoe"
 AUXILIARY = {  # loss of the fixture -> weights of (gshard, importance, load)

@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from models.expert_similarity import expert_similarity
-from models.moe import MoE, MoEConfig
+from models.moe.layer import MoE, MoEConfig
+from models.moe.similarity import expert_similarity
 from models.preprocessing import Preprocessing
-from trainer import routing_watch
-from trainer.data.loader import Batch
+from trainer.config.data import AugmentConfig, DataConfig
+from trainer.config.runtime import RunConfig
+from trainer.data.loader import Batch, Data
 from trainer.data.sources import DigitsSource
-from trainer.dist import Dist
-from trainer.health import Health, collapse
-from trainer.loop import Predictor, evaluate
-from trainer.routing_watch import Choices, RoutingWatch
-from trainer.schema import AugmentConfig, DataConfig, RunConfig
-from trainer.train_step import Data
+from trainer.distributed.ranks import Dist
+from trainer.evaluation import routing
+from trainer.evaluation.accuracy import Predictor, evaluate
+from trainer.evaluation.routing import Choices, RoutingWatch
+from trainer.tracking.health import Health, collapse
 
 ALONE = Dist(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
 
@@ -80,7 +80,7 @@ def test_the_state_comes_back_on_any_number_of_ranks():
 
 
 def test_images_are_spread_when_there_are_more_tokens_than_are_kept(monkeypatch):
-    monkeypatch.setattr(routing_watch, "TOKENS", 4)
+    monkeypatch.setattr(routing, "TOKENS", 4)
     watch = RoutingWatch(model(), images=5, dist=ALONE)  # 5 images x 2 tokens: every third image
     look(watch, [[0, 1]] * 5)
     assert list(watch.now) == [0, 3]
@@ -95,7 +95,7 @@ def test_images_are_spread_when_there_are_more_tokens_than_are_kept(monkeypatch)
 def test_without_experts_there_is_nothing_to_tell():
     watch = RoutingWatch(nn.Linear(2, 2), images=3, dist=ALONE)
     watch.observe(Batch(torch.zeros(0), torch.zeros(1), torch.ones(1, dtype=torch.bool), torch.zeros(1)), torch.ones(1))
-    assert watch.take() == routing_watch.Measures() and watch.state() == {}
+    assert watch.take() == routing.Measures() and watch.state() == {}
 
 
 def test_an_evaluation_feeds_the_watch():

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer import cli
-from trainer.config import load_recipe, to_dict
-from trainer.ds_config import read_ds_config
-from trainer.job import PHASES
+from trainer.cli import flags as cli
+from trainer.config.ds_config import read_ds_config
+from trainer.config.load import load_recipe, to_dict
+from trainer.request.graph import PHASES
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE, DS_CONFIG = str(ROOT / "recipes/demo.yaml"), str(ROOT / "ds_configs/cpu_debug.json")
@@ -271,7 +271,7 @@ def test_what_a_run_writes_repeats_its_own_start(tmp_path, start):
     import torch
 
     from trainer.context import Run
-    from trainer.dist import Dist
+    from trainer.distributed.ranks import Dist
 
     recipe = load_recipe(RECIPE)
     assert recipe.train.start == "distilled"

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from trainer.artifacts import missing
 from trainer.chain import settings as chain_settings
 from trainer.chain import slurm, status, submit
 from trainer.chain.settings import Settings
-from trainer.chain.stages import Stage, chain, missing
-from trainer.config import load_recipe, to_dict
+from trainer.config.load import load_recipe, to_dict
+from trainer.request.stages import Stage, chain
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = str(ROOT / "tests/fixtures/slurm_tiny.yaml")

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainer import interrupt
+from trainer.distributed import interrupt
+from trainer.request.job import EXIT_HUNG
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,7 +84,7 @@ def test_a_failed_save_of_one_rank_goes_before_a_warning(clock, monkeypatch):
 
 def test_signal_is_noted_and_a_second_sigterm_ends_the_process():
     code = (
-        "import os, signal\nfrom trainer import interrupt\ninterrupt.listen()\n"
+        "import os, signal\nfrom trainer.distributed import interrupt\ninterrupt.listen()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\nos.kill(os.getpid(), signal.SIGUSR1)\n"
         "assert interrupt._warned.is_set()\nos.kill(os.getpid(), signal.SIGTERM)\nprint('alive', flush=True)\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -94,19 +95,19 @@ def test_signal_is_noted_and_a_second_sigterm_ends_the_process():
 
 def test_process_without_a_heartbeat_ends_with_its_own_code_and_says_where():
     code = (
-        "import time\nfrom trainer.interrupt import HEARTBEAT\nHEARTBEAT.watch(0.6)\n"
+        "import time\nfrom trainer.distributed.interrupt import HEARTBEAT\nHEARTBEAT.watch(0.6)\n"
         "for _ in range(10):\n    time.sleep(0.1)\n    HEARTBEAT.beat()\n"
         "print('a second of beats', flush=True)\n"
         "def stuck_in_a_collective():\n    time.sleep(30)\nstuck_in_a_collective()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stdout) == (interrupt.EXIT_HUNG, "a second of beats\n")
+    assert (done.returncode, done.stdout) == (EXIT_HUNG, "a second of beats\n")
     assert "run.hang_seconds=0.6" in done.stderr and "stuck_in_a_collective" in done.stderr
 
 
 def test_process_that_never_lets_go_of_pythons_lock_ends_too():
     code = (
-        "import ctypes\nfrom trainer.interrupt import HEARTBEAT\nHEARTBEAT.watch(0.6)\n"
+        "import ctypes\nfrom trainer.distributed.interrupt import HEARTBEAT\nHEARTBEAT.watch(0.6)\n"
         "def stuck_with_the_lock():\n    ctypes.PyDLL(None).sleep(15)\nstuck_with_the_lock()\nprint('went on')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=20)

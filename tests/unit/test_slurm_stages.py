@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.test_slurm_chain import RECIPE, ROOT, calls, fake, finish, settings_for  # noqa: F401  a fixture
+from trainer.artifacts import missing
 from trainer.chain import plan, status, submit
-from trainer.chain.stages import chain, hub_names, missing, stages
-from trainer.config import load_recipe
+from trainer.config.load import load_recipe
+from trainer.request.stages import chain, hub_names, stages
 
 EXPERTS = ("distill.level=expert", "student.moe.num_experts=2")
 MODULES = ("distill_0", "distill_1", "distill_2")

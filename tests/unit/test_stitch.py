@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from vit_families import images, scramble, tiny
 
-from models.meta import MetaModel, check_pair
-from models.modules import assemble, split
-from models.moe import MoEConfig
-from models.stitch import assemble_student, build_student_modules
-from models.vmoe import VMoE, VMoEConfig
+from models.modules.meta import MetaModel, check_pair
+from models.modules.stages import assemble, split
+from models.modules.stitch import assemble_student, build_student_modules
+from models.moe.layer import MoEConfig
+from models.vmoe.model import VMoE, VMoEConfig
 
 TEACHER_WIDTH = 24
 

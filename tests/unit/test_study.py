@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT
-from trainer.artifacts import write_json, write_text
-from trainer.config import load_recipe, to_dict
+from trainer.config.load import load_recipe, to_dict
+from trainer.disk import write_json, write_text
 from trainer.study import runner as study_runner
 from trainer.study.plan import cells, flat, read_study, steps
 from trainer.study.runner import Runner, link_artifact

@@ -11,9 +11,9 @@ from timm.models import save_for_hf
 from transformers import DeiTImageProcessor, ViTImageProcessor
 from vit_families import TINY, edit_config, every_family, images, save_timm, save_transformers, tiny
 
-from models import convert
 from models.preprocessing import Preprocessing
-from models.teacher import load_teacher, new_teacher, save_teacher
+from models.teacher import convert
+from models.teacher.load import load_teacher, new_teacher, save_teacher
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 SQUASH = Preprocessing(32, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0, "squash")

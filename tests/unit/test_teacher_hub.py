@@ -8,7 +8,7 @@ import transformers
 from huggingface_hub import constants
 from vit_families import images, save_timm, save_transformers, tiny
 
-from models.teacher import load_teacher
+from models.teacher.load import load_teacher
 from tests.hub_server import HubServer
 
 

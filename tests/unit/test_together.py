@@ -8,11 +8,11 @@ from test_border_targets import LABELS, TOKENS, X, vmoe
 from vit_families import scramble, tiny
 
 from models.flops import forward_flops
-from models.meta import MetaModel
-from models.modules import split
-from models.stitch import build_student_modules
+from models.modules.meta import MetaModel
+from models.modules.stages import split
+from models.modules.stitch import build_student_modules
+from trainer.config.phases import DistillConfig
 from trainer.objectives import Distill, Together
-from trainer.schema import DistillConfig
 
 CONFIGS = {
     "border": DistillConfig(border="mse", logit_weight=0.0),

@@ -5,9 +5,9 @@ import json
 import pytest
 from accelerate import tracking
 
-from trainer import trackers
-from trainer.config import load_recipe
-from trainer.tracking import MetricsLog
+from trainer.config.load import load_recipe
+from trainer.tracking import trackers
+from trainer.tracking.metrics import MetricsLog
 
 
 def train_row(step):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.tracking import MetricsLog, Progress, read_metrics, relative_load
+from trainer.tracking.metrics import MetricsLog, Progress, read_metrics, relative_load
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -62,7 +62,7 @@ def test_cut_is_atomic(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trainer.tracking.os.replace", killed)
+    monkeypatch.setattr("trainer.tracking.metrics.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricsLog(path, resume_step=1)
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
@@ -100,7 +100,7 @@ def test_non_finite_numbers_become_null_and_are_named(tmp_path):
 
 def test_peak_memory_is_in_bytes_and_stays_after_a_release():
     code = (
-        "from trainer.tracking import peak_memory; before = peak_memory(); held = b'x' * (64 << 20); del held;"
+        "from trainer.tracking.metrics import peak_memory; before = peak_memory(); held = b'x' * (64 << 20); del held;"
         "print(peak_memory() - before)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -119,7 +119,7 @@ LOADED = {"load/0": [0.3, 0.2, 0.25, 0.25], "load/1": [0.33, 0.1775, 0.25, 0.242
 
 def clock(monkeypatch, seconds):
     ticks = iter(seconds)
-    monkeypatch.setattr("trainer.tracking.time.monotonic", lambda: next(ticks))
+    monkeypatch.setattr("trainer.tracking.metrics.time.monotonic", lambda: next(ticks))
 
 
 def test_progress_line(monkeypatch):

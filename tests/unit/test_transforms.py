@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from models.preprocessing import Preprocessing
+from trainer.config.data import AugmentConfig
 from trainer.data.transforms import eval_transform, train_transform
-from trainer.schema import AugmentConfig
 
 HALF = (0.5, 0.5, 0.5)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -9,12 +9,12 @@ from timm.models.vision_transformer import ParallelScalingBlock
 from torch import nn
 from vit_families import images, tiny
 
-from models.moe import MoE, MoEConfig
+from models.experts.upcycle import chosen_layers, norm_eps, upcycle
+from models.moe.layer import MoE, MoEConfig
 from models.preprocessing import Preprocessing
-from models.teacher import Teacher
-from models.upcycle import chosen_layers, norm_eps, upcycle
-from models.vmoe import VMoE, VMoEConfig
-from trainer.config import load_recipe
+from models.teacher.load import Teacher
+from models.vmoe.model import VMoE, VMoEConfig
+from trainer.config.load import load_recipe
 
 TINY = Path(__file__).resolve().parents[1] / "fixtures/tiny.yaml"
 IMAGES = Preprocessing(32, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))

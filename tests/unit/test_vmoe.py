@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from models import moe
-from models.import_names import google_state
-from models.modules import assemble, split
-from models.moe import MoE, MoEConfig, auxiliary_loss, official, routing_metrics
+from models.modules.stages import assemble, split
+from models.moe import layer as moe
+from models.moe.layer import MoE, MoEConfig, auxiliary_loss, official, routing_metrics
 from models.preprocessing import Preprocessing
-from models.vmoe import VARIANTS, VMoE, VMoEConfig, decode_variant, moe_numbers
+from models.vmoe.import_names import google_state
+from models.vmoe.model import VARIANTS, VMoE, VMoEConfig, decode_variant, moe_numbers
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "vmoe" / "model_token_k2.npz"
 ROOT = Path(__file__).parents[2]

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import hub_files, vmoe_files
-from models.moe import MoEConfig
+from models.files import hub
+from models.moe.layer import MoEConfig
 from models.preprocessing import Preprocessing
-from models.vmoe import VMoE, VMoEConfig, load_expert_parallel
+from models.vmoe import files
+from models.vmoe.model import VMoE, VMoEConfig, load_expert_parallel
 from tests.hub_server import HubServer
 
 TINY = VMoEConfig(
@@ -88,7 +89,7 @@ def test_a_killed_save_leaves_the_old_model_or_none(tmp_path, monkeypatch, befor
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr(vmoe_files, "save_file", counted(save_file))
+            patch.setattr(files, "save_file", counted(save_file))
             for name in ("write_text", "replace", "unlink"):
                 patch.setattr(Path, name, counted(getattr(Path, name)))
             try:
@@ -234,8 +235,8 @@ def test_one_ranks_experts_are_read_and_the_others_are_not(tmp_path, monkeypatch
     plain = new()
     plain.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     read = []
-    get = hub_files.Weights.read
-    monkeypatch.setattr(hub_files.Weights, "read", lambda self, name: read.append(name) or get(self, name))
+    get = hub.Weights.read
+    monkeypatch.setattr(hub.Weights, "read", lambda self, name: read.append(name) or get(self, name))
     for rank in (0, 1):
         read.clear()
         model = load_expert_parallel(tmp_path, ep_size=2, ep_rank=rank)

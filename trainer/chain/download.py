@@ -12,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.artifacts import artifact_name, versions, write_json
-from trainer.chain.stages import hub_names
-from trainer.config import load_recipe
-from trainer.schema import Recipe
+from trainer.artifacts import versions
+from trainer.config.load import load_recipe
+from trainer.config.recipe import Recipe
+from trainer.disk import write_json
+from trainer.request.graph import artifact_name
+from trainer.request.stages import hub_names
 
 
 def main() -> int:
@@ -25,11 +27,11 @@ def main() -> int:
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
     recipe, started = load_recipe(options.recipe), time.monotonic()
-    from trainer import hub
+    from trainer.hub.push import check_hub
 
     try:
         if recipe.hub.repo:
-            hub.check_hub(recipe.hub)
+            check_hub(recipe.hub)
         _open_all(recipe)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -42,17 +44,17 @@ def main() -> int:
 
 
 def _open_all(recipe: Recipe) -> None:
-    from models.hub_files import CheckpointFiles
-    from models.teacher import load_teacher
-    from models.vmoe import VMoE
-    from trainer import bases
+    from models.files.hub import CheckpointFiles
+    from models.teacher.load import load_teacher
     from trainer.data.sources import open_source
+    from trainer.teaching import bases
+    from trainer.teaching.families import family_of
 
     dense = "" if recipe.student.init == "teacher" else recipe.student.init
     for source in filter(None, (recipe.teacher.source, dense)):
         load_teacher(source)
     if recipe.train.init:
-        VMoE.from_pretrained(recipe.train.init)
+        family_of(recipe).load(recipe.train.init)
     modules = [artifact_name("distill", i) for i in range(recipe.modules)]
     for source, names in ((recipe.meta.source, ["meta"]), (recipe.distill.source, modules)):
         for files in [CheckpointFiles(source, folder=name) for name in names if source]:

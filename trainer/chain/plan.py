@@ -14,14 +14,12 @@ from pathlib import Path
 
 from trainer.chain import slurm
 from trainer.chain.settings import ONLINE, STAGES, Settings
-from trainer.chain.stages import Stage, chain
-from trainer.chain.status import table
 from trainer.chain.submit import ROOT, Order, dependency, header, load, plan_orders, write_folder
-from trainer.schema import Recipe
+from trainer.config.recipe import Recipe
+from trainer.plan.cost import ASSUMED_FLOPS, measured_speed
+from trainer.request.stages import Stage, chain
+from trainer.tracking.console import table
 
-ASSUMED_FLOPS = (
-    1e14  # per GPU and second: about a tenth of the bf16 peak of an H100, what small-batch ViT training gets
-)
 DRY_RUN_LIMIT = 1800  # seconds
 
 
@@ -109,25 +107,11 @@ def speed(settings: Settings) -> tuple[float, str]:
     )
 
 
-def measured_speed(folders: Sequence[Path]) -> tuple[float, str] | None:
-    """FLOP/s of one rank in the slowest finished stage of the first of these run folders that has one, and its name."""
-    for folder in folders:
-        found = []
-        for path in sorted(folder.glob("*/result.json")):
-            result = json.loads(path.read_text())
-            if result.get("flops") and result.get("seconds"):
-                found.append((result["flops"] / result["seconds"] / result["world_size"], path.parent.name))
-        if found:
-            slowest, stage = min(found)
-            return slowest, f"{slowest / 1e9:.3g} GFLOP/s per rank, measured in {folder / stage} (its slowest stage)"
-    return None
-
-
 def _dry_run(settings: Settings, recipe: Recipe, folder: Path) -> dict:
     """Run trainer.chain.dryrun in a process of its own: this one stays without torch."""
     report = folder / "report.json"
     ranks = {name: [settings.nodes_of(name), settings.ranks_per_node] for name in STAGES}
-    command = [sys.executable, "-m", "trainer.chain.dryrun", "--recipe", str(folder / "recipe.yaml"), "--ds_config",
+    command = [sys.executable, "-m", "trainer.plan.rehearsal", "--recipe", str(folder / "recipe.yaml"), "--ds_config",
                str(folder / "ds_config.json"), "--out", str(settings.run), "--report", str(report), "--ranks",
                json.dumps(ranks)]  # fmt: skip
     environ = slurm.clean_environ() | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.schema import knob, require
+from trainer.config.knobs import knob, require
 
 COMMANDS = ("submit", "plan", "status", "cancel")
 STAGES = ("download", "teacher", "meta", "incubate", "assemble", "cluster", "expert", "distill", "refine", "train",

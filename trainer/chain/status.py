@@ -8,10 +8,11 @@ from pathlib import Path
 
 from trainer.chain import slurm
 from trainer.chain.settings import Settings
-from trainer.chain.stages import chain
 from trainer.chain.submit import Row, rows
-from trainer.config import load_recipe
-from trainer.tracking import read_metrics
+from trainer.config.load import load_recipe
+from trainer.request.stages import chain
+from trainer.tracking.console import table
+from trainer.tracking.metrics import read_metrics
 
 HEAD = ("stage", "job", "state", "progress", "node", "detail")
 PROGRESS = re.compile(r"\] (epoch \d+/\d+ step \d+/\d+).* eta (\S+)")
@@ -61,12 +62,6 @@ def progress(run: Path, artifact: str, log: Path | None = None) -> str:
     if latest.is_file():
         parts.append(f"saved step {int(json.loads(latest.read_text())['tag'].removeprefix('step_'))}")
     return ", ".join(parts) or "-"
-
-
-def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    """Left-aligned columns; the last one as long as it wants."""
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head) - 1)] + [0]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [head, *lines])
 
 
 def _cells(

@@ -20,12 +20,13 @@ from pathlib import Path
 import yaml
 
 from trainer import artifacts
+from trainer.artifacts import missing
 from trainer.chain import slurm
 from trainer.chain.settings import ONLINE, Settings
-from trainer.chain.stages import FOLLOWING, Stage, chain, missing
-from trainer.config import load_recipe, to_dict
-from trainer.ds_config import read_ds_config, resolve
-from trainer.schema import Recipe
+from trainer.config.ds_config import read_ds_config, resolve
+from trainer.config.load import load_recipe, to_dict
+from trainer.config.recipe import Recipe
+from trainer.request.stages import FOLLOWING, Stage, chain
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("submitted", "stage", "array", "job", "depends", "script")

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from trainer.config.data import DataConfig, FractalConfig
 from trainer.data import fractal_images
+from trainer.data.base import ImageSource
 from trainer.data.fractal_images import TRAIN, VAL, colours
-from trainer.data.sources import ImageSource
-from trainer.schema import DataConfig, FractalConfig
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # raise it when the same parameters give other images or other files

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trainer.config.data import DataConfig
 from trainer.data.decode import printable
-from trainer.schema import DataConfig
 
 if TYPE_CHECKING:
     import datasets

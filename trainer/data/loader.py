@@ -16,10 +16,10 @@ from timm.data import Mixup
 from torch.utils.data import DataLoader, Dataset
 
 from models.preprocessing import Preprocessing
+from trainer.config.data import AugmentConfig
+from trainer.data.base import ImageSource
 from trainer.data.sampler import TrainRequest, eval_requests, train_requests
-from trainer.data.sources import ImageSource
 from trainer.data.transforms import Transform, eval_transform, train_transform
-from trainer.schema import AugmentConfig
 
 MixFunction = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
@@ -219,3 +219,16 @@ def _seed_all(seed: int) -> None:
     # numpy and torch expand an integer alike: the same one would give both the same stream
     np.random.seed(seed ^ 0x9E3779B9)
     torch.default_generator.manual_seed(seed)  # 1 us; torch.manual_seed visits every device, 140 us
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images of a run: two sources, what the teacher wants done to them, and the training transforms."""
+
+    train: ImageSource
+    val: ImageSource
+    preprocessing: Preprocessing
+    augment: AugmentConfig
+    workers: int
+    num_classes: int
+    skip_unreadable: bool

@@ -4,95 +4,22 @@ A source is random access (`image(i)`, `label(i)`), because a map-style source w
 a streamed one with a shuffle buffer does not. Images are decoded by decode.py for every source alike.
 """
 
-import copy
 import logging
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from trainer.config.data import DataConfig
+from trainer.data.base import ImageSource
 from trainer.data.decode import SKIP_HINT, UnreadableImageError, decode, printable
 from trainer.data.hub_splits import check_columns, labels_and_targets, listed, load_splits, refuse_outside
-from trainer.schema import DataConfig
 
 logger = logging.getLogger(__name__)
 DIGITS_FILE = Path(__file__).with_name("digits.npz")  # see DIGITS.md
 SPLITS = ("train", "val")
-
-
-class ImageSource(ABC):
-    """The images of one split. `rows` are the numbers of the images used, `targets` their labels.
-
-    Raises:
-        ValueError: no images, or fewer than two classes.
-    """
-
-    origin: str  # where they come from, for the record: a folder, or a hub id with the commit it resolved to
-
-    def __init__(self, name: str, labels: Sequence[str], targets: np.ndarray, data: DataConfig):
-        if not len(targets):
-            raise ValueError(f"{name} has no images: check data.path and the names of its splits.")
-        if len(labels) < 2:
-            raise ValueError(f"{name} has one class ({listed(labels)}): give images of two or more to tell apart.")
-        self.name = name
-        self.max_pixels = data.max_pixels
-        self.labels = list(labels)
-        self.skip_unreadable = data.skip_unreadable
-        self.skipped: set[int] = set()  # indices found unreadable so far; only filled when skip_unreadable is on
-        self.rows = np.arange(len(targets))
-        if 0 < data.limit < len(targets):
-            # spread over the split: most data sets are sorted by class, and the first n would be one class
-            self.rows = self.rows[: data.limit] * len(targets) // data.limit
-        self.targets = targets[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def label(self, index: int) -> int:
-        return int(self.targets[index])
-
-    def image(self, index: int) -> Image.Image:
-        """Image `index` in RGB. Raises UnreadableImageError (a ValueError) naming the file or row."""
-        return self._read(int(self.rows[index]))
-
-    def try_image(self, index: int) -> Image.Image | None:
-        """Image `index`, or None when it is unreadable and skip_unreadable is on (counted in `skipped`, logged)."""
-        if index in self.skipped:
-            return None
-        try:
-            return self.image(index)
-        except UnreadableImageError as error:
-            if not self.skip_unreadable:
-                raise
-            self.skipped.add(index)
-            logger.warning("skipped: %s", error)
-            return None
-
-    def image_or_next(self, index: int) -> tuple[Image.Image, int]:
-        """Image `index`, or the next readable one when skip_unreadable is on, and the index that was read."""
-        for candidate in range(index, index + len(self)):
-            image = self.try_image(candidate % len(self))
-            if image is not None:
-                return image, candidate % len(self)
-        raise ValueError(f"none of the {len(self)} images of {self.name} can be read.")
-
-    def subset(self, indices: np.ndarray) -> "ImageSource":
-        """A view of this source on the images of these indices, in this order."""
-        view = copy.copy(self)
-        view.rows, view.targets, view.skipped = self.rows[indices], self.targets[indices], set()
-        return view
-
-    def spread(self, count: int) -> "ImageSource":
-        """A view on `count` images spread evenly over this source; all of them when it has no more."""
-        count = min(count, len(self))
-        return self.subset(np.arange(count) * len(self) // count)
-
-    @abstractmethod
-    def _read(self, row: int) -> Image.Image: ...
 
 
 def open_source(data: DataConfig, split: str) -> ImageSource:

@@ -7,7 +7,7 @@ from PIL import Image
 from timm.data import create_transform
 
 from models.preprocessing import Preprocessing
-from trainer.schema import AugmentConfig
+from trainer.config.data import AugmentConfig
 
 Transform = Callable[[Image.Image], torch.Tensor]
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.experts.guided_routing import Guide
 from models.flops import forward_flops
-from models.guided_routing import Guide
-from models.meta import MetaModel
-from models.modules import Stage
-from models.moe import auxiliary_loss
+from models.modules.meta import MetaModel
+from models.modules.stages import Stage
+from models.moe.layer import auxiliary_loss
+from trainer.config.phases import DistillConfig
 from trainer.objectives.base import Objective, Step, relative_mse, smoothing, soft_kl
-from trainer.schema import DistillConfig
 
 
 class Distill(Objective):
@@ -142,3 +143,24 @@ def _at(progress: float, start: float, end: float | None) -> float:
 def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     """1 - cosine of the angle between two states of each token, mean over batch and tokens."""
     return 1 - F.cosine_similarity(a.float(), b.float(), dim=-1).mean()
+
+
+class DistillTokens(Distill):
+    """Distill with a border target that counts the tokens of one cluster only; the logits' terms stay as they are.
+
+    Args:
+        own: what the module is fed, images or (B, T, D) -> whether a token belongs to the expert, bool (B, T).
+        tokens: length of the token sequence; this and everything else as in Distill.
+    """
+
+    def __init__(self, own: Callable[[Tensor], Tensor], *arguments: Any, tokens: int, **options: Any):
+        super().__init__(*arguments, tokens=tokens, **options)
+        self.own = own
+        if self.index == 0:  # its input is pixels: the state behind the meta model's own stage is clustered
+            self.flops_per_image += forward_flops(self.meta.stages[0], tokens)
+
+    def border_error(self, h: Tensor, given: Tensor, wanted: Tensor) -> Tensor:
+        own_BT = self.own(h)
+        if not own_BT.any():
+            return 0.0 * given.float().sum()  # no token of the cluster in this batch; the graph stays whole
+        return super().border_error(h, given[own_BT], wanted[own_BT])

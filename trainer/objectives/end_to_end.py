@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.basis import Project
+from models.experts.guided_routing import Guide
 from models.flops import forward_flops
-from models.guided_routing import Guide
-from models.meta import MetaModel
-from models.moe import auxiliary_loss
+from models.modules.basis import Project
+from models.modules.meta import MetaModel
+from models.moe.layer import auxiliary_loss
+from trainer.config.phases import TrainConfig
 from trainer.objectives.base import Objective, Step, relative_mse, smoothing, soft_kl
-from trainer.schema import TrainConfig
 
 
 class Classify(Objective):

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.flops import forward_flops
-from models.meta import MetaModel
-from models.modules import Stage
+from models.modules.meta import MetaModel
+from models.modules.stages import Stage
 from trainer.objectives.base import Objective, Step, smoothing
 
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.flops import forward_flops
-from models.meta import MetaModel
-from models.modules import Stage
+from models.modules.meta import MetaModel
+from models.modules.stages import Stage
+from trainer.config.phases import MetaConfig
 from trainer.objectives.base import Objective, Step, relative_mse, smoothing, soft_kl
 from trainer.objectives.end_to_end import Classify
-from trainer.schema import MetaConfig
 
 GRID = 1000  # points of the schedule at which the cost of Theseus is averaged
 

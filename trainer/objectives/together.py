@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from models.experts.guided_routing import Guide
 from models.flops import forward_flops
-from models.guided_routing import Guide
-from models.meta import MetaModel
-from models.modules import Stage
+from models.modules.meta import MetaModel
+from models.modules.stages import Stage
+from trainer.config.phases import DistillConfig
 from trainer.objectives.base import Objective, Step
 from trainer.objectives.distill import Distill
-from trainer.schema import DistillConfig
 
 
 class Together(Objective):

@@ -5,14 +5,15 @@ Every module is then measured in its place in the meta model, as phase meta does
 
 from __future__ import annotations
 
-from models.convert import back_to_transformers
-from models.modules import set_drop_path
-from models.teacher import load_teacher, save_teacher
-from trainer import artifacts, hybrids
+from models.modules.stages import set_drop_path
+from models.teacher.convert import back_to_transformers
+from models.teacher.load import load_teacher, save_teacher
+from trainer import artifacts
 from trainer.context import Run
-from trainer.growing import with_seedling
 from trainer.objectives import Classify
-from trainer.preflight import new_teacher_of
+from trainer.teaching import hybrids
+from trainer.teaching.meta import trained_meta
+from trainer.teaching.teachers import new_teacher_of, with_seedling
 
 
 def run(run: Run) -> None:
@@ -22,7 +23,7 @@ def run(run: Run) -> None:
     if done:
         return
     run = with_seedling(run)
-    meta, meta_result = run.trained_meta("--phase assemble")
+    meta, meta_result = trained_meta(run, "--phase assemble")
     model, stages = run.teacher.model, run.teacher_stages()
     for i, stage in enumerate(stages):  # they share the model's parameters
         found, _ = artifacts.require(run.out, f"incubate_{i}", recipe, "--phase assemble")

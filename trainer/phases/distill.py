@@ -6,11 +6,13 @@ distill.level=expert the module starts from its experts, which phase expert has 
 
 from __future__ import annotations
 
-from trainer import reuse, upcycling
 from trainer.context import Run, save_weights
-from trainer.experts import Assembly
-from trainer.guidance import module_guide
 from trainer.objectives import Distill
+from trainer.teaching import reuse, upcycling
+from trainer.teaching.experts import Assembly
+from trainer.teaching.guidance import module_guide
+from trainer.teaching.meta import trained_meta
+from trainer.teaching.students import student_modules
 
 
 def run(run: Run, module: int) -> None:
@@ -22,9 +24,9 @@ def run(run: Run, module: int) -> None:
     if d.source:
         reuse.take_module(run, module, folder)
         return
-    meta, meta_result = run.trained_meta(f"--phase distill --module {module}")
+    meta, meta_result = trained_meta(run, f"--phase distill --module {module}")
     assembly = Assembly(run, module) if d.level == "expert" else None
-    student = assembly.student if assembly else run.student_modules(d.drop_path)[module]
+    student = assembly.student if assembly else student_modules(run, d.drop_path)[module]
     settings = run.settings("distill", d, recipe.student.moe.num_experts)
     stage = run.teacher_stages()[module]
     made_with = {"teacher": run.teacher_record, "meta": meta_result["files"]["model.safetensors"]}

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 
-from trainer import clusters, experts
-from trainer.artifacts import artifact_name
 from trainer.context import Run, save_weights
-from trainer.loop import Outcome
+from trainer.loop.fit import Outcome
+from trainer.request.graph import artifact_name
+from trainer.teaching import clusters, experts
+from trainer.teaching.meta import trained_meta
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def run(run: Run, module: int, expert: int) -> None:
         return
     needed_by = f"--phase expert --module {module} --expert {expert}"
     found = clusters.ensure(run, module, needed_by)
-    meta, meta_result = run.trained_meta(needed_by)
+    meta, meta_result = trained_meta(run, needed_by)
     settings = run.settings("expert", e)
     data = experts.share_of(run, found, module, expert, settings.global_batch)
     objective = experts.objective(run, found, meta, module, expert, experts.dense_modules(run, e.drop_path)[module])

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from models.modules import set_drop_path
+from models.modules.stages import set_drop_path
 from trainer.context import Run, save_weights
-from trainer.growing import with_seedling
 from trainer.objectives import Incubate
+from trainer.teaching.meta import trained_meta
+from trainer.teaching.teachers import with_seedling
 
 
 def run(run: Run, module: int) -> None:
@@ -18,7 +19,7 @@ def run(run: Run, module: int) -> None:
     if done:
         return
     run = with_seedling(run)
-    meta, meta_result = run.trained_meta(f"--phase incubate --module {module}")
+    meta, meta_result = trained_meta(run, f"--phase incubate --module {module}")
     set_drop_path(run.teacher.model, schedule.drop_path)
     stage = run.teacher_stages()[module].requires_grad_(True)
     settings = run.settings("incubate", schedule)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from trainer import bases, hybrids, reuse
 from trainer.context import Run, save_weights
-from trainer.engine import working_type
-from trainer.growing import with_seedling
-from trainer.loop import Predictor
+from trainer.distributed.engine import working_type
+from trainer.evaluation.accuracy import Predictor
 from trainer.objectives import meta_objective
+from trainer.teaching import bases, hybrids, reuse
+from trainer.teaching.meta import new_meta
+from trainer.teaching.teachers import with_seedling
 
 
 def run(run: Run) -> None:
@@ -24,7 +25,7 @@ def run(run: Run) -> None:
         run = with_seedling(run)
     made_with = {} if grown else {"teacher": run.teacher_record}
     settings = run.settings("meta", m)
-    meta, stages = run.new_meta(), run.teacher_stages()
+    meta, stages = new_meta(run), run.teacher_stages()
     trained = m.blocks_per_module > 0
     if trained:
         objective = meta_objective(meta, stages, m, run.tokens, recipe.augment.label_smoothing, recipe.seed)

@@ -13,10 +13,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import TypeVar
 
-from trainer import artifacts, hub
+from trainer import artifacts
 from trainer.context import Run
-from trainer.dist import Dist
-from trainer.interrupt import HEARTBEAT
+from trainer.distributed.interrupt import HEARTBEAT
+from trainer.distributed.ranks import Dist
+from trainer.hub.push import Plan, find_teacher_license, plan, push
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -29,39 +30,39 @@ def run(run: Run) -> None:
     folder, done = run.open("push")
     if done:
         return
-    commit = _on_main(run.dist, lambda: hub.push(planned[0], target))
+    commit = _on_main(run.dist, lambda: push(planned[0], target))
     if run.dist.main:
-        plan, teacher_license = planned
+        what, teacher_license = planned
         result = {
             "phase": "push",
             "module": None,
             "metrics": {},
-            "repo": plan.repo,
-            "revision": plan.revision,
+            "repo": what.repo,
+            "revision": what.revision,
             "commit": commit,
-            "pushed": plan.digests,
+            "pushed": what.digests,
             "teacher_license": teacher_license,
             "seconds": time.perf_counter() - started,
             "command": run.command,
         }
         artifacts.write_result(folder, result)
-        log.info("pushed to %s@%s, commit %s", plan.repo, plan.revision, commit)
+        log.info("pushed to %s@%s, commit %s", what.repo, what.revision, commit)
     run.dist.barrier()
 
 
-def _plan(run: Run) -> tuple[hub.Plan, str | None]:
+def _plan(run: Run) -> tuple[Plan, str | None]:
     """What to push and the teacher's licence; takes away the result of an earlier push that it does not match."""
     path = run.out / "push" / "result.json"
     try:
         before = json.loads(path.read_text())
         known = before["teacher_license"]
     except (FileNotFoundError, ValueError, KeyError):
-        before, known = {}, hub.find_teacher_license(run.out, run.recipe)
-    plan = hub.plan(run.out, run.recipe, known)
+        before, known = {}, find_teacher_license(run.out, run.recipe)
+    planned = plan(run.out, run.recipe, known)
     there = [before.get(key) for key in ("repo", "revision", "pushed")]
-    if there != [plan.repo, plan.revision, plan.digests]:
+    if there != [planned.repo, planned.revision, planned.digests]:
         path.unlink(missing_ok=True)
-    return plan, known
+    return planned, known
 
 
 def _on_main(dist: Dist, work: Callable[[], T]) -> T | None:

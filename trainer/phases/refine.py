@@ -11,14 +11,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from models.meta import MetaModel
-from models.moe import load_full_state_dict
-from models.stitch import StudentModule
+from models.modules.meta import MetaModel
+from models.modules.stitch import StudentModule
+from models.moe.parallel import load_full_state_dict
 from trainer import artifacts
 from trainer.context import Run, save_weights
-from trainer.guidance import module_guide
-from trainer.loop import Outcome
+from trainer.loop.fit import Outcome
 from trainer.objectives import Distill, Together
+from trainer.request import graph
+from trainer.teaching.guidance import module_guide
+from trainer.teaching.meta import trained_meta
+from trainer.teaching.students import student_modules
 
 
 def run(run: Run, module: int) -> None:
@@ -33,7 +36,7 @@ def run(run: Run, module: int) -> None:
     meta, modules, made_with, result = _load(run, names, f"--phase refine --module {module}")
     *predecessors, student = modules
     settings = run.settings("refine", schedule, recipe.student.moe.num_experts)
-    trained = artifacts.trained_again(recipe, module)
+    trained = graph.trained_again(recipe, module)
     stage = run.teacher_stages()[module]
     guide, guide_flops = module_guide(run, student, stage) if trained else (None, 0)
     objective = Distill(student, stage, meta, module, recipe.distill, run.tokens,
@@ -104,8 +107,8 @@ def _load(
 ) -> tuple[MetaModel, list[StudentModule], dict[str, Any], dict[str, Any]]:
     """Meta model, the student's first modules with the weights of these artifacts, what they are made with, and the
     result of the last one."""
-    meta, meta_result = run.trained_meta(needed_by)
-    modules = run.student_modules(run.recipe.refine.drop_path)[: len(names)]
+    meta, meta_result = trained_meta(run, needed_by)
+    modules = student_modules(run, run.recipe.refine.drop_path)[: len(names)]
     for own, name in zip(modules, names):
         found, result = artifacts.require(run.out, name, run.recipe, needed_by)
         load_full_state_dict(own, artifacts.load_weights(found, own.state_dict()))

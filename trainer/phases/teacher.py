@@ -5,11 +5,11 @@ For the embedded demo and for users without a pretrained teacher; with teacher.s
 
 from __future__ import annotations
 
-from models.teacher import load_teacher, save_teacher
+from models.teacher.load import load_teacher, save_teacher
 from trainer.context import Run, training_flops
-from trainer.dist import seed_everything
+from trainer.distributed.ranks import seed_everything
 from trainer.objectives import Classify
-from trainer.preflight import new_teacher_of, trained_preprocessing
+from trainer.teaching.teachers import new_teacher_of, trained_preprocessing
 
 
 def run(run: Run) -> None:

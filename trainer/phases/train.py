@@ -15,26 +15,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.basis import Project
+from models.experts.guided_routing import Guide
 from models.flops import num_tokens
-from models.guided_routing import Guide
-from models.meta import MetaModel
-from models.moe import load_full_state_dict
-from models.stitch import STITCHES, StudentModule, assemble_student
-from models.vmoe import VMoE
-from models.vmoe_files import write_config
-from trainer import artifacts, reuse, upcycling
+from models.modules.basis import Project
+from models.modules.meta import MetaModel
+from models.modules.stitch import STITCHES, StudentModule
+from models.moe.parallel import load_full_state_dict
+from trainer import artifacts, disk
+from trainer.config.ds_config import Settings
+from trainer.config.load import module_depths
+from trainer.config.phases import TrainConfig
 from trainer.context import Run
 from trainer.data.loader import eval_batches
-from trainer.ds_config import Settings
-from trainer.engine import working_type
-from trainer.guidance import routers_of
-from trainer.loop import Predictor, evaluate
+from trainer.distributed.engine import working_type
+from trainer.evaluation.accuracy import Predictor, evaluate
 from trainer.objectives import Borders, Classify, LearnFromTeacher, Objective
-from trainer.schema import TrainConfig
-from trainer.sizes import module_depths
+from trainer.request import graph
+from trainer.teaching import reuse, upcycling
+from trainer.teaching.families import family_of
+from trainer.teaching.guidance import routers_of
+from trainer.teaching.meta import border_bases
+from trainer.teaching.students import new_student, scratch_student, student_modules
 
 FOLD_IMAGES = 256  # training images a fold is fitted on
 
@@ -54,14 +57,16 @@ def run(run: Run, start: str) -> None:
         schedule = _at_equal_cost(run, schedule, objective.flops_per_image)
     name = "train" if start == "distilled" else start.replace("_equal_cost", ", equal cost")
     if run.dist.main:
-        write_config(folder, config, data.preprocessing, run.labels)  # makes a model of an exported checkpoint
+        family_of(recipe).write_config(
+            folder, config, data.preprocessing, run.labels
+        )  # makes a model of an exported checkpoint
     outcome, state, engine = run.train(
         objective, data, schedule, settings, folder, name,
         layer_decay=schedule.layer_decay, ema=schedule.ema, evaluate_start=True,
     )  # fmt: skip
     engine.close()
     if run.dist.main:
-        trained = VMoE(config)
+        trained = family_of(recipe).build(config)
         load_full_state_dict(trained, state)
         trained.save_pretrained(folder, preprocessing=data.preprocessing, labels=run.labels)
     run.finish(
@@ -72,27 +77,33 @@ def run(run: Run, start: str) -> None:
     )  # fmt: skip
 
 
-def _start(run: Run, start: str, settings: Settings, folder: Path) -> tuple[VMoE, dict[str, Any], dict[str, float]]:
+def _start(
+    run: Run, start: str, settings: Settings, folder: Path
+) -> tuple[nn.Module, dict[str, Any], dict[str, float]]:
     """The student before training, what it was made with, and what each way to assemble it gives."""
     schedule = run.recipe.train
     if start == "upcycled":
-        return run.new_student(schedule.drop_path), {"teacher": run.teacher_record, **upcycling.record(run)}, {}
+        return new_student(run, schedule.drop_path), {"teacher": run.teacher_record, **upcycling.record(run)}, {}
     if start != "distilled":
-        return VMoE(run.student_config(schedule.drop_path)), {}, {}
+        return scratch_student(run, schedule.drop_path), {}, {}
     if schedule.init:
         student = reuse.initial_student(run, settings.ep_size)
         return student, {"init": student.source}, {}
-    modules = run.student_modules(schedule.drop_path)
+    modules = student_modules(run, schedule.drop_path)
     last = "refine" if run.recipe.refine.epochs else "distill"
     for i, module in enumerate(modules):
         found, _ = artifacts.require(run.out, f"{last}_{i}", run.recipe, "--phase train")
         load_full_state_dict(module, artifacts.load_weights(found, module.state_dict()))
     states = _border_states(run, modules) if schedule.stitches == "fold" else None
     assembled = _ways_to_assemble(run, modules, settings, folder) if settings.ep_size == 1 else {}
-    return assemble_student(modules, schedule.stitches, states), {"teacher": run.teacher_record}, assembled
+    return (
+        family_of(run.recipe).assemble(modules, schedule.stitches, states),
+        {"teacher": run.teacher_record},
+        assembled,
+    )
 
 
-def _objective(run: Run, student: VMoE) -> tuple[Objective, int]:
+def _objective(run: Run, student: nn.Module) -> tuple[Objective, int]:
     """Labels alone, or with the teacher beside them; and the FLOPs of making its routers.
 
     Raises:
@@ -115,8 +126,8 @@ def _objective(run: Run, student: VMoE) -> tuple[Objective, int]:
     return LearnFromTeacher(student, teacher, schedule, tokens, smoothing, borders, guide), flops
 
 
-def _borders(run: Run, student: VMoE) -> Borders:
-    bases = run.bases
+def _borders(run: Run, student: nn.Module) -> Borders:
+    bases = border_bases(run)
     if bases is None:
         raise ValueError(f"train.border_weight needs the bases of {run.out / 'meta'}: run --phase meta first")
     depths = module_depths(run.recipe.student.depths, len(student.blocks), run.recipe.modules, "student")
@@ -148,17 +159,17 @@ def _ways_to_assemble(run: Run, modules: list[StudentModule], settings: Settings
         states = _border_states(run, modules)
         for way in STITCHES:
             # a copy: its weights go to the device and to another type
-            student = copy.deepcopy(assemble_student(modules, way, states)).to(run.dist.device, dtype)
+            student = copy.deepcopy(family_of(run.recipe).assemble(modules, way, states)).to(run.dist.device, dtype)
             measured = evaluate(Predictor(student, student), run.data, dtype, run.eval_batch(settings), run.dist)
             found[f"start_accuracy/{way}"] = measured["accuracy"]
         if run.dist.main:
-            artifacts.write_json(path, found)
+            disk.write_json(path, found)
     return found
 
 
 def _at_equal_cost(run: Run, schedule: TrainConfig, flops_per_image: int) -> TrainConfig:
     """The schedule with as many epochs as the whole chain costs, rounded up: in doubt the rival gets more."""
-    names = artifacts.preparation(run.recipe)
+    names = graph.preparation(run.recipe)
     spent = sum(artifacts.require(run.out, name, run.recipe, "scratch_equal_cost")[1]["flops"] for name in names)
     batch = run.settings("train", schedule, run.recipe.student.moe.num_experts).global_batch
     per_epoch = len(run.data.train) // batch * batch * flops_per_image

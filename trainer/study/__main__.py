@@ -12,8 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from trainer.job import EXIT_BAD_INPUT
-from trainer.redaction import refuse_secrets
+from trainer.config.redaction import refuse_secrets
+from trainer.request.job import EXIT_BAD_INPUT
 from trainer.study.figures import collect
 from trainer.study.plan import cells, read_study
 from trainer.study.report import write_report

@@ -5,13 +5,14 @@ What a cell does not have (not run, not measured by that phase) is None. Costs a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.artifacts import artifact_name, preparation, taught_in
-from trainer.report_data import PhaseRecord, read_phase
+from trainer.report.data import PhaseRecord, read_phase
+from trainer.request.graph import artifact_name, preparation, taught_in
 from trainer.study.plan import Cell, Study, Variant
 from trainer.study.statistics import Curve, Race, Summary, at, difference, mean_curve, race, summary
 
@@ -179,3 +180,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _least(values: Sequence[float | None]) -> float | None:
     return None if not values or None in values else min(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """Curves that share axes: label -> points (cost in `unit` FLOPs, accuracy over the seeds)."""
+
+    title: str
+    unit: str
+    curves: dict[str, list[tuple[float, Summary]]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from trainer.study.report import Plot
+    from trainer.study.figures import Plot
 
 # Okabe and Ito's colour-blind safe set; markers tell the lines apart in grey too
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#555555", "#7A4FC0")

@@ -21,10 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.artifacts import artifact_name, defining, preparation
-from trainer.config import close, load_recipe, read_yaml, shown, to_dict
-from trainer.job import PHASES
-from trainer.schema import Recipe
+from trainer.config.load import close, load_recipe, read_yaml, shown, to_dict
+from trainer.config.recipe import Recipe
+from trainer.request.graph import PHASES, artifact_name, defining, preparation
 
 KEYS = ("title", "base", "ds_config", "seeds", "share_teacher", "teacher_overrides", "overrides", "variants")
 VARIANT_KEYS = ("label", "overrides", "phases", "reference", "group")

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from trainer.artifacts import write_json, write_text
-from trainer.report_data import FLOP_UNITS
-from trainer.report_page import figure, figures, page, percent_tick, table
-from trainer.report_svg import Line, line_chart
-from trainer.study.figures import FIGURES, Results
+from trainer.disk import write_json, write_text
+from trainer.report.data import FLOP_UNITS
+from trainer.report.page import figure, figures, page, percent_tick, table
+from trainer.report.svg import Line, line_chart
+from trainer.study.figures import FIGURES, Plot, Results
 from trainer.study.statistics import Summary
 from trainer.study.tables import Table, tables
 
 BAND = 2  # standard errors
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """Curves that share axes: label -> points (cost in `unit` FLOPs, accuracy over the seeds)."""
-
-    title: str
-    unit: str
-    curves: dict[str, list[tuple[float, Summary]]]
 
 
 def write_report(results: Results, out: Path) -> list[Path]:

@@ -21,11 +21,10 @@ from types import FrameType
 
 import yaml
 
-from trainer.artifacts import write_text
-from trainer.config import build, first_difference, read_yaml, to_dict
-from trainer.interrupt import EXIT_INTERRUPTED
-from trainer.job import EXIT_FAILED
-from trainer.schema import Recipe
+from trainer.config.load import build, first_difference, read_yaml, to_dict
+from trainer.config.recipe import Recipe
+from trainer.disk import write_text
+from trainer.request.job import EXIT_FAILED, EXIT_INTERRUPTED
 from trainer.study.plan import TEACHERS, Cell, Step, key_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.report_page import duration, flops
+from trainer.report.page import duration, flops
 from trainer.study.figures import WAYS, Comparison, Results
 from trainer.study.statistics import Summary
 
@@ -87,7 +87,7 @@ def _routing(results: Results) -> Table:
         rows.append([*_name(results, variant), percent(change), shown])
     caption = (
         "Share of the validation tokens, in %, whose first expert changes between the last two evaluations of "
-        "end-to-end training, and how alike the experts of a block are at its end (models/expert_similarity.py); mean "
+        "end-to-end training, and how alike the experts of a block are at its end (models/moe/similarity.py); mean "
         "± standard deviation."
     )
     head = ["variant", "seeds", "tokens that change their expert", "similarity of the experts"]

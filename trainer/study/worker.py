@@ -1,7 +1,7 @@
 """One process of a study: the given artifacts of one cell, one after another (started by trainer/study/runner.py).
 
 python -m trainer.study.worker CELL DS_CONFIG distill_0 distill_1 train
-CELL/recipe.yaml says what is trained; the exit codes are those of trainer/run.py (trainer/job.py).
+CELL/recipe.yaml says what is trained; the exit codes are those of trainer/run.py (trainer/request/job.py).
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from trainer import interrupt
-from trainer.artifacts import in_one_job
-from trainer.config import load_recipe, one_line
-from trainer.console import quieten, set_up_logging
-from trainer.job import EXIT_BAD_INPUT, EXIT_FAILED
+from trainer.config.load import load_recipe, one_line
+from trainer.distributed import interrupt
+from trainer.request.graph import in_one_job
+from trainer.request.job import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED
 from trainer.study.plan import Step
+from trainer.tracking.console import quieten, set_up_logging
 
 
 def main(cell: Path, ds_config: Path, names: list[str]) -> int:
@@ -32,7 +32,7 @@ def main(cell: Path, ds_config: Path, names: list[str]) -> int:
             run_phase(recipe, step.phase, out=cell, ds_config=ds_config, **where)
     except interrupt.Interrupted as stop:
         print(stop, file=sys.stderr, flush=True)
-        return interrupt.EXIT_INTERRUPTED
+        return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:
         print(f"error: {name}: {one_line(error)}", file=sys.stderr, flush=True)
         return EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED

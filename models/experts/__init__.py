@@ -1,0 +1,1 @@
+"""What experts are made of: copies of a dense model's layers, clusters of their inputs, modules taught apart."""

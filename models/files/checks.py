@@ -1,0 +1,113 @@
+"""What is looked at before anything of a checkpoint is used: its JSON, its sizes, every number of its weights.
+
+A config.json can ask for a billion layers, and a weight that is not finite spreads to everything it teaches.
+"""
+
+import json
+import math
+import re
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .hub import CheckpointFiles, Weights
+
+BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?)\.(\d+)\.")
+DAMAGED = "Download it again, or save it anew with the library it comes from."
+REASON_SHOWN = 300  # characters of what a library says
+
+
+def read_object(path: Path, files: CheckpointFiles) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError for anything else, naming the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name} of {files} is truncated or no JSON: {one_line(error)}. {DAMAGED}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} of {files} holds a {type(values).__name__}, expected an object of settings.")
+    return values
+
+
+def checked_weights(files: CheckpointFiles, config: Mapping[str, Any], keys: Mapping[str, str]) -> Weights:
+    """The weights, once they are known to be as many as `config` asks for, floats, and finite.
+
+    Args:
+        config: settings of a config.json.
+        keys: what it calls depth, width, mlp_dim, heads, image_size, patch_size, in_chans and num_classes.
+
+    Raises:
+        ValueError: naming the setting or the tensor that is wrong.
+    """
+    weights = _opened(files)
+    sizes = {name: config[key] for name, key in keys.items() if config.get(key) is not None}
+    # libraries allow [224, 224]; sides that differ are refused by name later
+    sizes = {name: value[0] if isinstance(value, list) and value else value for name, value in sizes.items()}
+    for name, value in sizes.items():
+        if type(value) is not int or value < (name != "num_classes"):
+            raise ValueError(
+                f"config.json of {files} has {keys[name]}={reprlib.repr(value)}, expected a whole number of at least 1."
+            )
+    _check_counts(files, sizes, keys, weights)
+    for name in weights.names():
+        try:
+            tensor = weights.read(name)
+        except ValueError as error:  # values that are not finite
+            raise ValueError(f"{error} {DAMAGED}") from None
+        if not tensor.is_floating_point():
+            raise ValueError(f"{files} has {name} as {tensor.dtype}; expected floating-point weights.")
+    return weights
+
+
+def load_state(directory: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every tensor of DIRECTORY/model.safetensors, once names, shapes and types are those of `expected`.
+
+    Raises:
+        ValueError: naming the first tensor that differs or is not finite.
+    """
+    weights = Weights(CheckpointFiles(str(directory)))
+    weights.check(dict(expected))
+    return {name: weights.read(name) for name in expected}
+
+
+def _opened(files: CheckpointFiles) -> Weights:
+    try:
+        files.weights()  # says itself what to do with pickled weights
+    except RecursionError:
+        raise ValueError(f"{files}: the index of its weights is nested too deeply. {DAMAGED}") from None
+    try:
+        return Weights(files)
+    except ValueError as error:
+        raise ValueError(f"{error} {DAMAGED}") from None
+
+
+def _check_counts(files: CheckpointFiles, sizes: Mapping[str, int], keys: Mapping[str, str], weights: Weights) -> None:
+    """Refuse sizes that take more weights than there are; what is not given counts as 1, or not at all."""
+    width, patch = sizes.get("width", 1), sizes.get("patch_size", 1)
+    at_least = {
+        "width": 4 * width**2,
+        "depth": sizes.get("depth", 0) * (4 * width**2 + 2 * width * sizes.get("mlp_dim", 0)),
+        "num_classes": sizes.get("num_classes", 0) * width,
+        "in_chans": sizes.get("in_chans", 0) * patch**2 * width,
+        "image_size": (sizes.get("image_size", 0) // patch) ** 2 * width,
+    }
+    held = sum(math.prod(weights.shape(name)) for name in weights.names())
+    blocks = len({int(found[1]) for name in weights.names() if (found := BLOCK.search(name))})
+    wrong = {name: f"{held:,} weights" for name, count in at_least.items() if name in sizes and count > held}
+    if blocks and sizes.get("depth", blocks) != blocks:
+        wrong = {"depth": f"{blocks} blocks"}
+    for name, there in wrong.items():
+        raise ValueError(
+            f"config.json of {files} has {keys[name]}={sizes[name]}, which does not fit the {there} there are. "
+            f"Take the config.json that was saved with these weights."
+        )
+
+
+def one_line(error: Exception) -> str:
+    """What a library says, without line breaks and of a length that can be read."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    text = " ".join(str(error).split())
+    return f"{text[:REASON_SHOWN]} ..." if len(text) > REASON_SHOWN else text

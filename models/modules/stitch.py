@@ -1,0 +1,163 @@
+"""Student modules: a stage of the student between stitch layers that speak the teacher's width.
+
+Student module i takes and gives the teacher's border states, (B, T, D_t), except that the first takes images and the
+last gives logits. At assembly the stitches are dropped (published default), kept, or folded into one linear map. D_t is
+the teacher's width, D_s the student's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from .basis import Basis, Embed, Project, check_width
+from .stages import Stage, assemble, shallow_copy, split
+
+KINDS = ("linear", "pca", "tied")
+STITCHES = ("drop", "keep", "fold")
+FOLDED = 0  # in VMoEConfig.stitch_blocks, in place of the teacher's width
+
+
+class StudentModule(nn.Module):
+    def __init__(self, stage: Stage, pre: nn.Module | None, post: nn.Module | None) -> None:
+        super().__init__()
+        self.stage, self.pre, self.post = stage, pre, post
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (first) or (B, T, D_t) in; logits (last) or (B, T, D_t) out."""
+        if self.pre is not None:
+            x = self.pre(x)
+        x = self.stage(x)
+        return x if self.post is None else self.post(x)
+
+
+def build_student_modules(
+    student: VisionTransformer,
+    depths: Sequence[int],
+    teacher_width: int,
+    seed: int = 0,
+    kind: str = "linear",
+    bases: Sequence[Basis] | None = None,
+) -> list[StudentModule]:
+    """Split the student (parameters shared with it) and put stitches at its inner borders.
+
+    The stitches of border b depend on `seed` (or `bases`) and b only, so a job that teaches one module starts it like
+    every other.
+
+    Args:
+        kind: "linear", fresh LayerNorm + Linear (the paper's); "pca", Linear started from the border's principal
+            components; "tied", those components as they are.
+        bases: per inner border, for "pca" and "tied"; None for a plan that only needs shapes.
+
+    Raises:
+        ValueError: depths that do not fit the student, an unknown kind, or a student wider than the teacher where the
+            stitches use a basis.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"stitches {kind!r} are not one of {', '.join(KINDS)}.")
+    stages = split(student, depths)
+    pairs = []
+    for border in range(len(stages) - 1):
+        if kind == "linear":
+            pairs.append(_stitch_pair(teacher_width, student.embed_dim, seed, border))
+        else:
+            pairs.append(_basis_pair(teacher_width, student.embed_dim, kind, bases[border] if bases else None))
+    posts = [post for post, _ in pairs] + [None]
+    pres = [None] + [pre for _, pre in pairs]
+    return [StudentModule(stage, pre, post) for stage, pre, post in zip(stages, pres, posts)]
+
+
+def assemble_student(
+    modules: Sequence[StudentModule], stitches: str = "drop", states: Sequence[Tensor] | None = None
+) -> VisionTransformer:
+    """One student from its modules, sharing their parameters; the modules stay usable.
+
+    Args:
+        stitches: "drop" leaves the blocks as they are; "keep" puts post-stitch and next pre-stitch in front of each
+            border's block, so that the student computes what its modules compute in turn; "fold" puts one linear map
+            there. Of stitches without LayerNorm the fold is exact, so "keep" is that fold too; tied stitches cancel
+            out, so all three are the same.
+        states: per inner border, outputs (..., D_s) of the stage before it, to fit the fold of stitches with LayerNorm.
+
+    Raises:
+        ValueError: an unknown `stitches`, modules that do not make one student, or no states where the fold needs them.
+    """
+    if stitches not in STITCHES:
+        raise ValueError(f"stitches {stitches!r} is not one of {', '.join(STITCHES)}.")
+    student = assemble([module.stage for module in modules])
+    if stitches == "drop":
+        return student
+    widths = {}
+    for border, (before, after) in enumerate(itertools.pairwise(modules)):
+        if isinstance(before.post, Embed):
+            continue
+        start = after.stage.start
+        block = shallow_copy(student.blocks[start])  # the module's own block must not run the stitch twice
+        if stitches == "keep" and isinstance(before.post, nn.Sequential):
+            block.stitch, widths[str(start)] = nn.Sequential(before.post, after.pre), before.post[-1].out_features
+        else:
+            block.stitch = fold(before.post, after.pre, states[border] if states is not None else None)
+            widths[str(start)] = FOLDED
+        student.blocks[start] = block
+    student.config = replace(student.config, stitch_blocks=widths or None)
+    return student
+
+
+@torch.no_grad()
+def fold(post: nn.Module, pre: nn.Module, states: Tensor | None = None) -> nn.Linear:
+    """One linear map D_s -> D_s in place of pre(post(z)): exact for two Linears, else a least squares fit on `states`.
+
+    Raises:
+        ValueError: stitches with LayerNorm and no states.
+    """
+    if isinstance(post, nn.Linear) and isinstance(pre, nn.Linear):
+        weight, bias = pre.weight @ post.weight, pre.weight @ post.bias + pre.bias
+    elif states is None:
+        raise ValueError("folding stitches with LayerNorm needs states to fit the linear map on.")
+    else:
+        z = states.reshape(-1, states.shape[-1])
+        wanted, z = pre(post(z)).double(), z.double()
+        center = z.mean(0)
+        weight = torch.linalg.lstsq(z - center, wanted - wanted.mean(0)).solution.T
+        weight, bias = weight.float(), (wanted.mean(0) - weight @ center).float()
+    folded = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
+    folded.weight.copy_(weight)
+    folded.bias.copy_(bias)
+    return folded
+
+
+def _stitch_pair(teacher_width: int, student_width: int, seed: int, border: int) -> tuple[nn.Module, nn.Module]:
+    """(post-stitch of module `border`, pre-stitch of the module after it)."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + border)
+    return stitch(student_width, teacher_width, generator), stitch(teacher_width, student_width, generator)
+
+
+@torch.no_grad()
+def _basis_pair(teacher_width: int, student_width: int, kind: str, basis: Basis | None) -> tuple[nn.Module, nn.Module]:
+    """The same in the basis of a border; without one, only the shapes are right."""
+    check_width(teacher_width, student_width)
+    if basis is None:
+        mean, directions = torch.zeros(teacher_width), torch.zeros(teacher_width, student_width)
+    else:
+        mean, directions = basis.leading(student_width)
+    if kind == "tied":
+        return Embed(mean, directions), Project(mean, directions)
+    post, pre = nn.Linear(student_width, teacher_width), nn.Linear(teacher_width, student_width)
+    post.weight.copy_(directions)
+    post.bias.copy_(mean)
+    pre.weight.copy_(directions.T)
+    pre.bias.copy_(-directions.T @ mean)
+    return post, pre
+
+
+def stitch(width_in: int, width_out: int, generator: torch.Generator | None = None) -> nn.Sequential:
+    """LayerNorm and Linear from one width to the other; weights drawn like the ViT's own Linear layers (std 0.02)."""
+    layers = nn.Sequential(nn.LayerNorm(width_in), nn.Linear(width_in, width_out))
+    nn.init.trunc_normal_(layers[1].weight, std=0.02, generator=generator)
+    nn.init.zeros_(layers[1].bias)
+    return layers

@@ -1,0 +1,205 @@
+"""transformers ViT and DeiT -> timm VisionTransformer (a ViT also back); image settings of both -> Preprocessing."""
+
+import math
+import re
+from functools import partial
+
+import timm
+import torch
+from timm.layers import LayerNorm
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..preprocessing import INTERPOLATIONS, Preprocessing, crop_pct_of
+
+# transformers renamed the parts of these models in memory (the second spelling is the older one, and the one on disk)
+RENAMES = (
+    (r"^(vit|deit)\.", ""),
+    (r"^(layers|encoder\.layer)\.", "blocks."),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^layernorm\.", "norm."),
+    (r"^(cls_)?classifier\.", "head."),
+    (r"^distillation_classifier\.", "head_dist."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.(o_proj|output\.dense)\.", ".attn.proj."),
+    (r"\.attention\.(attention\.)?(q|k|v)(_proj|uery|ey|alue)\.", r".attn.\2."),
+    (r"(?<=\d)\.(mlp\.fc1|intermediate\.dense)\.", ".mlp.fc1."),
+    (r"(?<=\d)\.(mlp\.fc2|output\.dense)\.", ".mlp.fc2."),
+)
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+TOLERANCE = 1e-5  # of the logits, relative above 1
+
+
+def to_timm(original: nn.Module) -> VisionTransformer:
+    """A transformers ViT or DeiT classifier as a timm model with the same logits.
+
+    Args:
+        original: ViTForImageClassification, DeiTForImageClassification (its distillation token, which no head reads,
+            becomes a register token) or DeiTForImageClassificationWithTeacher (two heads, averaged).
+
+    Raises:
+        ValueError: an activation or image shape that has no counterpart, or logits that are not finite.
+        RuntimeError: the logits of both differ, so the conversion is wrong for this release of transformers or timm.
+    """
+    config = original.config
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"activation {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}.")
+    if not (isinstance(config.image_size, int) and isinstance(config.patch_size, int)):
+        raise ValueError(f"images and patches must be square, got {config.image_size} and {config.patch_size}.")
+    distilled = hasattr(original, "distillation_classifier")
+    model = (VisionTransformerDistilled if distilled else VisionTransformer)(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        in_chans=config.num_channels,
+        num_classes=config.num_labels,
+        embed_dim=config.hidden_size,
+        depth=config.num_hidden_layers,
+        num_heads=config.num_attention_heads,
+        mlp_ratio=(config.intermediate_size + 0.5) / config.hidden_size,  # timm takes int(width * ratio)
+        qkv_bias=config.qkv_bias,
+        reg_tokens=int(config.model_type == "deit" and not distilled),
+        norm_layer=partial(LayerNorm, eps=config.layer_norm_eps),
+        act_layer=ACTIVATIONS[config.hidden_act],
+        weight_init="skip",
+    )
+    state = {_renamed(name): value for name, value in original.state_dict().items()}
+    if "embeddings.distillation_token" in state:
+        state["dist_token" if distilled else "reg_token"] = state.pop("embeddings.distillation_token")
+    model.load_state_dict(_fuse_qkv(state))
+    _check_same_logits(original, model.eval())
+    return model
+
+
+def back_to_transformers(model: VisionTransformer, original: nn.Module) -> None:
+    """Load the weights of a `to_timm` model into the transformers ViT it was made of, or one like it.
+
+    Raises:
+        RuntimeError: the logits of both differ.
+    """
+    state, result = model.state_dict(), {}
+    for name in original.state_dict():
+        place = _renamed(name)
+        if part := re.search(r"\.attn\.([qkv])\.", place):
+            result[name] = state[place.replace(part[0], ".attn.qkv.")].chunk(3)["qkv".index(part[1])]
+        else:
+            result[name] = state[place]
+    original.load_state_dict(result)
+    _check_same_logits(original, model.eval())
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    parts = {name: value for name, value in state.items() if re.search(r"\.attn\.[qkv]\.", name)}
+    fused = {name: value for name, value in state.items() if name not in parts}
+    for name in parts:
+        if ".attn.q." in name:
+            qkv = [parts[name.replace(".attn.q.", f".attn.{letter}.")] for letter in "qkv"]
+            fused[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(qkv)
+    return fused
+
+
+@torch.no_grad()
+def _check_same_logits(original: nn.Module, model: VisionTransformer) -> None:
+    size = (2, original.config.num_channels, original.config.image_size, original.config.image_size)
+    images = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    expected = original.eval()(pixel_values=images).logits
+    if not expected.isfinite().all():
+        raise ValueError("its logits are not finite: check layer_norm_eps and the other settings of config.json.")
+    difference = (model(images) - expected).abs().max().item()
+    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+        raise RuntimeError(
+            f"the converted teacher's logits differ from the original's by {difference:.2g} (at most {TOLERANCE} "
+            f"expected): timm {timm.__version__} and this release of transformers do not compute the same model."
+        )
+
+
+def from_timm_config(model: VisionTransformer) -> Preprocessing:
+    """Image settings of a timm model, from the data configuration saved with it.
+
+    Raises:
+        ValueError: images that are not square, or a crop mode other than center and squash.
+    """
+    data = timm.data.resolve_model_data_config(model)
+    height, width = model.patch_embed.img_size
+    if height != width:
+        raise ValueError(f"the model takes {height}x{width} images; only square ones are supported.")
+    return Preprocessing(
+        image_size=height,
+        mean=data["mean"],
+        std=data["std"],
+        interpolation=data["interpolation"],
+        crop_pct=data["crop_pct"],
+        crop_mode=data["crop_mode"],
+        in_chans=model.in_chans,
+    )
+
+
+def from_processor(processor, model: VisionTransformer) -> Preprocessing:
+    """Image settings of a transformers image processor (ViTImageProcessor, DeiTImageProcessor or one like them).
+
+    Raises:
+        ValueError: steps other than resize, centre crop, rescale by 1/255 and normalise, or not the model's image size.
+    """
+    image_size, in_chans = model.patch_embed.img_size[0], model.in_chans
+    size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
+    if not (processor.do_resize and processor.do_rescale and abs(processor.rescale_factor * 255 - 1) < 1e-6):
+        raise ValueError("the image processor must resize and rescale by 1/255; it is set to do something else.")
+    if size.height and size.height == size.width:
+        resize, crop_mode = size.height, "squash"
+    elif size.shortest_edge and not size.longest_edge and crop:
+        resize, crop_mode = size.shortest_edge, "center"
+    else:
+        raise ValueError(f"the image processor's size {size} gives no square images (crop_size {crop}).")
+    output = (crop.height, crop.width) if crop else (resize, resize)
+    if output != (image_size, image_size) or resize < image_size:
+        raise ValueError(
+            f"the image processor gives {output[0]}x{output[1]} images (resized to {resize}), "
+            f"the model takes {image_size}x{image_size}."
+        )
+    normalise = processor.do_normalize
+    crop_pct = getattr(processor, "crop_pct", None)  # written by to_processor
+    if crop_pct is None or math.floor(image_size / crop_pct) != resize:
+        crop_pct = crop_pct_of(image_size, resize)
+    resample = int(processor.resample)
+    if resample not in INTERPOLATIONS.values():
+        raise ValueError(f"the image processor's resample is {resample}, expected one of {INTERPOLATIONS}.")
+    return Preprocessing(
+        image_size=image_size,
+        mean=processor.image_mean if normalise else (0.0,) * in_chans,
+        std=processor.image_std if normalise else (1.0,) * in_chans,
+        interpolation={number: name for name, number in INTERPOLATIONS.items()}[resample],
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
+        in_chans=in_chans,
+    )
+
+
+def to_processor(preprocessing: Preprocessing):
+    """The ViTImageProcessor that `from_processor` reads back as an equal Preprocessing."""
+    from transformers import ViTImageProcessor
+
+    square = {"height": preprocessing.image_size, "width": preprocessing.image_size}
+    resize = preprocessing.resize_size
+    squash = preprocessing.crop_mode == "squash"
+    return ViTImageProcessor(
+        do_resize=True,
+        size={"height": resize, "width": resize} if squash else {"shortest_edge": resize},
+        resample=INTERPOLATIONS[preprocessing.interpolation],
+        do_center_crop=not squash or resize != preprocessing.image_size,
+        crop_size=square,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(preprocessing.mean),
+        image_std=list(preprocessing.std),
+        crop_pct=preprocessing.crop_pct,  # transformers does not use it; pixels alone do not give its digits back
+    )

@@ -1,0 +1,304 @@
+"""Teachers: from the Hugging Face hub or a directory into one timm VisionTransformer with its preprocessing.
+
+Two layouts are read, told apart by config.json: transformers (ViT, DeiT) and timm. Only safetensors weights are read
+and no code of a checkpoint ever runs. `new_teacher` starts one from scratch for whoever has none.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..files.checks import DAMAGED, checked_weights, one_line, read_object
+from ..files.hub import CheckpointFiles, Weights
+from ..preprocessing import Preprocessing
+from .convert import from_processor, from_timm_config, to_processor, to_timm
+
+SUPPORTED = (
+    "Supported: ViT and DeiT (plain and distilled) from transformers; ViT, DeiT, DeiT III, DINOv2, CLIP and SigLIP "
+    "vision transformers from timm."
+)
+TRANSFORMERS_TYPES = ("vit", "deit")
+TIMM_MODULES = ("vision_transformer", "deit")
+ROTARY = "rotary positions go into every block, so blocks do not run on tokens alone"
+# our name of a size -> its key in config.json
+TRANSFORMERS_SIZES = {
+    "depth": "num_hidden_layers",
+    "width": "hidden_size",
+    "mlp_dim": "intermediate_size",
+    "heads": "num_attention_heads",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "num_channels",
+    "num_classes": "num_labels",
+}
+TIMM_SIZES = {
+    "depth": "depth",
+    "width": "embed_dim",
+    "heads": "num_heads",
+    "image_size": "img_size",
+    "patch_size": "patch_size",
+    "in_chans": "in_chans",
+    "num_classes": "num_classes",
+}
+RELATIVE = "it adds a relative position bias inside its blocks"
+WINDOWS = "its blocks work on windows of a shrinking grid"
+# why the likeliest wrong choices cannot be cut into modules, by transformers model_type or timm module
+REFUSED = {
+    "beit": f"BEiT: {RELATIVE}",
+    "data2vec-vision": f"Data2Vec (a BEiT): {RELATIVE}",
+    "eva": f"EVA or DINOv3: {ROTARY}",
+    "dinov3_vit": f"DINOv3: {ROTARY}",
+    "vision_transformer_relpos": f"relative-position ViT: {RELATIVE}",
+    "swin": f"Swin: {WINDOWS}",
+    "swinv2": f"Swin v2: {WINDOWS}",
+    "swin_transformer": f"Swin: {WINDOWS}",
+    "swin_transformer_v2": f"Swin v2: {WINDOWS}",
+}
+
+
+@dataclass
+class Teacher:
+    model: VisionTransformer  # evaluation mode, frozen
+    preprocessing: Preprocessing
+    source: str  # hub id with the commit it resolved to, or the directory
+    labels: list[str] | None  # class names by index, when the checkpoint has them
+    num_classes: int  # 0: no head, gives features only
+
+
+def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
+    """A frozen teacher with the preprocessing it was trained with.
+
+    Args:
+        source: hub id ("owner/name", "owner/name@revision", timm's "hf-hub:owner/name") or a directory.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ValueError: nothing readable there, a family that cannot be split, no head, no preprocessing, pickled weights.
+        RuntimeError: the conversion to timm changed the logits.
+    """
+    if Path(source).expanduser().is_file():
+        raise ValueError(
+            f"{source!r} is a file, expected a directory or a hub id. Pickle files (.bin, .pt, .pth) can run code and "
+            f"are never read: convert it with transformers' save_pretrained or timm.models.save_for_hf."
+        )
+    files = CheckpointFiles(source, revision)
+    config_path = files.find("config.json")
+    if config_path is None:
+        raise ValueError(f"{files} has no config.json: it is neither a transformers nor a timm checkpoint. {SUPPORTED}")
+    config = read_object(config_path, files)
+    load = next((LOADERS[key] for key in LOADERS if key in config), None)
+    if load is None:
+        raise ValueError(
+            f"config.json of {files} names no transformers model_type and no timm architecture. {SUPPORTED}"
+        )
+    with torch.device("cpu"):  # also where the caller builds on the meta device: a teacher without weights is none
+        model, preprocessing, labels = load(files, config, config_path.parent)
+    model.eval().requires_grad_(False)
+    return Teacher(model, preprocessing, str(files), labels, model.num_classes)
+
+
+def _load_transformers(
+    files: CheckpointFiles, config: dict[str, Any], directory: Path
+) -> tuple[VisionTransformer, Preprocessing, list[str] | None]:
+    model_type = config["model_type"]
+    if model_type not in TRANSFORMERS_TYPES:
+        raise ValueError(_refusal(files, f"transformers model type {model_type!r}", model_type))
+    processor_path = files.find("preprocessor_config.json")
+    if processor_path is None:
+        raise ValueError(
+            f"{files} has no preprocessor_config.json: mean, std and size of its images are unknown. Save the image "
+            f"processor it was trained with beside it (ViTImageProcessor(...).save_pretrained(directory))."
+        )
+    read_object(processor_path, files)
+    checked_weights(files, config, TRANSFORMERS_SIZES)
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    try:
+        original, report = AutoModelForImageClassification.from_pretrained(
+            directory,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below by name
+        )
+        processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # whatever it raises (its own validators among them): the checkpoint cannot be used
+        raise ValueError(f"transformers cannot load {files}: {one_line(error)}. {DAMAGED}") from error
+    _check_loaded(files, config, report)
+    try:
+        model = to_timm(original)
+        preprocessing = from_processor(processor, model)
+        labels = [original.config.id2label[i] for i in range(original.config.num_labels)]
+    except ValueError as error:
+        raise ValueError(f"{files}: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{files} has odd settings in its JSON files: {error!r}. {DAMAGED}") from error
+    _check_labels(files, labels)
+    named = labels != [f"LABEL_{i}" for i in range(len(labels))]
+    return model, preprocessing, labels if named else None
+
+
+def _check_labels(files: CheckpointFiles, labels: Sequence[Any] | None) -> None:
+    if odd := [label for label in labels or () if not isinstance(label, str)]:
+        raise ValueError(f"config.json of {files} names a class {odd[0]!r}, expected text.")
+
+
+def _check_loaded(files: CheckpointFiles, config: dict[str, Any], report: dict[str, Any]) -> None:
+    """transformers only warns about a part it starts at random (a distilled DeiT read as a plain one: its head)."""
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, there, wanted = mismatched[0]
+        raise ValueError(
+            f"{files} has {name} with shape {tuple(there)}, but its config asks for {tuple(wanted)}. "
+            f"Take the config.json that was saved with these weights."
+        )
+    missing = sorted(report["missing_keys"])
+    # classifiers read the class token; a pooler saved from pre-training is of no use to them
+    unexpected = sorted(key for key in report["unexpected_keys"] if "pooler" not in key.split("."))
+    if not missing and not unexpected:
+        return
+    saved_as = ", ".join(config.get("architectures") or ["unknown"])
+    if missing and all("classifier" in key for key in missing) and not unexpected:
+        raise ValueError(
+            f"{files} (saved as {saved_as}) has no classification head: {', '.join(missing)} are missing. "
+            f"Take a checkpoint fine-tuned for classification."
+        )
+    raise ValueError(
+        f"the weights of {files} do not fit its config (saved as {saved_as}): missing {missing}, unexpected "
+        f"{unexpected}. Check `architectures` in config.json: a distilled DeiT is "
+        f"DeiTForImageClassificationWithTeacher."
+    )
+
+
+def _load_timm(
+    files: CheckpointFiles, config: dict[str, Any], directory: Path
+) -> tuple[VisionTransformer, Preprocessing, list[str] | None]:
+    architecture = config["architecture"]
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        raise ValueError(f"{files}: timm {timm.__version__} knows no architecture {architecture!r}. {SUPPORTED}")
+    module = timm.model_entrypoint(architecture).__module__.rsplit(".", 1)[-1]
+    if module not in TIMM_MODULES:
+        raise ValueError(_refusal(files, f"timm architecture {architecture!r}", module))
+    arguments = config.get("model_args") or {}
+    if not isinstance(arguments, dict):
+        raise ValueError(f"config.json of {files} has model_args={arguments!r}, expected an object of settings.")
+    weights = checked_weights(files, {"num_classes": config.get("num_classes"), **arguments}, TIMM_SIZES)
+    try:
+        # pretrained=True: local-dir without it builds a random model and says nothing
+        model = timm.create_model(f"local-dir:{directory}", pretrained=True)
+    except Exception as error:  # whatever a strange setting leads to
+        raise ValueError(f"timm cannot load {files}: {one_line(error)}. {DAMAGED}") from error
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):  # arguments in config.json can change it
+        raise ValueError(_refusal(files, f"timm model {type(model).__name__}", module))
+    _check_head(files, model, weights)
+    try:
+        preprocessing = from_timm_config(model)
+    except ValueError as error:
+        raise ValueError(f"{files}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"config.json of {files} has odd settings: {error!r}. {DAMAGED}") from error
+    labels = _label_list(model.pretrained_cfg.get("label_names"), model.num_classes)
+    _check_labels(files, labels)
+    return model, preprocessing, labels
+
+
+def _check_head(files: CheckpointFiles, model: VisionTransformer, weights: Weights) -> None:
+    """timm drops a head, without an error, when the config's numbers of classes contradict each other."""
+    if model.num_classes == 0:
+        return
+    saved = weights.read("head.weight") if "head.weight" in weights.names() else None
+    if saved is None or not torch.equal(saved.to(model.head.weight.dtype), model.head.weight):
+        raise ValueError(
+            f"{files}: the head of {model.num_classes} classes that config.json asks for is not the one in the weights "
+            f"({'none' if saved is None else f'{len(saved)} classes'}). Correct num_classes in config.json."
+        )
+
+
+def _label_list(names: Any, num_classes: int) -> list[str] | None:
+    """timm stores names as a list, or as a dict from class index to name."""
+    if isinstance(names, dict):
+        names = [names.get(i, names.get(str(i))) for i in range(num_classes)]
+    return list(names) if names and len(names) == num_classes and None not in names else None
+
+
+def _refusal(files: CheckpointFiles, what: str, family: str) -> str:
+    reason = REFUSED.get(family, "not a plain vision transformer")
+    return f"{files} ({what}) cannot be split into modules. {reason[0].upper()}{reason[1:]}. {SUPPORTED}"
+
+
+LOADERS = {"architecture": _load_timm, "model_type": _load_transformers}  # by the key of config.json that tells
+
+
+class TransformersTeacher(nn.Module):
+    """A transformers classifier behind the one call of this project: images (B, C, H, W) -> logits (B, C)."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(pixel_values=images).logits
+
+
+def new_teacher(
+    *,
+    image_size: int,
+    patch_size: int,
+    width: int,
+    depth: int,
+    heads: int,
+    mlp_dim: int,
+    labels: Sequence[str],
+    preprocessing: Preprocessing,
+) -> TransformersTeacher:
+    """A transformers ViTForImageClassification with random weights, to be trained and saved by `save_teacher`.
+
+    Raises:
+        ValueError: sizes that do not divide, or an image size other than the preprocessing's.
+    """
+    if image_size % patch_size or width % heads:
+        raise ValueError(
+            f"teacher image_size {image_size} must be a multiple of patch_size {patch_size}, "
+            f"and width {width} of heads {heads}."
+        )
+    if image_size != preprocessing.image_size:
+        raise ValueError(f"teacher image_size {image_size} is not the preprocessing's {preprocessing.image_size}.")
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        num_channels=preprocessing.in_chans,
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=mlp_dim,
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+    )
+    return TransformersTeacher(ViTForImageClassification(config))
+
+
+def save_teacher(model: TransformersTeacher, directory: str | Path, preprocessing: Preprocessing) -> None:
+    """Write config.json, model.safetensors and preprocessor_config.json; `load_teacher` and transformers read them."""
+    model.classifier.save_pretrained(directory)
+    to_processor(preprocessing).save_pretrained(directory)
+
+
+def fingerprint(dense: Teacher) -> dict[str, Any]:
+    """What tells a dense model from others, wherever it lies: its sizes and the SHA-256 of its weights (on the CPU)."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(dense.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.flatten().view(torch.uint8).numpy())
+    sizes = {"width": dense.model.embed_dim, "blocks": len(dense.model.blocks)}
+    return {"source": dense.source, **sizes, "sha256": digest.hexdigest()}

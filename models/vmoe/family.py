@@ -1,0 +1,110 @@
+"""V-MoE as a family of students: what the trainer asks of each (trainer/teaching/families.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..files.hub import CheckpointFiles
+from ..modules.basis import Basis
+from ..modules.stitch import StudentModule, assemble_student, build_student_modules
+from ..moe.layer import MoEConfig
+from ..preprocessing import Preprocessing
+from . import files as saved_files
+from .config import VMoEConfig, decode_variant
+from .model import VMoE, load_expert_parallel
+
+SIZES = ("patch_size", "width", "depth", "heads", "mlp_dim")
+
+
+def config(
+    section: Mapping[str, Any],
+    *,
+    num_classes: int,
+    drop_path: float,
+    image_size: int,
+    in_chans: int,
+    prefix_tokens: int,
+    seed: int,
+) -> VMoEConfig:
+    """The V-MoE that section student of a recipe asks for.
+
+    Args:
+        section: plain values of the recipe's section student.
+        prefix_tokens: class token and registers of the teacher, or of the model that training starts from.
+
+    Raises:
+        ValueError: an unknown variant, or sizes that do not fit together.
+    """
+    sizes = decode_variant(section["variant"]) if section["variant"] else {}
+    sizes |= {name: section[name] for name in SIZES if section[name] is not None}
+    class_token = prefix_tokens > 0
+    reg_tokens = section["reg_tokens"]
+    if reg_tokens is None:
+        reg_tokens = max(prefix_tokens - 1, 0)
+    asked = {
+        "image_size": image_size,
+        "in_chans": in_chans,
+        "num_classes": num_classes,
+        "moe_blocks": section["moe_blocks"],
+        "moe": MoEConfig(**section["moe"]),
+        "gelu": section["gelu"],
+        "pool": section["pool"] if class_token else "mean",
+        "class_token": class_token,
+        "reg_tokens": reg_tokens,
+        "drop_rate": section["drop_rate"],
+        "drop_path_rate": drop_path,
+        "seed": seed,
+    }
+    return VMoEConfig(**(sizes | asked))  # the recipe's routing, also where a variant brings its own
+
+
+def build(config: VMoEConfig) -> VMoE:
+    """A V-MoE with new weights, drawn from config.seed."""
+    return VMoE(config)
+
+
+def modules(
+    student: VMoE,
+    depths: Sequence[int],
+    teacher_width: int,
+    seed: int,
+    stitches: str,
+    bases: Sequence[Basis] | None,
+) -> list[StudentModule]:
+    """See build_student_modules."""
+    return build_student_modules(student, depths, teacher_width, seed, stitches, bases)
+
+
+def assemble(modules: Sequence[StudentModule], stitches: str, states: Sequence[Tensor] | None) -> VMoE:
+    """See assemble_student."""
+    return assemble_student(modules, stitches, states)
+
+
+def read_config(files: CheckpointFiles) -> tuple[VMoEConfig, Preprocessing | None]:
+    """Configuration and preprocessing of a saved V-MoE.
+
+    Raises:
+        ValueError: not one of ours.
+    """
+    saved, preprocessing, _ = saved_files.read(files)
+    return saved, preprocessing
+
+
+def write_config(folder: Path, config: VMoEConfig, preprocessing: Preprocessing, labels: Sequence[str]) -> None:
+    """Write config.json alone: with weights beside it the folder is a V-MoE."""
+    saved_files.write_config(folder, config, preprocessing, labels)
+
+
+def load(source: str, *, config: VMoEConfig | None = None, ep_size: int = 1, ep_rank: int = 0) -> VMoE:
+    """A saved V-MoE in evaluation mode, with the experts of one rank only where ep_size is above 1.
+
+    Raises:
+        ValueError: see VMoE.from_pretrained and load_expert_parallel.
+    """
+    if ep_size == 1:
+        return VMoE.from_pretrained(source, config=config)
+    return load_expert_parallel(source, ep_size, ep_rank, config=config)

@@ -1,0 +1,285 @@
+"""V-MoE: a vision transformer some of whose MLPs are mixtures of experts; the model, save and load.
+
+Weights published by `save_pretrained` load with torch alone, whatever number of ranks they were trained on. B images,
+T tokens, D width.
+"""
+
+import functools
+import logging
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelHubMixin
+from timm.layers import LayerNorm, Mlp, to_2tuple
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from ..files.hub import CheckpointFiles, Weights
+from ..modules.stitch import FOLDED, stitch
+from ..moe.layer import GELU, MoE, draw, lecun_normal_
+from ..preprocessing import Preprocessing
+from .config import POOLS, VARIANTS, VMoEConfig, decode_variant, moe_numbers
+from .files import check_counts, fill, read, write
+
+__all__ = ["VARIANTS", "VMoE", "VMoEBlock", "VMoEConfig", "decode_variant", "load_expert_parallel", "moe_numbers"]
+log = logging.getLogger(__name__)
+
+
+class VMoEBlock(Block):
+    """timm's block, with the stitch layers kept in front of it at a module border, if any."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.stitch = nn.Identity()
+
+    def forward(self, x: Tensor, **masks: Any) -> Tensor:
+        return super().forward(self.stitch(x), **masks)
+
+
+class VMoE(VisionTransformer, ModelHubMixin):
+    """timm's VisionTransformer with MoE blocks; images (B, C, H, W) -> logits (B, classes).
+
+    Attributes:
+        config: what it is, kept true by reset_classifier and set_input_size.
+        preprocessing, labels: what its images must look like and what its classes are called; None when not known.
+        source: the directory, or the hub id with its commit, that it was loaded from; None for a new one.
+    """
+
+    def __init__(self, config: VMoEConfig) -> None:
+        super().__init__(
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            in_chans=config.in_chans,
+            num_classes=0,  # the head is made below, behind pre_logits
+            global_pool=POOLS[config.pool],
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            class_token=config.class_token,
+            reg_tokens=config.reg_tokens,
+            fc_norm=False,  # the official model normalises before it pools
+            pos_drop_rate=config.drop_rate,
+            proj_drop_rate=config.drop_rate,
+            drop_path_rate=config.drop_path_rate,
+            dynamic_img_size=config.dynamic_img_size,
+            weight_init="skip",
+            norm_layer=functools.partial(LayerNorm, eps=config.norm_eps) if config.norm_eps else None,
+            act_layer=functools.partial(nn.GELU, approximate=GELU[config.gelu]),
+            block_fn=functools.partial(_block, config),
+        )
+        self.config = config
+        self.preprocessing: Preprocessing | None = None
+        self.labels: list[str] | None = None
+        self.source: str | None = None
+        features, self.pre_logits = config.width, nn.Identity()
+        if config.representation_size:
+            features, self.pre_logits = config.representation_size, nn.Linear(features, config.representation_size)
+        self.num_classes, self.head_hidden_size = config.num_classes, features
+        if config.num_classes:
+            self.head = nn.Linear(features, config.num_classes)
+        _initialise(self, config)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pool tokens (B, T, D); logits (B, classes), or with `pre_logits` what the head reads."""
+        x = self.fc_norm(self.pool(x))
+        if self.config.representation_size:
+            x = self.pre_logits(x).tanh()
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for `num_classes` (0 = none), and with `global_pool` ("token", "avg" or "") another pooling.
+
+        Raises:
+            ValueError: another pooling.
+        """
+        names = {timm: ours for ours, timm in POOLS.items()}
+        if global_pool is not None and global_pool not in names:
+            raise ValueError(f"global_pool {global_pool!r} is not known; use one of {', '.join(map(repr, names))}.")
+        super().reset_classifier(0, global_pool)
+        self.config = replace(self.config, num_classes=num_classes, pool=names[self.global_pool])
+        self.num_classes, self.labels = num_classes, None
+        if num_classes:
+            like = self.norm.weight
+            self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
+            reset_head(self.head)
+
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
+        """Take images of another size: position embeddings and patch kernel are resampled.
+
+        Raises:
+            ValueError: images that are not square.
+        """
+        height, width = self.patch_embed.img_size if img_size is None else to_2tuple(img_size)
+        if height != width:
+            raise ValueError(f"a V-MoE is built for square images, got {height}x{width}; dynamic_img_size takes any.")
+        patch_size = patch_size or self.config.patch_size
+        config = replace(self.config, image_size=height, patch_size=patch_size)
+        super().set_input_size((height, width), to_2tuple(patch_size))
+        self.config, self.preprocessing = config, self.preprocessing and replace(self.preprocessing, image_size=height)
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        preprocessing: Preprocessing | None = None,
+        labels: Sequence[str] | None = None,
+        state: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str = "5GB",
+        config: None = None,  # these two only because ModelHubMixin.push_to_hub passes them along
+        model_card_kwargs: None = None,
+    ) -> None:
+        """Write config.json and the weights: model.safetensors, or shards and their index; see models/vmoe/files.py.
+
+        Args:
+            preprocessing, labels: travel with the model; by default its own.
+            state: weights to write in place of the model's own, by plain names: full_state_dict of the model in
+                training, which is collective, while one rank writes.
+            max_shard_size: bytes of one weights file, a number or text like "5GB".
+
+        Raises:
+            ValueError: an expert parallel model without `state`, labels of another number than the classes, or weights
+                that are not those of this model, so that nobody could load them.
+        """
+        parts = any(hasattr(module, "deepspeed_moe") for module in self.modules())
+        if state is None and (parts or any(parameter.is_meta for parameter in self.parameters())):
+            raise ValueError("this model holds one rank's experts: pass state=models.moe.full_state_dict(model).")
+        state = self.state_dict() if state is None else state
+        preprocessing, labels = preprocessing or self.preprocessing, labels or self.labels
+        if labels is not None and len(labels) != self.num_classes:
+            raise ValueError(f"{len(labels)} labels were given for {self.num_classes} classes.")
+        with torch.device("meta"):
+            expected = VMoE(self.config).state_dict()
+        for name in sorted(expected.keys() | state.keys()):
+            here, there = (tuple(side[name].shape) if name in side else "missing" for side in (state, expected))
+            if here != there:
+                raise ValueError(f"{name} is {here} in the weights to save and {there} in a model of this config.")
+        write(Path(save_directory), self.config, state, preprocessing, labels, max_shard_size)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path | CheckpointFiles, revision: str | None = None, *, config: VMoEConfig | None = None
+    ) -> "VMoE":
+        """Load from a directory or from the hub ("owner/name" or "owner/name@revision"); strict, safetensors only.
+
+        Args:
+            config: build this on the weights: it may differ from what was saved in dropout, noise, capacities and loss
+                weights.
+
+        Returns the model in evaluation mode, in the precision it was saved in, its weights mapped from the files.
+
+        Raises:
+            ValueError: not found, not a V-MoE of ours, without safetensors weights, weights that are damaged, not
+                finite or do not fit, or a `config` that makes another function of them.
+        """
+        return cls._load(source, revision, config, lambda name: True)
+
+    @classmethod
+    def _load(
+        cls,
+        source: str | Path | CheckpointFiles,
+        revision: str | None,
+        config: VMoEConfig | None,
+        needed: Callable[[str], bool],
+    ) -> "VMoE":
+        files = source if isinstance(source, CheckpointFiles) else CheckpointFiles(str(source), revision)
+        saved, preprocessing, labels = read(files)
+        config = saved if config is None else config.on_weights_of(saved, str(files))
+        weights = Weights(files)
+        check_counts(config, weights)
+        with torch.device("meta"):
+            model = cls(config)
+        fill(model, weights, needed)
+        model.preprocessing, model.labels, model.source = preprocessing, labels, str(files)
+        log.info("loaded %s: %.3f GB read", files, weights.bytes_read / 1e9)
+        return model.eval()
+
+
+def load_expert_parallel(
+    source: str | Path,
+    ep_size: int,
+    ep_rank: int,
+    revision: str | None = None,
+    *,
+    config: VMoEConfig | None = None,
+) -> VMoE:
+    """A saved V-MoE with the experts of one rank only: the bytes of the others are not read.
+
+    Their parameters stay on the meta device, where models.moe.expert_parallel(model, ep_size), which every rank has to
+    call next, leaves them behind.
+
+    Args:
+        ep_size, ep_rank: ranks that share the experts, and which of them this is: rank % ep_size.
+        source, revision, config: as VMoE.from_pretrained.
+
+    Raises:
+        ValueError: an ep_size that does not divide the experts, and whatever VMoE.from_pretrained raises.
+    """
+    experts = read(CheckpointFiles(str(source), revision))[0].moe.num_experts
+    if ep_size < 1 or experts % ep_size or not 0 <= ep_rank < ep_size:
+        raise ValueError(
+            f"rank {ep_rank} of ep_size {ep_size} cannot share {experts} experts of {source}: ep_size must divide them."
+        )
+    held = experts // ep_size
+
+    def needed(name: str) -> bool:
+        expert = re.search(r"\.mlp\.experts\.(\d+)\.", name)
+        return expert is None or int(expert[1]) // held == ep_rank
+
+    return VMoE._load(source, revision, config, needed)
+
+
+def _block(config: VMoEConfig, dim: int, depth: int, **options: Any) -> VMoEBlock:
+    """Block number `depth` (timm's word) of a V-MoE."""
+    moe = depth in moe_numbers(config.moe_blocks, config.depth)
+
+    def mlp(act_layer: type[nn.Module], drop: float, **_timm: Any) -> nn.Module:
+        if moe:
+            return MoE(dim, config.mlp_dim, config.moe, config.gelu, layer=depth, seed=config.seed)
+        return Mlp(dim, config.mlp_dim, act_layer=act_layer, drop=drop)
+
+    block = VMoEBlock(dim=dim, depth=depth, **{**options, "mlp_layer": mlp})
+    width = (config.stitch_blocks or {}).get(str(depth))
+    if width == FOLDED:
+        block.stitch = nn.Linear(dim, dim)
+    elif width is not None:
+        block.stitch = nn.Sequential(stitch(dim, width), stitch(width, dim))
+    return block
+
+
+@torch.no_grad()
+def _initialise(model: VMoE, config: VMoEConfig) -> None:
+    """The official initial values (facts of google-research/vmoe); MoE layers have their own already."""
+    for name, parameter in model.named_parameters():
+        where, _, kind = name.rpartition(".")
+        if ".mlp.experts." in name or ".mlp.router." in name or ".stitch." in name or ".norm" in f".{where}":
+            continue  # norms are 1 and 0 from torch
+        if name == "pos_embed":
+            draw(parameter, nn.init.normal_, config.seed, name, std=0.02)
+        elif where.endswith((".fc1", ".fc2")) and kind == "bias":
+            draw(parameter, nn.init.normal_, config.seed, name, std=1e-6)
+        elif where == "head":
+            continue
+        elif kind == "bias" or name in ("cls_token", "reg_token"):
+            parameter.zero_()
+        elif where.endswith(".qkv"):  # query, key and value are layers of their own in the official code
+            for part, chunk in zip("qkv", parameter.chunk(3)):
+                draw(chunk, nn.init.xavier_uniform_, config.seed, name, part)
+        elif where in ("patch_embed.proj", "pre_logits"):
+            draw(parameter, lecun_normal_, config.seed, name)
+        else:
+            draw(parameter, nn.init.xavier_uniform_, config.seed, name)
+    if config.num_classes:
+        reset_head(model.head)
+
+
+@torch.no_grad()
+def reset_head(head: nn.Linear) -> None:
+    """The official start: every class equally likely under a sigmoid loss, whatever the features."""
+    nn.init.zeros_(head.weight)
+    nn.init.constant_(head.bias, -math.log(head.out_features))

@@ -1,0 +1,1 @@
+"""The command line: flags, help, and repeating what was run. No torch here."""

@@ -1,0 +1,173 @@
+"""The command line: its flags, what may be given together, and the words about what is wrong. No torch here."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trainer.cli import manual
+from trainer.cli.replay import Saved, read_saved
+from trainer.config.ds_config import ds_origins, read_ds_config
+from trainer.config.load import all_keys, load_recipe, origins
+from trainer.request.graph import PHASES
+from trainer.request.job import Job
+
+IMPORT_SETTINGS = ("heads", "k")
+NEEDED = "--recipe, --ds_config and --phase are needed (or --config OUT/PHASE/config.yaml, or OUT, to repeat a run)"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its errors are ValueErrors, so that a wrong flag is reported like every other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every flag with its line of help."""
+    flags = _Parser(
+        prog="trainer/run.py",
+        usage="deepspeed --num_gpus N trainer/run.py --recipe R --ds_config J --phase P --out OUT [KEY=VALUE ...]\n"
+        "       trainer/run.py inspect|export|import ... (below)",
+        description="m2mKD: teach a modular student module by module, then train it end to end.",
+        epilog=manual.overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    flags.add_argument("--recipe", help="recipes/*.yaml: what is trained")
+    flags.add_argument("--ds_config", help="ds_configs/*.json: how it is spread over ranks")
+    flags.add_argument("--phase", help=", ".join(PHASES))
+    flags.add_argument("--module", help="phases that go by module (distill, ...): module 0..N-1, or all (default)")
+    flags.add_argument("--expert", help="phase expert: expert 0..E-1 of the module, or all (default)")
+    flags.add_argument("--out", help="folder of the run; phases find each other's results there")
+    flags.add_argument("--config", metavar="SAVED", help="repeat what made OUT/PHASE/config.yaml, or OUT as a whole")
+    flags.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the cost")
+    flags.add_argument("--print-recipe", action="store_true", help="the resolved recipe, with the origin of each value")
+    flags.add_argument("--layout", help="import: what SOURCE is, e.g. google_vmoe")
+    flags.add_argument("-h", "--help", nargs="?", const="", metavar="SECTION", help="this, or the keys of a section")
+    flags.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    flags.add_argument("words", nargs="*", metavar="section.key=value", help=argparse.SUPPRESS)
+    return flags
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The flags; `words` holds overrides, or a command and what it is about.
+
+    Raises:
+        ValueError: an unknown flag (the close ones are named), or one without its value.
+    """
+    flags = parser()
+    options, unknown = flags.parse_known_intermixed_args(arguments)  # overrides may stand between the flags
+    if unknown:
+        known = [flag for action in flags._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        flags.error(f"unknown flag {unknown[0]}. " + (f"Did you mean {near[0]}?" if near else "See --help"))
+    return options
+
+
+def answer(options: argparse.Namespace) -> str | None:
+    """The text of a question that needs no training (help, recipe), or None when there is work to do.
+
+    Raises:
+        ValueError: a section that does not exist, or a recipe that cannot be resolved.
+    """
+    if options.help is not None:
+        return manual.section(options.help) if options.help else parser().format_help()
+    if options.print_recipe:
+        return _resolved(options)
+    return None
+
+
+def read_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
+    """The checked request behind the flags.
+
+    Raises:
+        ValueError: something missing, contradictory or unknown.
+    """
+    words = [word for word in options.words if "=" not in word]
+    if words and words[0] not in PHASES and (near := difflib.get_close_matches(words[0], manual.COMMANDS, n=1)):
+        raise ValueError(f"there is no command {words[0]}. Did you mean {near[0]}?")
+    if not options.out:
+        raise ValueError("--out is missing: give the folder of the run, e.g. --out runs/demo")
+    if options.layout:
+        raise ValueError("--layout has no meaning for a phase: it belongs to the command import")
+    command = shlex.join(["trainer/run.py", *(a for a in arguments if not a.startswith("--local_rank"))])
+    out = Path(options.out)
+    if options.config:
+        saved = _saved(options)
+        module = saved.module if options.module is None else options.module
+        expert = saved.expert if options.expert is None else options.expert
+        return Job.checked(saved.recipe, saved.ds_values, options.phase or saved.phase, module, out, command, expert)
+    if not (options.recipe and options.ds_config and options.phase):
+        raise ValueError(NEEDED)
+    recipe_words, ds_words = _overrides(options)
+    recipe, ds_values = load_recipe(options.recipe, recipe_words), read_ds_config(options.ds_config, ds_words)
+    return Job.checked(recipe, ds_values, options.phase, options.module, out, command, options.expert)
+
+
+def read_command(options: argparse.Namespace) -> tuple[str, Path, Path | None, dict[str, Any]] | None:
+    """(command, path, --out, what import takes besides), or None when the first word is no command.
+
+    The path is the word behind the command, whatever is in it.
+
+    Raises:
+        ValueError: no path, no --out where files are written, or words that mean nothing here.
+    """
+    given = options.words
+    if options.phase in manual.COMMANDS:  # --phase inspect PATH says the same as inspect PATH
+        given, options = [options.phase, *given], argparse.Namespace(**vars(options) | {"phase": None})
+    if not given or given[0] not in manual.COMMANDS:
+        return None
+    name, *words = given
+    usage = manual.COMMANDS[name][0]
+    if not words:
+        raise ValueError(f"{name} needs a path: {usage}")
+    wanted = {"inspect": [], "export": ["out"], "import": ["layout", "out"]}[name]
+    for flag in ("recipe", "ds_config", "phase", "module", "expert", "config", "dry_run", "layout", "out"):
+        if flag in wanted and not getattr(options, flag):
+            raise ValueError(f"--{flag} is missing: {usage}")
+        if flag not in wanted and getattr(options, flag):
+            raise ValueError(f"--{flag.replace('dry_run', 'dry-run')} has no meaning for {name}: {usage}")
+    settings = {"layout": options.layout} if name == "import" else {}
+    for word in words[1:]:
+        key, _, _ = word.partition("=")
+        if name != "import" or key not in IMPORT_SETTINGS or not word.removeprefix(f"{key}=").isdecimal():
+            raise ValueError(f"{word!r} behind the path means nothing: {usage}")
+        settings[key] = int(word.removeprefix(f"{key}="))
+    return name, Path(words[0]), Path(options.out) if options.out else None, settings
+
+
+def _overrides(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Those of the recipe and those of the DeepSpeed JSON."""
+    ours = [text for text in options.words if not text.startswith("ds.")]
+    return ours, [text for text in options.words if text.startswith("ds.")]
+
+
+def _saved(options: argparse.Namespace) -> Saved:
+    if options.words or options.recipe or options.ds_config:
+        raise ValueError("--config repeats what was saved as it was: leave out --recipe, --ds_config and overrides")
+    return read_saved(Path(options.config))
+
+
+def _resolved(options: argparse.Namespace) -> str:
+    """The recipe, and the DeepSpeed JSON when one is given, with the origin of each value."""
+    if options.config:
+        saved = _saved(options)
+        name = saved.path.name
+        ds_from = ds_origins(saved.ds_values, name, [])
+        return manual.resolved(saved.recipe, dict.fromkeys(all_keys(), name), saved.ds_values, ds_from)
+    if not options.recipe:
+        raise ValueError("--print-recipe needs --recipe (or --config)")
+    words, ds_words = _overrides(options)
+    if ds_words and not options.ds_config:
+        raise ValueError(f"{ds_words[0]} changes the DeepSpeed JSON, but --ds_config is missing")
+    recipe, ds_values = load_recipe(options.recipe, words), None
+    if options.ds_config:
+        ds_values = read_ds_config(options.ds_config, ds_words)
+    ds_from = ds_origins(ds_values or {}, Path(options.ds_config or "").name, ds_words)
+    return manual.resolved(recipe, origins(options.recipe, words), ds_values, ds_from)

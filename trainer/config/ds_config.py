@@ -1,0 +1,283 @@
+"""The DeepSpeed JSON: read, `"auto"` resolved from the recipe, contradictions refused. Standard library only.
+
+The JSON owns ZeRO, precision, micro-batch, accumulation and clipping; where it says "auto" the recipe's phase fills in.
+Its section "trainer" is ours and never reaches DeepSpeed: {"ep_size": n | "auto", "activation_checkpointing": bool}.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.config.load import COMMAND_LINE, close, parse_override
+from trainer.config.phases import ScheduleConfig
+
+# What this trainer passes on; DeepSpeed itself ignores a misspelt key without a word.
+PASSED_ON = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "zero_optimization", "bf16", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler", "comms_logger",
+    "tensorboard", "csv_monitor", "wandb", "aio", "checkpoint", "data_types", "seq_parallel_communication_data_type",
+    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
+)  # fmt: skip
+REFUSED = {
+    "optimizer": 'the recipe owns the optimizer (train.optimizer, train.lr, ...): delete the section "optimizer"',
+    "scheduler": 'the recipe owns the schedule (train.lr, train.warmup_epochs, ...): delete the section "scheduler"',
+    "fp16": "fp16 is not supported: routing and clipping are proven in fp32 and bf16 only; use bf16",
+    "expert_parallel": "DeepSpeed's AutoEP drops the biases of V-MoE experts: use trainer.ep_size instead",
+    "activation_checkpointing": 'use "trainer": {"activation_checkpointing": true} instead',
+    "elasticity": "elasticity is gone from DeepSpeed 0.19: delete the section",
+    "progressive_layer_drop": "progressive_layer_drop is gone from DeepSpeed 0.19: use drop_path in the recipe",
+}
+TRAINER_KEYS = {
+    "ep_size": "ranks an MoE layer's experts are spread over; auto = the most that divide ranks of a node and experts",
+    "activation_checkpointing": "true = keep only each block's input and compute the rest again in the backward pass",
+}
+SECTIONS = {
+    "zero_optimization": '{"stage": 1}',
+    "bf16": '{"enabled": true}',
+    "trainer": '{"ep_size": "auto"}',
+    "tensorboard": '{"enabled": true}',
+    "wandb": '{"enabled": true}',
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a phase needs to know of its DeepSpeed JSON once it is resolved for this world."""
+
+    config: dict[str, Any]  # handed to deepspeed.initialize
+    micro_batch: int  # images per rank and forward
+    accumulation: int  # forwards per optimiser step
+    global_batch: int  # micro_batch x accumulation x world
+    clip: float  # gradient norm limit, 0 = off
+    ep_size: int  # ranks an MoE layer's experts are spread over
+    activation_checkpointing: bool
+    bf16: bool
+
+
+def read_ds_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a DeepSpeed JSON and apply "ds.section.key=value" overrides.
+
+    Args:
+        source: the file, or its values.
+
+    Raises:
+        ValueError: no such file, invalid JSON, or a key this trainer does not pass on.
+    """
+    if isinstance(source, Mapping):
+        name, values = "the DeepSpeed config", copy.deepcopy(dict(source))
+    else:
+        name, values = str(source), _read_json(Path(source))
+    for text in overrides:
+        keys, value = parse_override(text)
+        place = values
+        for key in keys[1:-1]:
+            place = place.setdefault(key, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"override {text!r}: {key} is a value in {name}, not a section")
+        place[keys[-1]] = value
+    _check_keys(values, name)
+    return values
+
+
+def ds_origins(values: Mapping[str, Any], file: str, overrides: Sequence[str], where: str = "") -> dict[str, str]:
+    """Where each dotted key of a DeepSpeed JSON as read gets its value: `file`, or "command line"."""
+    changed = {".".join(parse_override(text)[0][1:]) for text in overrides}
+    found = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and where + key not in changed:
+            found |= ds_origins(value, file, overrides, f"{where}{key}.")
+        else:
+            found[where + key] = COMMAND_LINE if where + key in changed else file
+    return found
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+        raise ValueError(f"no DeepSpeed config at {path}. There are: {', '.join(there) or 'none'}")
+    try:
+        values = json.loads(path.read_text(), object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"DeepSpeed config {path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"DeepSpeed config {path} must hold an object, got {type(values).__name__}")
+    return values
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise ValueError(f'"{twice[0]}" is given twice')
+    return dict(pairs)
+
+
+def resolve(values: dict[str, Any], schedule: ScheduleConfig, *, world: int, local_world: int, num_experts: int,
+            phase: str) -> Settings:  # fmt: skip
+    """Fill in every "auto", check the result, and return what DeepSpeed gets and what the phase needs.
+
+    Args:
+        values: the JSON as read.
+        schedule: the recipe's section of this phase; its global_batch and clip fill "auto".
+        world, local_world: ranks in all and on this node.
+        num_experts: experts of an MoE layer in what is trained; 0 when there is none.
+        phase: name of the recipe's section, for messages.
+
+    Raises:
+        ValueError: one fact given two values (both are named), or a way of scaling that does not work.
+    """
+    config = {key: value for key, value in values.items() if key in PASSED_ON and value != "auto"}
+    ours = values.get("trainer", {})
+    micro, accumulation, total = _batches(config, schedule, world, phase)
+    clip = _one_value(config, "gradient_clipping", schedule.clip, f"{phase}.clip", otherwise=0.0)
+    bf16 = bool(config.get("bf16", {}).get("enabled", False))
+    if config.get("bf16", {}).get("check_grad_overflow", True) is not True:
+        raise ValueError(
+            '"bf16.check_grad_overflow" off would let a gradient that is not finite into the weights: delete it'
+        )
+    zero = _zero(config)
+    config |= {
+        "train_batch_size": total,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": float(clip),  # DeepSpeed's default is 1.0, so it is always written
+        "zero_optimization": zero,
+    }
+    config.setdefault("steps_per_print", 10**9)
+    config.setdefault("zero_allow_untested_optimizer", True)
+    if "offload_optimizer" in zero:
+        config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW on the CPU: nothing to compile
+    _check_monitors(config)
+    return Settings(
+        config=config,
+        micro_batch=micro,
+        accumulation=accumulation,
+        global_batch=total,
+        clip=float(clip),
+        ep_size=_ep_size(ours.get("ep_size", "auto"), world, local_world, num_experts),
+        activation_checkpointing=bool(ours.get("activation_checkpointing", False)),
+        bf16=bf16,
+    )
+
+
+def _batches(config: dict, schedule: ScheduleConfig, world: int, phase: str) -> tuple[int, int, int]:
+    """(micro-batch, accumulation, global batch): whatever is given fixes the rest; a contradiction names all three."""
+    wanted = schedule.global_batch
+    total = _one_value(config, "train_batch_size", wanted, f"{phase}.global_batch", otherwise=None)
+    micro = _number(config, "train_micro_batch_size_per_gpu", whole=True)
+    accumulation = _number(config, "gradient_accumulation_steps", whole=True)
+    if total is None and micro is None:
+        raise ValueError(
+            f'the batch is open: set {phase}.global_batch in the recipe, or a number for "train_batch_size" or '
+            '"train_micro_batch_size_per_gpu" in the DeepSpeed JSON'
+        )
+    if micro is None:
+        accumulation = 1 if accumulation is None else accumulation
+        micro = total // (world * accumulation)
+    elif accumulation is None:
+        accumulation = 1 if total is None else max(1, total // (world * micro))
+    product = micro * accumulation * world
+    if micro < 1 or (total is not None and product != total):
+        raise ValueError(
+            f"a global batch of {total} images does not divide into world {world} x micro-batch {micro} x accumulation "
+            f"{accumulation} = {product}: change {phase}.global_batch, the DeepSpeed JSON or the number of ranks"
+        )
+    return micro, accumulation, product
+
+
+def _one_value(config: dict, key: str, recipe: Any, recipe_name: str, otherwise: Any) -> Any:
+    """The JSON's number, or the recipe's where it says "auto"; both given and different is an error."""
+    value = _number(config, key, whole=key == "train_batch_size")
+    if value is not None and recipe is not None and value != recipe:
+        raise ValueError(
+            f'two values for one thing: {recipe_name} is {recipe} in the recipe and "{key}" is {value} in the '
+            'DeepSpeed JSON. Write "auto" in the JSON or delete it from the recipe'
+        )
+    value = recipe if value is None else value
+    return otherwise if value is None else value
+
+
+def _number(config: dict, key: str, whole: bool = False) -> Any:
+    value = config.get(key)
+    if value is None:
+        return None
+    right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    if not right or not whole <= value < math.inf:  # nan is neither
+        expected = "a whole number from 1" if whole else "a number from 0"
+        raise ValueError(f'"{key}" is {value!r} in the DeepSpeed JSON, expected {expected} or "auto"')
+    return value
+
+
+def _zero(config: dict) -> dict[str, Any]:
+    zero = dict(config.get("zero_optimization", {}))
+    stage = zero.get("stage", 0)
+    if not isinstance(stage, int) or stage not in (1, 2):
+        why = {
+            0: "without ZeRO DeepSpeed leaves experts out of the clipping norm",
+            3: "ZeRO-3 refuses DeepSpeed's MoE layer",
+        }.get(stage if isinstance(stage, int) else -1, "there is no such stage")
+        raise ValueError(f'"zero_optimization.stage" is {stage!r}, expected 1 or 2: {why}')
+    if zero.get("round_robin_gradients", False) is not False:
+        raise ValueError(
+            '"zero_optimization.round_robin_gradients" makes DeepSpeed misplace the fp32 weights it reports, so '
+            "checkpoints and bf16 results would be wrong: delete it"
+        )
+    if zero.get("compute_grad_norm", True) is not True:
+        raise ValueError(
+            '"zero_optimization.compute_grad_norm" off would let a gradient that is not finite into the weights: '
+            "delete it"
+        )
+    if "offload_param" in zero:
+        raise ValueError('"zero_optimization.offload_param" needs ZeRO-3, which MoE does not support: delete it')
+    return {key: value for key, value in zero.items() if value != "auto"}
+
+
+def _ep_size(wanted: Any, world: int, local_world: int, num_experts: int) -> int:
+    """Check the expert-parallel size; "auto" = the largest that divides the ranks of a node and the experts."""
+    if num_experts == 0:
+        return 1
+    if wanted == "auto":
+        return math.gcd(local_world, num_experts)
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise ValueError(f'"trainer.ep_size" is {wanted!r}, expected a whole number from 1 or "auto"')
+    for count, name in ((world, "ranks"), (num_experts, "experts")):
+        if count % wanted:
+            good = [n for n in range(1, world + 1) if world % n == 0 and num_experts % n == 0]
+            raise ValueError(
+                f'"trainer.ep_size" is {wanted}, which does not divide {count} {name}: possible here are {good}'
+            )
+    return wanted
+
+
+def _check_keys(values: dict[str, Any], name: str) -> None:
+    for key in values:
+        if key in REFUSED and not _disabled(values[key]):
+            raise ValueError(f'{name}: "{key}": {REFUSED[key]}')
+        if key not in (*PASSED_ON, *REFUSED, "trainer"):
+            raise ValueError(f'{name}: unknown key "{key}". {close(key, (*PASSED_ON, "trainer"))}')
+        if key in SECTIONS and not isinstance(values[key], dict):
+            raise ValueError(f'{name}: "{key}" is {values[key]!r}, expected a section such as {SECTIONS[key]}')
+    for key in values.get("trainer", {}):
+        if key not in TRAINER_KEYS:
+            raise ValueError(f'{name}: unknown key "trainer.{key}". Known: {", ".join(TRAINER_KEYS)}')
+    for section, key in (("bf16", "enabled"), ("trainer", "activation_checkpointing")):
+        if not isinstance(value := values.get(section, {}).get(key, False), bool):
+            raise ValueError(f'{name}: "{section}.{key}" is {value!r}, expected true or false')
+
+
+def _disabled(value: Any) -> bool:
+    return value == "auto" or (isinstance(value, dict) and value.get("enabled") is False)
+
+
+def _check_monitors(config: dict[str, Any]) -> None:
+    """A monitor that is not installed makes rank 0 raise while the others hang, so it is refused here."""
+    for section, package in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
+        if config.get(section, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            raise ValueError(f'"{section}" is enabled in the DeepSpeed JSON but not installed: pip install {package}')

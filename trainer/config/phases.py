@@ -1,0 +1,211 @@
+"""What a recipe can say: one dataclass per section, every knob with its type, default and one line of help.
+
+Values are checked here, before torch is imported and before any GPU is taken. Reading YAML is trainer/config/load.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trainer.config.knobs import knob, require
+
+MAY_BE_OFF = ("distill", "refine")  # the two rounds of teaching: 0 epochs turn one of them off
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Optimiser and schedule of one phase. The learning rate used is lr x global batch / 512."""
+
+    epochs: int = knob(100, "passes over the training images")
+    lr: float = knob(5e-4, "learning rate at a global batch of 512; scaled linearly with the batch")
+    min_lr: float = knob(1e-5, "learning rate at the end of the cosine (not scaled)")
+    warmup_epochs: float = knob(0.0, "linear warm-up from warmup_lr, in epochs")
+    warmup_lr: float = knob(1e-6, "learning rate of the first step (not scaled)")
+    optimizer: Literal["adamw", "sgd"] = knob("adamw", "AdamW, or plain SGD with momentum")
+    weight_decay: float = knob(0.05, "on matrices only: none on 1-D parameters, tokens and position embeddings")
+    momentum: float = knob(0.9, "of SGD")
+    betas: tuple[float, float] = knob((0.9, 0.999), "of AdamW")
+    eps: float = knob(1e-8, "of AdamW")
+    drop_path: float = knob(0.0, "stochastic depth of the trained blocks, rising linearly to this rate")
+    global_batch: int | None = knob(None, 'images per optimiser step where the DeepSpeed JSON says "auto"')
+    clip: float | None = knob(None, 'gradient norm limit where the DeepSpeed JSON says "auto"; 0 = off')
+
+    def __post_init__(self):
+        name = type(self).__name__.removesuffix("Config").lower()
+        least = 0 if name in MAY_BE_OFF else 1
+        require(self.epochs >= least, f"{name}.epochs", self.epochs, f"{least} or more")
+        require(self.lr > 0, f"{name}.lr", self.lr, "a positive learning rate")
+        fits = 0 <= self.warmup_epochs <= (self.epochs or self.warmup_epochs)  # any of a phase that is off
+        require(fits, f"{name}.warmup_epochs", self.warmup_epochs, "0 to epochs")
+        require(self.weight_decay >= 0, f"{name}.weight_decay", self.weight_decay, "0 or more")
+        require(0 <= self.drop_path < 1, f"{name}.drop_path", self.drop_path, "0 to below 1")
+        require(self.global_batch is None or self.global_batch >= 1, f"{name}.global_batch", self.global_batch, ">= 1")
+        require(self.clip is None or self.clip >= 0, f"{name}.clip", self.clip, "0 (off) or a positive norm")
+
+
+@dataclass(frozen=True)
+class TeacherConfig(ScheduleConfig):
+    """The monolithic teacher: one from the hub or a folder, a small ViT trained by phase `teacher`, or a grown one."""
+
+    source: str = knob("", "hub id[@revision] or directory; empty = train one with phase teacher")
+    grown: bool = knob(
+        False, "grow it inside the meta model: phases meta, incubate and assemble in place of phase teacher"
+    )
+    depths: tuple[int, ...] = knob((), "blocks per module; empty = as equal as possible over `modules`")
+    image_size: int = knob(32, "of a trained teacher, pixels")
+    patch_size: int = knob(8, "of a trained teacher, pixels")
+    width: int = knob(64, "of a trained teacher")
+    depth: int = knob(8, "of a trained teacher, blocks")
+    heads: int = knob(4, "of a trained teacher")
+    mlp_dim: int = knob(256, "of a trained teacher")
+
+
+@dataclass(frozen=True)
+class MetaConfig(ScheduleConfig):
+    """The meta model: N shallow stages of the teacher's width."""
+
+    source: str = knob("", "reuse a trained one: run folder, or hub id[@revision] of a pushed run; empty = train it")
+    init: Literal["scratch", "teacher"] = knob("teacher", "start of the stages: new, or the teacher's own layers")
+    objective: Literal["labels", "matching", "theseus"] = knob(
+        "theseus", "labels only; the teacher's border states and logits; or random swapping with teacher modules"
+    )
+    blocks_per_module: int = knob(
+        1, "transformer blocks per stage; 0 = the teacher is its own meta model, and nothing is trained"
+    )
+    label_weight: float = knob(0.5, "weight of the label loss in objectives matching and theseus")
+    kl_weight: float = knob(1.0, "weight of the teacher's logits there (KL)")
+    free_weight: float = knob(1.0, "matching: weight of the border errors of the free-running meta model")
+    forced_weight: float = knob(1.0, "matching: the same where each stage is fed the teacher's border state")
+    replace_rate: float = knob(
+        0.5, "theseus: share of stages that stand in for the teacher's modules at the start; rises to 1"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.blocks_per_module >= 0, "meta.blocks_per_module", self.blocks_per_module, "0 (teacher) or more")
+        require(self.blocks_per_module or self.init == "teacher", "meta.init", self.init,
+                "teacher with meta.blocks_per_module=0, where the teacher is its own meta model")  # fmt: skip
+        for name in ("label_weight", "kl_weight", "free_weight", "forced_weight"):
+            require(getattr(self, name) >= 0, f"meta.{name}", getattr(self, name), "0 (off) or more")
+        require(self.kl_weight or self.label_weight or self.objective == "labels", "meta.kl_weight", self.kl_weight,
+                "a positive weight here or in meta.label_weight: else the last stage learns nothing")  # fmt: skip
+        require(0 < self.replace_rate <= 1, "meta.replace_rate", self.replace_rate, "above 0, at most 1")
+
+
+@dataclass(frozen=True)
+class IncubateConfig(ScheduleConfig):
+    """Growing a teacher (teacher.grown): each module is trained in its place in the frozen meta model, on labels."""
+
+    epochs: int = knob(100, "passes over the training images")
+    warmup_epochs: float = knob(20.0, "linear warm-up from warmup_lr, in epochs")
+    drop_path: float = knob(0.1, "stochastic depth of the teacher's blocks, rising linearly to this rate")
+
+
+@dataclass(frozen=True)
+class AssembleConfig(ScheduleConfig):
+    """Growing a teacher (teacher.grown): the incubated modules are put together and fine-tuned, on labels."""
+
+    epochs: int = knob(100, "passes over the training images")
+    drop_path: float = knob(0.1, "stochastic depth of the teacher's blocks, rising linearly to this rate")
+    clip: float | None = knob(1.0, 'gradient norm limit where the DeepSpeed JSON says "auto"; 0 = off')
+
+
+@dataclass(frozen=True)
+class DistillConfig(ScheduleConfig):
+    """One teacher-student module pair inside the frozen meta model."""
+
+    epochs: int = knob(100, "passes over the training images; 0 = modules go untaught into the second round")
+    source: str = knob("", "reuse distilled modules: run folder, or hub id[@revision] of a pushed run; empty = train")
+    alpha: float = knob(0.5, "weight of the distillation term; the label loss gets 1 - alpha")
+    tau: float = knob(1.0, "temperature of the distillation term")
+    target: Literal["soft", "hard"] = knob("soft", "KL to the teacher's distribution, or CE with its arg-max")
+    kl_reduction: Literal["batchmean", "reference"] = knob(
+        "batchmean", "KL averaged per sample; reference = divided by batch x classes, as the published code"
+    )
+    alpha_end: float | None = knob(None, "alpha at the last step, changed linearly; null = constant")
+    tau_end: float | None = knob(None, "tau at the last step, changed linearly; null = constant")
+    logit_weight: float = knob(1.0, "weight of label and distillation terms together; 0 = border target alone")
+    border: Literal["none", "mse", "cosine"] = knob(
+        "none", "target at the module's own border, beside the logits: the teacher module's output there"
+    )
+    border_weight: float = knob(1.0, "weight of the border target (relative MSE, or 1 - cosine)")
+    stitches: Literal["linear", "pca", "tied"] = knob(
+        "linear",
+        "LayerNorm + Linear (published); Linear started from the border's principal components; or those, fixed",
+    )
+    input_noise: float = knob(0.0, "Gaussian noise on a module's input, relative to the input's standard deviation")
+    level: Literal["module", "expert"] = knob(
+        "module", "teach modules whole; or their experts one by one first (section expert), then tune the module"
+    )
+    routing_weight: float = knob(0.0, "weight of teacher-guided routing: KL from a teacher router to each MoE router")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for key in ("alpha", "alpha_end"):
+            value = getattr(self, key)
+            require(value is None or 0 <= value <= 1, f"distill.{key}", value, "0 to 1")
+        for key in ("tau", "tau_end"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"distill.{key}", value, "a positive temperature")
+        for key in ("logit_weight", "border_weight", "input_noise", "routing_weight"):
+            require(getattr(self, key) >= 0, f"distill.{key}", getattr(self, key), "0 (off) or more")
+        require(self.logit_weight or self.border != "none", "distill.logit_weight", self.logit_weight,
+                "a positive weight, or distill.border to learn from")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RefineConfig(ScheduleConfig):
+    """Second round on what the modules before really send; targets as in section distill (not in the paper)."""
+
+    epochs: int = knob(0, "passes over the training images; 0 = no second round")
+    order: Literal["parallel", "sequential", "together"] = knob(
+        "parallel",
+        "predecessors of the first round, so modules are independent; refined ones, one after another; or all at once",
+    )
+
+
+@dataclass(frozen=True)
+class ExpertConfig(ScheduleConfig):
+    """Per-expert distillation (distill.level=expert): each expert of a module is taught alone, as a dense module."""
+
+    assign: Literal["image", "token"] = knob(
+        "image", "an expert learns from the images of its cluster; or from all images, on the tokens of its cluster"
+    )
+    cluster_images: int = knob(2000, "training images the clusters are computed from")
+
+
+@dataclass(frozen=True)
+class TrainConfig(ScheduleConfig):
+    """End-to-end training of the assembled student."""
+
+    start: Literal["distilled", "scratch", "scratch_equal_cost", "upcycled"] = knob(
+        "distilled",
+        "from the distilled modules, from scratch, scratch given the cost of the whole chain, or student.init",
+    )
+    init: str = knob("", "start from this V-MoE in place of the distilled modules: directory or hub id[@revision]")
+    stitches: Literal["drop", "keep", "fold"] = knob(
+        "drop", "stitch layers at assembly: dropped (published), kept, or each border's two folded into one linear map"
+    )
+    baselines: tuple[str, ...] = knob(
+        (), "starts that --phase all trains as well: scratch, scratch_equal_cost, upcycled"
+    )
+    kd_weight: float = knob(0.0, "weight of the whole teacher's logits (KL); the label loss gets 1 - kd_weight")
+    kd_tau: float = knob(1.0, "temperature of that KL")
+    border_weight: float = knob(0.0, "weight of matching the teacher's border states, fading out to 0")
+    border_epochs: float = knob(5.0, "epochs after which the border states no longer count")
+    routing_weight: float = knob(0.0, "weight of teacher-guided routing, fading out to 0 with border_epochs")
+    ema: float = knob(0.0, "decay of an average of the weights, per step, which is evaluated and published; 0 = off")
+    layer_decay: float = knob(1.0, "learning rate of a block relative to the block after it")
+
+    def __post_init__(self):
+        super().__post_init__()
+        starts = ("scratch", "scratch_equal_cost", "upcycled")
+        for name in self.baselines:
+            require(name in starts, "train.baselines", name, ", ".join(starts))
+        require(0 <= self.kd_weight <= 1, "train.kd_weight", self.kd_weight, "0 (off) to 1")
+        require(self.kd_tau > 0, "train.kd_tau", self.kd_tau, "a positive temperature")
+        for name in ("border_weight", "border_epochs", "routing_weight"):
+            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 (off) or more")
+        require(0 <= self.ema < 1, "train.ema", self.ema, "0 (off) to below 1")
+        require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "above 0, at most 1")

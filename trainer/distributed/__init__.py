@@ -1,0 +1,1 @@
+"""Ranks, the DeepSpeed engine and its inner state, and stopping in time."""

@@ -1,0 +1,203 @@
+"""The only caller of deepspeed.initialize: parameter groups, MoE, schedule, and one optimiser step at a time.
+
+The engine wraps only what is trained. Frozen models (teacher, meta model) stay outside and are merely moved here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models import group_parameters
+from timm.models.vision_transformer import VisionTransformer
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+
+from models.moe.parallel import expert_parallel, full_state_dict
+from trainer.config.ds_config import Settings
+from trainer.config.phases import ScheduleConfig
+from trainer.distributed.average import WeightAverage
+from trainer.distributed.ranks import Dist
+from trainer.distributed.zero_state import AVERAGE, Flats
+
+REFERENCE_BATCH = 512  # the learning rates of the recipes are meant for this global batch
+NO_DECAY_NAMES = ("pos_embed", "cls_token", "reg_token", "dist_token")
+
+
+@dataclass
+class Engine:
+    """A DeepSpeed engine, its learning-rate schedule, its resolved settings, and the average of its weights if any."""
+
+    deepspeed: Any  # deepspeed.DeepSpeedEngine
+    schedule: CosineLRScheduler
+    settings: Settings
+    average: WeightAverage | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module."""
+        return self.deepspeed.module
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights in the forward pass."""
+        return working_type(self.settings)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the last step; the head's, where layers have their own."""
+        return max(group["lr"] for group in self.deepspeed.optimizer.param_groups)
+
+    @property
+    def beside_masters(self) -> Flats:
+        """What checkpoints hold beside weights and moments."""
+        return {} if self.average is None else {AVERAGE: self.average.flats}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.deepspeed(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Backward of one micro-batch; DeepSpeed divides by the accumulation."""
+        self.deepspeed.backward(loss)
+
+    def step(self, number: int) -> None:
+        """After each micro-batch; the weights change at the last one of an accumulation.
+
+        Args:
+            number: optimiser steps done before this one; sets the learning rate.
+        """
+        self.schedule.step_update(number)
+        self.deepspeed.step()
+        if self.average is not None and self.deepspeed.was_step_applied():
+            self.average.update(number)
+
+    def grad_norm(self) -> float:
+        """Gradient norm of the last optimiser step before clipping, experts included; nan when not computed."""
+        norm = self.deepspeed.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def fp32_state(self) -> dict[str, torch.Tensor]:
+        """Canonical state dict in fp32 on the CPU, the masters under bf16 (collective, the same on every rank)."""
+        if not self.settings.bf16:
+            return full_state_dict(self.module)
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        masters = {name: safe_get_full_fp32_param(p) for name, p in self.module.named_parameters()}
+        working = {name: p.data for name, p in self.module.named_parameters()}
+        try:
+            for name, p in self.module.named_parameters():
+                p.data = masters[name] if masters[name] is not None else p.data.float()
+            return full_state_dict(self.module)
+        finally:
+            for name, p in self.module.named_parameters():
+                p.data = working[name]
+
+    @contextmanager
+    def published(self) -> Iterator[None]:
+        """Inside the block the weights are what the phase publishes: their average, if there is one (collective)."""
+        if self.average is None:
+            yield
+            return
+        with self.average.in_force():
+            yield
+
+    def close(self) -> None:
+        """Free DeepSpeed's buffers and hooks, so that the next engine of this process starts clean."""
+        self.deepspeed.destroy()
+
+
+def working_type(settings: Settings) -> torch.dtype:
+    """Type of the weights in a forward pass, of frozen models and images as well."""
+    return torch.bfloat16 if settings.bf16 else torch.float32
+
+
+def build_engine(
+    module: nn.Module, schedule: ScheduleConfig, settings: Settings, *, steps_per_epoch: int, dist: Dist,
+    layer_decay: float = 1.0, ema: float = 0.0,
+) -> Engine:  # fmt: skip
+    """Wrap a module for training.
+
+    Args:
+        module: everything that is trained, on the CPU, fp32; its MoE layers become expert parallel in place.
+        schedule: the phase's optimiser and learning rate (lr x global batch / 512).
+        settings: the resolved DeepSpeed JSON.
+        steps_per_epoch: optimiser steps per epoch, for the cosine and the warm-up.
+        layer_decay: learning rate of a block relative to the block after it; 1 = the same for all.
+        ema: decay of the average of the weights; 0 = none is kept.
+    """
+    import deepspeed
+
+    expert_parallel(module, settings.ep_size)
+    _set_checkpointing(module, settings.activation_checkpointing)
+    lr = schedule.lr * settings.global_batch / REFERENCE_BATCH
+    optimizer = _optimizer(module, schedule, lr, layer_decay)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(settings.config))
+    cosine = CosineLRScheduler(
+        engine.optimizer,
+        t_initial=schedule.epochs * steps_per_epoch,
+        lr_min=min(schedule.min_lr, lr),
+        warmup_t=round(schedule.warmup_epochs * steps_per_epoch),
+        warmup_lr_init=min(schedule.warmup_lr, lr),
+        t_in_epochs=False,  # the published code changes the rate once per epoch; per step is smoother and as cheap
+    )
+    return Engine(engine, cosine, settings, WeightAverage(engine, ema) if ema else None)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Groups with and without weight decay: none on 1-D parameters, tokens and position embeddings.
+
+    With a layer_decay below 1 there is such a pair for every block, for the embeddings, and for norm and head together
+    with the last block; the schedule multiplies their learning rate with "lr_scale".
+
+    Source: the published recipe (docs/method.md), timm's no_weight_decay names; layer-wise rates as in BEiT
+    (arXiv 2106.08254), but the last block has the head's rate.
+    """
+    after = blocks_after(module) if layer_decay < 1 else {}
+    members: dict[tuple[bool, int], list[nn.Parameter]] = defaultdict(list)
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            plain = p.ndim <= 1 or name.split(".")[-1] in NO_DECAY_NAMES
+            members[plain, after.get(name, 0)].append(p)
+    groups = []
+    for (plain, blocks), params in sorted(members.items(), key=lambda item: item[0]):
+        group = {"params": params, "weight_decay": 0.0 if plain else weight_decay}
+        group["name"] = ("no_decay" if plain else "decay") + (f"_{blocks}_before_the_end" if blocks else "")
+        groups.append(group | ({"lr_scale": layer_decay**blocks} if after else {}))
+    return groups
+
+
+def blocks_after(module: nn.Module) -> dict[str, int]:
+    """For the parameters of a vision transformer in `module`: how many of its blocks come after them.
+
+    All of them for the embeddings, none for the last block, norm and head; a stitch counts as its block.
+    """
+    found = {}
+    for prefix, part in module.named_modules():
+        if isinstance(part, VisionTransformer):
+            layers = group_parameters(part, part.group_matcher(), reverse=True)  # 0 = embeddings, 1 = first block
+            start, depth = f"{prefix}." if prefix else "", len(part.blocks)
+            found |= {start + name: max(0, depth - layer) for name, layer in layers.items()}
+    return found
+
+
+def _optimizer(module: nn.Module, schedule: ScheduleConfig, lr: float, layer_decay: float) -> torch.optim.Optimizer:
+    """Torch's own optimisers: correct under ZeRO and on offloaded CPU state, and nothing to compile."""
+    from deepspeed.moe.utils import has_moe_layers, split_params_into_different_moe_groups_for_optimizer
+
+    groups = parameter_groups(module, schedule.weight_decay, layer_decay)
+    if has_moe_layers(module)[0]:
+        groups = split_params_into_different_moe_groups_for_optimizer(groups)
+        groups = [group for group in groups if group["params"]]
+    if schedule.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=schedule.momentum)
+    return torch.optim.AdamW(groups, lr=lr, betas=schedule.betas, eps=schedule.eps)
+
+
+def _set_checkpointing(module: nn.Module, enable: bool) -> None:
+    for part in module.modules():
+        if hasattr(part, "grad_checkpointing"):
+            part.grad_checkpointing = enable

@@ -1,0 +1,154 @@
+"""What the evaluations of a phase tell of its routers and experts: load, how many tokens changed expert, similarity.
+
+B images of a batch, T tokens of an image, K experts chosen per token, best first; L MoE layers, E experts.
+"""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.moe.layer import Routed, routed_layers
+from models.moe.routing import Routing
+from models.moe.similarity import expert_similarity
+from trainer.data.loader import Batch
+from trainer.distributed.ranks import Dist
+
+TOKENS = 32_768  # compared between two evaluations, at most, over all ranks: standard error 0.3 points at worst
+
+
+class Choices:
+    """Counts which experts the tokens of one evaluation choose, on the device; `layers` by name."""
+
+    def __init__(self, layers: Mapping[str, Routed], device: torch.device) -> None:
+        self.layers = layers
+        experts = max((layer.config.num_experts for layer in layers.values()), default=0)
+        # choices of every rank (K per token), and first choices alone
+        self.asked_LE, self.first_LE = torch.zeros(2, len(layers), experts, dtype=torch.int64, device=device)
+        self.kept_L = torch.zeros(len(layers), dtype=torch.int64, device=device)  # choices that found a slot
+
+    def add(self, real_B: Tensor) -> None:
+        """Count the last forward's images that are real."""
+        for number, layer in enumerate(self.layers.values()):
+            expert_BTK, kept_BTK = per_image(layer.routing, len(real_B))
+            expert_BTK = expert_BTK[real_B]
+            experts = self.asked_LE.shape[1]
+            self.asked_LE[number] += torch.bincount(expert_BTK.flatten(), minlength=experts)
+            self.first_LE[number] += torch.bincount(expert_BTK[..., 0].flatten(), minlength=experts)
+            self.kept_L[number] += kept_BTK[real_B].sum()
+
+    def summary(self, dist: Dist) -> dict[str, dict[str, Any]]:
+        """Per layer "load" (share of the choices per expert), "first" (of the first choices), "kept" (collective)."""
+        asked, first, kept = (dist.sum(x.double()).cpu() for x in (self.asked_LE, self.first_LE, self.kept_L))
+        return {
+            name: {
+                "load": _shares(asked[number]),
+                "first": _shares(first[number]),
+                "kept": float(kept[number] / asked[number].sum()),
+            }
+            for number, name in enumerate(self.layers)
+        }
+
+
+def per_image(routing: Routing, images: int) -> tuple[Tensor, Tensor]:
+    """Expert of every choice and whether it found a slot, (B, T, K): groups hold whole images, in order."""
+    k = routing.expert_GSK.shape[-1]
+    return routing.expert_GSK.reshape(images, -1, k), (routing.slot_GSK >= 0).reshape(images, -1, k)
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Of one evaluation; all empty without MoE layers."""
+
+    means: dict[str, float] = field(default_factory=dict)  # over the layers: routing_change, expert_similarity
+    per_layer: dict[str, float] = field(default_factory=dict)  # the same with /<layer> behind the name
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)  # as from Choices.summary
+
+
+class RoutingWatch:
+    """Watches the evaluations of a phase: `observe` every batch of this rank, then `take` on all ranks.
+
+    routing_change is the share of tokens whose first choice differs from that of the evaluation before, so the first
+    evaluation has none. Compared are the tokens of images spread evenly over the split, TOKENS of them at most; each
+    rank compares those it has evaluated both times.
+
+    Args:
+        module: what is evaluated, plain or expert parallel; the routing of its last forward is read.
+        images: of the validation split.
+    """
+
+    def __init__(self, module: nn.Module, images: int, dist: Dist) -> None:
+        self.module, self.images, self.dist = module, images, dist
+        self.layers = routed_layers(module)
+        self.before: dict[int, np.ndarray] = {}  # first choices (L, T) of the evaluation before, by image
+        self._begin()
+
+    def observe(self, batch: Batch, logits: Tensor) -> None:
+        """Look at the routing of one batch; logits (B, classes)."""
+        if not self.layers:
+            return
+        self.choices.add(batch.mask.to(logits.device))
+        first_LBT = torch.stack([per_image(layer.routing, len(logits))[0][..., 0] for layer in self.layers.values()])
+        apart = max(1, -(-self.images * first_LBT.shape[2] // TOKENS))
+        rows = [row for row, index in enumerate(batch.index.tolist()) if index >= 0 and index % apart == 0]
+        if rows:
+            kept_BLT = first_LBT[:, rows].transpose(0, 1).cpu().numpy().astype(self._dtype())
+            self.now |= {int(batch.index[row]): kept_LT for row, kept_LT in zip(rows, kept_BLT)}
+
+    def take(self) -> Measures:
+        """The measures of the evaluation that has just ended, the same on every rank (collective)."""
+        if not self.layers:
+            return Measures()
+        found = {"expert_similarity": expert_similarity(self.module)}
+        if (changed := self._changed()) is not None:
+            found["routing_change"] = changed
+        layers = self.choices.summary(self.dist)
+        self.before = self.now
+        self._begin()
+        per_layer = {f"{name}/{layer}": value for name, values in found.items() for layer, value in values.items()}
+        means = {name: sum(values.values()) / len(values) for name, values in found.items() if values}
+        return Measures(means, per_layer, layers)
+
+    def state(self) -> dict[str, Any]:
+        """JSON values of this rank for a checkpoint."""
+        if not self.before:
+            return {}
+        packed = zlib.compress(np.stack(list(self.before.values())).tobytes())
+        layers, tokens = next(iter(self.before.values())).shape
+        return {"images": list(self.before), "shape": [layers, tokens], "first": base64.b64encode(packed).decode()}
+
+    def restore(self, states: list[dict[str, Any]]) -> None:
+        """Put back what state() returned on every rank then: at another number of ranks the images change hands."""
+        self.before = {}
+        for state in filter(None, states):
+            values = np.frombuffer(zlib.decompress(base64.b64decode(state["first"])), dtype=self._dtype())
+            self.before |= dict(zip(state["images"], values.reshape(-1, *state["shape"])))
+
+    def _changed(self) -> dict[str, float] | None:
+        """Per layer, the share of tokens that changed; None without an evaluation before (collective)."""
+        counts = torch.zeros(len(self.layers) + 1, dtype=torch.float64, device=self.dist.device)
+        for index in self.now.keys() & self.before.keys():
+            if self.now[index].shape == self.before[index].shape:
+                differ_L = (self.now[index] != self.before[index]).sum(1)
+                counts += torch.tensor([*differ_L.tolist(), self.now[index].shape[1]], device=self.dist.device)
+        *changed, tokens = self.dist.sum(counts).tolist()
+        return {name: count / tokens for name, count in zip(self.layers, changed)} if tokens else None
+
+    def _begin(self) -> None:
+        self.now: dict[int, np.ndarray] = {}
+        self.choices = Choices(self.layers, self.dist.device)
+
+    def _dtype(self) -> np.dtype:
+        """The smallest that holds an expert's number."""
+        return np.min_scalar_type(max(self.choices.first_LE.shape[1] - 1, 0))
+
+
+def _shares(counts_E: Tensor) -> list[float]:
+    return [float(f"{share:.6g}") for share in (counts_E / counts_E.sum()).tolist()]

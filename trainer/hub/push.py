@@ -1,0 +1,267 @@
+"""Pushing a finished run to the Hugging Face hub: what would be pushed, whether we may, and one commit that holds all.
+
+A push compares the branch with the plan and makes one commit of what differs, stale weights deleted in it; after every
+fault it looks again. So a commit whose answer was lost is found, nothing stored is sent twice, and a reader of the
+branch sees the old model or the new one, never a mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants, get_token
+from huggingface_hub.errors import HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import validate_repo_id
+
+from trainer import artifacts
+from trainer.config.recipe import Recipe
+from trainer.config.runtime import HubConfig
+from trainer.hub.card import hub_id, taught, trained_with, write_card
+from trainer.hub.retry import one_line, patiently
+from trainer.request import graph
+
+log = logging.getLogger(__name__)
+PUBLISHED = re.compile(r"config\.json|preprocessor_config\.json|model.*\.safetensors(\.index\.json)?")  # of an artifact
+# what an earlier push may have left: weights and indexes of the student, and whole stages
+OURS = re.compile(r"[^/]+\.(safetensors|bin)(\.index\.json)?|(teacher|assemble|meta|distill_\d+)/.*")
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """A file of the commit: its place in the repo, its content on disk or in memory."""
+
+    path: str
+    content: Path | bytes
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All files of a push. str() is what --dry-run shows: files with sizes, and the card."""
+
+    repo: str
+    revision: str
+    files: tuple[PlannedFile, ...]
+
+    @property
+    def card(self) -> str:
+        """README.md."""
+        return next(file.content for file in self.files if file.path == "README.md").decode()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every file by its place in the repo."""
+        return {file.path: file.sha256 for file in self.files}
+
+    def __str__(self) -> str:
+        width = max(len(file.path) for file in self.files)
+        lines = [f"  {file.path.ljust(width)}  {file.size:>15,} bytes" for file in self.files]
+        total = sum(file.size for file in self.files)
+        head = f"push to {self.repo}@{self.revision}: {len(self.files)} files, {total:,} bytes"
+        return "\n".join([head, *lines, "", "README.md:", "", self.card])
+
+
+def plan(run_dir: Path, recipe: Recipe, teacher_license: str | None = None) -> Plan:
+    """What a push of this run holds. Contacts nothing and writes nothing.
+
+    Args:
+        run_dir: the run's folder, with a finished train (and, for hub.stages=all, the stages before it).
+        teacher_license: for the card, see find_teacher_license.
+
+    Raises:
+        ValueError: hub.repo is not set, or an artifact is missing, unfinished, of another recipe or damaged.
+    """
+    if not recipe.hub.repo:
+        raise ValueError("hub.repo is empty: set hub.repo=OWNER/NAME to push")
+    name = graph.artifact_name("train", start=recipe.train.start)
+    folder, result = artifacts.require(run_dir, name, recipe, "--phase push")
+    files = _published(folder, result, "")
+    stages = _stages(recipe)
+    for stage in stages:
+        folder_of, result_of = artifacts.require(run_dir, stage, recipe, "--phase push with hub.stages=all")
+        files += _published(folder_of, result_of, f"{stage}/")
+        for name in ("config.yaml", "result.json"):  # what trainer/teaching/reuse.py asks of a teaching pair
+            files.append(_made(f"{stage}/{name}", (folder_of / name).read_bytes()))
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    files.append(_made("recipe.yaml", yaml.safe_dump(saved["recipe"], sort_keys=False).encode()))
+    files.append(_made("ds_config.json", (json.dumps(saved["ds_config"], indent=1) + "\n").encode()))
+    files += [_made(path, data) for path, data in write_card(run_dir, recipe, teacher_license, stages).items()]
+    return Plan(recipe.hub.repo, recipe.hub.revision, tuple(sorted(files, key=lambda file: file.path)))
+
+
+def check_hub(hub: HubConfig, *, make: bool = True) -> None:
+    """Before training: may this token push to hub.repo?
+
+    Args:
+        make: make the repo and the branch where they do not exist; else only ask what can be asked without them.
+
+    Raises:
+        ValueError: an illegal name or licence, no token, one that is not valid or may not write there, HF_HUB_OFFLINE.
+        OSError: the hub cannot be reached.
+    """
+    api = _client(hub)
+    _check_rights(hub, patiently("asking the hub whose token this is", api.whoami))
+    if hub.license:
+        card = ModelCard(f"---\nlicense: {json.dumps(hub.license)}\n---\n")
+        patiently(f"asking the hub about hub.license={hub.license}", card.validate)
+    try:
+        info = patiently(f"looking for {hub.repo}", lambda: api.repo_info(hub.repo), leave=RepositoryNotFoundError)
+        if hub.private and not info.private:
+            log.warning("%s exists and is public; hub.private is for a repo that has to be made", hub.repo)
+    except RepositoryNotFoundError:
+        if not make:
+            return
+        patiently(f"making {hub.repo}", lambda: api.create_repo(hub.repo, private=hub.private, exist_ok=True))
+    patiently(f"asking for the right to write to {hub.repo}", lambda: api.auth_check(hub.repo, write=True))
+    if hub.revision != "main" and make:
+        patiently(
+            f"making branch {hub.revision} of {hub.repo}",
+            lambda: api.create_branch(hub.repo, branch=hub.revision, exist_ok=True),
+        )
+
+
+def push(plan: Plan, hub: HubConfig) -> str:
+    """Bring the branch to exactly this plan, in one commit.
+
+    Returns:
+        The commit that holds it, the one already there when nothing differs.
+
+    Raises:
+        ValueError: refused by the hub, as in check_hub.
+        OSError: the hub could not be reached for minutes, or did not take a file.
+    """
+    check_hub(hub)
+    api = _client(hub)
+    return patiently(f"pushing to {hub.repo}", lambda: _bring(api, plan))
+
+
+def find_teacher_license(run_dir: Path, recipe: Recipe) -> str | None:
+    """Licence of a teacher from the hub as its page names it; None when there is none or it cannot be asked."""
+    found = hub_id(trained_with(run_dir, recipe)) if recipe.teacher.source else None
+    if found is None or constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        card = HfApi().model_info(found[0], revision=found[1]).card_data
+    # whatever went wrong, the card then says that the licence is on the teacher's page
+    except (OSError, ValueError, HTTPError) as error:
+        log.warning("licence of teacher %s not found: %s", found[0], one_line(error))
+        return None
+    return card.get("license") if card else None
+
+
+def _stages(recipe: Recipe) -> list[str]:
+    """Artifacts pushed beside the student."""
+    if recipe.hub.stages == "last":
+        return []
+    if not taught(recipe):
+        log.warning("hub.stages=all has no effect: this student was not taught by modules")
+        return []
+    own_teacher = graph.own_teacher(recipe)
+    return [*own_teacher, "meta", *(graph.artifact_name("distill", i) for i in range(recipe.modules))]
+
+
+def _published(folder: Path, result: dict[str, Any], place: str) -> list[PlannedFile]:
+    """The model files of an artifact whose checksums have just been checked."""
+    return [
+        PlannedFile(place + name, folder / name, record["bytes"], record["sha256"])
+        for name, record in result["files"].items()
+        if PUBLISHED.fullmatch(name)
+    ]
+
+
+def _made(path: str, content: bytes) -> PlannedFile:
+    return PlannedFile(path, content, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _client(hub: HubConfig) -> HfApi:
+    """The hub's client, after what can be known without a request."""
+    try:
+        validate_repo_id(hub.repo)
+    except HFValidationError as error:
+        raise ValueError(f"hub.repo is {hub.repo!r}, which is no legal name: {one_line(error)}") from None
+    if "/" not in hub.repo:
+        raise ValueError(f"hub.repo is {hub.repo!r}, expected OWNER/NAME: the owner is your user or organisation")
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", hub.revision) or ".." in hub.revision:
+        raise ValueError(f"hub.revision is {hub.revision!r}, expected the name of a branch such as main or v2")
+    if re.fullmatch(r"[0-9a-f]{40}", hub.revision):
+        raise ValueError(f"hub.revision is the commit {hub.revision}: a push needs a branch, such as main")
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError(
+            f"hub.repo is {hub.repo} but HF_HUB_OFFLINE=1: unset it, or train with hub.repo='' and run --phase push "
+            "later on a machine with internet"
+        )
+    token = get_token()
+    if not token:
+        raise ValueError(f"no token to push to {hub.repo}: log in with `hf auth login`, or set HF_TOKEN")
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError("the token (HF_TOKEN or `hf auth login`) has characters that no token has: copy it anew")
+    return HfApi(library_name="m2mkd")
+
+
+def _check_rights(hub: HubConfig, who: dict[str, Any]) -> None:
+    """Refuse a token that cannot write to hub.repo, from what whoami says."""
+    owner, me = hub.repo.split("/")[0], who["name"]
+    access = who.get("auth", {}).get("accessToken", {})
+    advice = "make one that may write on https://huggingface.co/settings/tokens and log in with `hf auth login`"
+    if access.get("role") == "read":
+        raise ValueError(f"the token of {me} may only read, so it cannot push to {hub.repo}: {advice}")
+    if access.get("role") == "fineGrained":
+        scopes = [s for s in access.get("fineGrained", {}).get("scoped", []) if "repo.write" in s["permissions"]]
+        if not {owner, hub.repo} & {scope["entity"].get("name") for scope in scopes}:
+            raise ValueError(f"the fine-grained token of {me} has no write permission for {hub.repo}: {advice}")
+    orgs = {org["name"]: org.get("roleInOrg") for org in who.get("orgs", [])}
+    if owner != me and orgs.get(owner, "read" if owner in orgs else None) in (None, "read"):
+        writable = [me, *(name for name, role in orgs.items() if role != "read")]
+        raise ValueError(f"{hub.repo} is not yours: {me} can push to {', '.join(f'{name}/...' for name in writable)}")
+
+
+def _bring(api: HfApi, plan: Plan) -> str:
+    """One attempt; safe to repeat after it has failed anywhere."""
+    head = api.repo_info(plan.repo, revision=plan.revision).sha
+    todo, stale = _difference(api, plan, head)
+    if todo or stale:
+        log.info("%s@%s: %d files to send, %d stale ones to delete", plan.repo, plan.revision, len(todo), len(stale))
+        operations = [*map(_addition, todo), *(CommitOperationDelete(path) for path in stale)]
+        message = "Push of a finished run by m2mkd"
+        head = api.create_commit(
+            plan.repo, operations, commit_message=message, revision=plan.revision, parent_commit=head
+        ).oid
+        todo, stale = _difference(api, plan, head)
+        if todo or stale:
+            wrong = ", ".join([*(file.path for file in todo), *stale])
+            raise OSError(f"{plan.repo} took commit {head} without {wrong}: does a .gitignore of the repo name them?")
+    return head
+
+
+def _difference(api: HfApi, plan: Plan, commit: str) -> tuple[list[PlannedFile], list[str]]:
+    """What a commit lacks of the plan, and what it holds of an earlier push."""
+    entries = api.list_repo_tree(plan.repo, revision=commit, recursive=True)
+    there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    planned = {file.path for file in plan.files}
+    todo = [file for file in plan.files if file.path not in there or not _same(file, there[file.path])]
+    return todo, sorted(path for path in there if path not in planned and OURS.fullmatch(path))
+
+
+def _same(file: PlannedFile, there: RepoFile) -> bool:
+    if file.size != there.size:
+        return False
+    if there.lfs is not None:
+        return there.lfs.sha256 == file.sha256
+    content = file.content if isinstance(file.content, bytes) else file.content.read_bytes()  # small: kept in git
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == there.blob_id
+
+
+def _addition(file: PlannedFile) -> CommitOperationAdd:
+    content = file.content if isinstance(file.content, bytes) else str(file.content)
+    operation = CommitOperationAdd(file.path, content)
+    operation.upload_info.sha256 = bytes.fromhex(file.sha256)  # known: the client need not read the file for it
+    return operation

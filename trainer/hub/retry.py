@@ -1,0 +1,105 @@
+"""Requests to the hub that are repeated while what went wrong may pass, and errors for people when it does not.
+
+The client itself repeats only some of its requests, and its errors come from whichever HTTP library it uses.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+from trainer.config.redaction import redact
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PAUSES = (1, 2, 4, 8, 15, 30, 60, 60)  # seconds between attempts; what the hub asks for by Retry-After comes first
+LONGEST_PAUSE = 600  # seconds, whatever Retry-After says
+# the same request may succeed later: busy, restarting, or (409, 412) somebody else's commit came first
+PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+
+
+def patiently(what: str, call: Callable[[], T], leave: type[Exception] | tuple[type[Exception], ...] = ()) -> T:
+    """The result of call(), repeated after a pause while what went wrong may pass.
+
+    Args:
+        what: is done, for the log and the errors: "pushing to owner/name".
+        leave: errors the caller deals with.
+
+    Raises:
+        ValueError: the hub refuses it, and would again.
+        OSError: no use for minutes, or the disk.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return call()
+        except leave:
+            raise
+        except (HTTPError, OSError, RuntimeError, ValueError) as error:
+            if pause is None or not _may_pass(error):
+                raise _for_people(what, error) from error
+            pause = min(_retry_after(error) or pause, LONGEST_PAUSE)
+            log.warning("%s: %s; again in %.0f s", what, one_line(error), pause)
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line without the token."""
+    inner = [*_chain(error)][-1] if isinstance(error, RuntimeError) else error
+    return redact(" ".join(str(inner).split()) or type(inner).__name__)[:400]
+
+
+def _may_pass(error: Exception) -> bool:
+    if (answer := _answer(error)) is not None:
+        return answer.status_code in PASSING
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    if isinstance(error, json.JSONDecodeError):  # cut off, or a proxy's page instead of the hub's answer
+        return True
+    # no answer at all; the hub's storage client (hf_xet) says so by a bare RuntimeError
+    return isinstance(error, RuntimeError) or any(isinstance(e, HTTPError | ConnectionError) for e in _chain(error))
+
+
+def _for_people(what: str, error: Exception) -> Exception:
+    answer, said = _answer(error), one_line(error)
+    if answer is None and not _may_pass(error):
+        return error if isinstance(error, OSError) else ValueError(f"{what}: {said}")
+    status = None if answer is None else answer.status_code
+    if status == 401:
+        return ValueError(f"{what}: the token is not valid (expired, revoked or mistyped): {LOG_IN}")
+    if status == 403:
+        return ValueError(f"{what}: the hub refuses it to this token: {said}")
+    if status is None or status in PASSING:
+        return OSError(
+            f"{what}: {said} ({constants.ENDPOINT}, {len(PAUSES) + 1} attempts). Start the same command again later: "
+            "what is stored already is not sent twice"
+        )
+    return ValueError(f"{what}: HTTP {status}: {said}")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what caused it: the client wraps errors of an upload into RuntimeErrors."""
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _answer(error: BaseException):
+    """The hub's answer behind an error, None when there was none."""
+    answers = (getattr(e, "response", None) for e in _chain(error) if isinstance(e, HTTPError))
+    return next((answer for answer in answers if answer is not None), None)
+
+
+def _retry_after(error: BaseException) -> float | None:
+    """Seconds the hub asks to wait."""
+    answer = _answer(error)
+    text = answer.headers.get("Retry-After", "") if answer is not None else ""
+    return float(text) if text.isdecimal() else None

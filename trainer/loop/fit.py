@@ -1,0 +1,200 @@
+"""The one train loop; it knows no phase, only an objective, an engine and data."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.saver import Saver
+from trainer.config.ds_config import Settings
+from trainer.data.loader import Data, steps_per_epoch
+from trainer.distributed.engine import Engine
+from trainer.distributed.interrupt import HEARTBEAT, Interrupted, Interruption
+from trainer.distributed.ranks import Dist
+from trainer.evaluation.accuracy import eval_batch, evaluate, of_published
+from trainer.evaluation.routing import Measures, RoutingWatch
+from trainer.loop.step import Task, TrainStep, data_workers
+from trainer.tracking.health import Finding, Health, NonFiniteLoss
+from trainer.tracking.metrics import MetricsLog, Progress
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a phase's training came to; seconds and images count every run of it, resumed ones included."""
+
+    evaluation: dict[str, float]
+    seconds: float
+    steps: int
+    images_seen: int
+    start: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step, where asked for
+    health: dict[str, Any] = field(default_factory=dict)  # as from Health.summary
+
+
+def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, dist: Dist) -> Outcome:
+    """Train to the last epoch, resuming from the newest checkpoint of `folder`, and return the last evaluation.
+
+    Writes FOLDER/metrics.jsonl and FOLDER/checkpoints. A run killed anywhere and started again ends with the same
+    weights, because the images and draws of a step depend only on (seed, epoch, step).
+
+    Raises:
+        NonFiniteLoss: on all ranks; no checkpoint holds the damage.
+        Interrupted: on all ranks, after a warning signal to any of them and a checkpoint of this very step.
+        OSError: on all ranks, a checkpoint cannot be written; on one rank, a data loading process died.
+    """
+    loop = _Loop(engine, objective, data, task, folder, dist)
+    with data_workers():
+        try:
+            loop.train()
+        except (NonFiniteLoss, Interrupted) as end:
+            loop.saver.close()  # all ranks are here: a save in flight is brought to its end
+            if isinstance(end, NonFiniteLoss):
+                loop.monitor.warn(loop.done, Finding(str(end)))
+            loop.monitor.close()
+            raise
+    loop.saver.close()
+    loop.monitor.close()
+    images = loop.done * engine.settings.global_batch
+    return Outcome(of_published(loop.evaluation), loop.seconds, loop.done, images, loop.start, loop.health.summary())
+
+
+class _Loop:
+    """The state of fit() between two steps."""
+
+    def __init__(self, engine: Engine, objective: Any, data: Data, task: Task, folder: Path, dist: Dist):
+        self.engine, self.objective, self.data, self.task, self.dist = engine, objective, data, task, dist
+        self.per_epoch = epoch_length(data, engine.settings)
+        self.saver = Saver(engine, folder, task.run, dist)
+        self.step = TrainStep(engine, objective, data, task, dist)
+        self.health = Health(task.run, task.description)
+        self.routing, self.measures = RoutingWatch(objective.module, len(data.val), dist), Measures()
+        self.done, self.seconds, self.evaluation, self.evaluated = 0, 0.0, {}, 0  # evaluated: after which step
+        self.start: dict[str, float] = {}
+        if resumed := self.saver.resume():
+            self.done, self.seconds = resumed.step, resumed.state["seconds"]
+            self.evaluation, self.start = resumed.state["evaluation"], resumed.state["start"]
+            self.health.restore(resumed.state["health"])
+            self.step.restore(resumed.own)
+            self.routing.restore([own["routing"] for own in resumed.own])
+        self.started = time.perf_counter() - self.seconds
+        with dist.together():  # a tracker that does not start is the end of all ranks
+            self.monitor = _Monitor(folder, task, self.per_epoch, self.done, dist)
+
+    def train(self) -> None:
+        """Every step that is left."""
+        run, interruption = self.task.run, Interruption(self.dist, self.done)
+        total = self.task.epochs * self.per_epoch
+        if self.task.evaluate_start and not self.done:
+            self.start = self._evaluate()
+            self.monitor.eval_row(0, self.start | self.measures.per_layer)
+        for micro_batches in self.step.batches(self.done, self.per_epoch):
+            epoch, inside = divmod(self.done + 1, self.per_epoch)
+            ended, last = inside == 0, self.done + 1 == total
+            row_due = ended or (self.done + 1) % run.log_every == 0
+            made = self.step.run(self.done, micro_batches, total=total, row_due=row_due)
+            self.done += 1
+            HEARTBEAT.beat()
+            why = interruption.agreed(self.done, self.saver.failed)
+            if why == "failed":
+                self.saver.close()  # raises on every rank what one of them has met
+            stopping = why == "warned" and not last
+            save = last or stopping or self.done % run.save_every == 0 or (ended and epoch % run.save_epochs == 0)
+            self._look(made, row_due, saving=save)
+            if last or (ended and epoch % run.eval_every == 0):
+                self.evaluation = self._evaluate()
+                self.evaluated = self.done
+                self.monitor.eval_row(self.done, self.evaluation | self.measures.per_layer)
+                findings = self.health.look_at_evaluation(self.done, self.evaluation, self.measures.layers)
+                self.monitor.warn(self.done, *findings)
+            if save:
+                self._save(wait=last or stopping)
+            if stopping:
+                what = f"{self.task.description}: interrupted, saved after step {self.done}"
+                raise Interrupted(f"{what}; the same command continues")
+
+    def _look(self, made: bool, row_due: bool, saving: bool) -> None:
+        """Write the metrics row, judge what happened, and go back to the newest checkpoint when that is the answer."""
+        done, health = self.done, self.health
+        findings = [] if made else [health.refused_step(done, self.step.cause())]
+        if row_due and (row := self.step.take_metrics()):
+            self.monitor.train_row(done, row | health.counts(), self.engine.lr)
+            findings += health.look(done, row)
+        broken = saving and not self.step.weights_are_finite()
+        if broken:
+            findings.append(health.broken_weights(done))
+        if any(finding.roll_back for finding in findings):
+            resumed = self.saver.resume()
+            findings.append(health.rolled_back(done, resumed.step if resumed else None, needed=broken))
+        self.monitor.warn(done, *findings)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Of the weights, and with train.ema of their average as well, as accuracy_ema and loss_ema."""
+        objective, dtype, batch = self.objective, self.engine.dtype, eval_batch(self.task.run, self.engine.settings)
+        found = evaluate(objective, self.data, dtype, batch, self.dist, observe=self.routing.observe)
+        self.measures = self.routing.take()
+        found |= self.measures.means
+        if self.engine.average is None:
+            return found
+        with self.engine.published():
+            average = evaluate(objective, self.data, dtype, batch, self.dist)
+        return found | {f"{name}_ema": average[name] for name in ("accuracy", "loss")}
+
+    def _save(self, wait: bool) -> None:
+        self.seconds = time.perf_counter() - self.started
+        state = {
+            "evaluation": self.evaluation,
+            "start": self.start,
+            "seconds": self.seconds,
+            "health": self.health.state(),
+        }
+        evaluated = self.evaluated == self.done  # else it is that of older weights
+        score = of_published(self.evaluation)["accuracy"] if evaluated else None
+        own = self.step.running() | {"routing": self.routing.state()}
+        self.saver.save(self.done, state=state, own=own, score=score, wait=wait)
+
+
+def epoch_length(data: Data, settings: Settings) -> int:
+    """Optimiser steps per epoch. Raises ValueError when the data is smaller than one global batch."""
+    s = settings
+    world = s.global_batch // (s.micro_batch * s.accumulation)
+    return steps_per_epoch(len(data.train), micro_batch=s.micro_batch, accumulation=s.accumulation, world=world)
+
+
+class _Monitor:
+    """Rank 0's metrics.jsonl and progress; on other ranks it does nothing."""
+
+    def __init__(self, folder: Path, task: Task, per_epoch: int, done: int, dist: Dist):
+        self.task, self.per_epoch, self.main = task, per_epoch, dist.main
+        if self.main:
+            self.log = MetricsLog(folder / "metrics.jsonl", resume_step=done, trackers=task.run.trackers)
+            self.progress = Progress(task.epochs * per_epoch, per_epoch, task.description, start_step=done)
+            if done:
+                self.progress.note(f"resumed after step {done}")
+
+    def train_row(self, done: int, metrics: dict[str, Any], lr: float) -> None:
+        if self.main:
+            row = {"kind": "train", "phase": self.task.phase, "epoch": done // self.per_epoch, "step": done, "lr": lr}
+            row |= metrics | {"time": time.time()}
+            self.log.write(row)
+            self.progress.update(done, row)
+
+    def eval_row(self, done: int, evaluation: dict[str, float]) -> None:
+        if self.main:
+            row = {"kind": "eval", "phase": self.task.phase, "epoch": done // self.per_epoch, "step": done}
+            self.log.write(row | evaluation | {"time": time.time()})
+            if done == self.task.epochs * self.per_epoch:
+                found = of_published(evaluation)
+                raw = f" (without averaging {found['accuracy_raw']:.1%})" if "accuracy_raw" in found else ""
+                self.progress.note(f"accuracy {found['accuracy']:.1%}{raw} on {found['images']} images")
+
+    def warn(self, done: int, *findings: Finding) -> None:
+        for finding in findings if self.main else ():
+            row = {"kind": "warning", "phase": self.task.phase, "epoch": done // self.per_epoch, "step": done}
+            self.log.write(row | finding.about | {"message": finding.message, "time": time.time()})
+            self.progress.note(f"warning: {finding.message}")
+
+    def close(self) -> None:
+        if self.main:
+            self.progress.close()
+            self.log.close()

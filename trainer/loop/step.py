@@ -1,0 +1,203 @@
+"""One optimiser step over its micro-batches, and the numbers of a metrics row, which stay on the device until then."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.moe.layer import routing_metrics
+from trainer.config.runtime import RunConfig
+from trainer.data.loader import Batch, Data, make_mixup, train_batches
+from trainer.distributed.engine import Engine
+from trainer.distributed.ranks import Dist, seed_draws
+from trainer.tracking.metrics import peak_memory
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the loop needs to know of a phase."""
+
+    phase: str  # as in metrics rows
+    description: str  # as in progress lines, e.g. "distill 2/4"
+    epochs: int
+    seed: int
+    run: RunConfig
+    evaluate_start: bool = False  # also before the first step
+
+
+class TrainStep:
+    """Runs the steps of a phase and sums up what the next metrics row says."""
+
+    def __init__(self, engine: Engine, objective: Any, data: Data, task: Task, dist: Dist):
+        self.engine, self.objective, self.data, self.task, self.dist = engine, objective, data, task, dist
+        self.mixup = make_mixup(data.augment, data.num_classes)
+        for m in objective.frozen:
+            m.to(dist.device, engine.dtype).eval().requires_grad_(False)
+        objective.module.train()
+        self.losses: list[dict[str, Tensor]] = []  # per micro-batch of the last step
+        self.routing: list[dict[str, Tensor]] = []
+        self.skipped: set[int] = set()
+        self._reset()
+
+    def batches(self, done: int, per_epoch: int) -> Iterator[list[Batch]]:
+        """The micro-batches of every optimiser step that is left after `done`."""
+        s = self.engine.settings
+        epoch, start = divmod(done, per_epoch)
+        if epoch == self.task.epochs:
+            return
+        micro = train_batches(
+            self.data.train, self.data.preprocessing, self.data.augment, seed=self.task.seed, epoch=epoch,
+            start_step=start, epochs=self.task.epochs - epoch, micro_batch=s.micro_batch, accumulation=s.accumulation,
+            world=self.dist.world, rank=self.dist.rank, workers=self.data.workers,
+        )  # fmt: skip
+        for first in micro:
+            yield [first, *itertools.islice(micro, s.accumulation - 1)]
+
+    def run(self, done: int, micro_batches: list[Batch], *, total: int, row_due: bool) -> bool:
+        """Forward and backward of each micro-batch; the weights change after the last.
+
+        Args:
+            done: optimiser steps before this one.
+            total: optimiser steps of the phase.
+            row_due: a metrics row comes next, which tells the routing of this step.
+
+        Returns:
+            Whether the weights were changed, the same on every rank. Not when the gradient of all ranks together is
+            not finite: ZeRO looks at its norm first, and leaves weights, moments and counters as they are.
+        """
+        if not self.images:
+            self.since = time.perf_counter()  # evaluations and saves between two intervals do not count as training
+        self.losses, self.routing = [], []
+        self.objective.progress = done / total
+        for part, batch in enumerate(micro_batches):
+            images, target = batch.images, batch.labels
+            place = part * self.dist.world + self.dist.rank
+            if self.mixup is not None:
+                number = done * len(micro_batches) * self.dist.world + place
+                images, target = self.mixup(images, target, self.task.seed * 1_000_003 + number)
+            seed_draws(self.task.seed, done, place)
+            images = images.to(self.dist.device, self.engine.dtype, non_blocking=True)
+            loss, parts = self.objective(self.engine, images, target.to(self.dist.device, non_blocking=True))
+            # a loss can overflow while its gradient is finite: times NaN, so that ZeRO sees it on every rank
+            self.engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan))
+            self.engine.step(done)
+            self.losses.append({"loss": loss.detach(), **{f"loss/{k}": v for k, v in parts.items()}})
+            if row_due:
+                self.routing.append(_routing(self.engine.module))
+            self.images += len(images)
+            self.skipped.update(batch.skipped)
+        if not self.engine.deepspeed.was_step_applied():
+            self.routing = []  # routed by what is not a number
+            return False
+        for name, mean in _means(self.losses).items():
+            self.sums[name] = self.sums.get(name, 0) + mean
+        self.steps += 1
+        return True
+
+    def cause(self) -> str:
+        """What was not finite in the step that was just refused, and on which ranks (collective)."""
+        broken = any(not bool(torch.isfinite(values["loss"])) for values in self.losses)
+        ranks = [str(rank) for rank, it_is in enumerate(self.dist.gather(broken)) if it_is]
+        if not ranks:
+            return "the gradient"
+        return f"the loss of rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
+
+    def weights_are_finite(self) -> bool:
+        """Whether every weight on every rank is (collective; waits for the device)."""
+        bad = torch.stack([~torch.isfinite(p).all() for p in self.engine.module.parameters()]).any()
+        return not bool(self.dist.sum(bad.float()))
+
+    def take_metrics(self) -> dict[str, Any]:
+        """Means over the steps since the last call and over all ranks, speed, gradient norm and routing; resets them.
+
+        The same at every number of ranks, but for the last digits: a step has the same images and groups of images.
+        Empty when none of those steps was made. One all-reduce, plus the list of unreadable images where they are
+        skipped.
+        """
+        seconds, steps, images = time.perf_counter() - self.since, self.steps, self.images
+        means = {name: value / max(steps, 1) for name, value in self.sums.items()}
+        metrics = _mean_over_ranks(means | _means(self.routing), self.dist)
+        self._reset()
+        if not steps:
+            return {}
+        metrics["images_per_s"] = images * self.dist.world / seconds
+        metrics["grad_norm"] = self.engine.grad_norm()
+        if self.data.skip_unreadable:
+            metrics["skipped_images"] = len(set().union(*self.dist.gather(self.skipped)))
+        return metrics
+
+    def running(self) -> dict[str, Any]:
+        """What a checkpoint between two metrics rows must hold, so that the next row is the same after a resume."""
+        sums = {name: float(value) for name, value in self.sums.items()}
+        return {"sums": sums, "steps": self.steps, "skipped": sorted(self.skipped)}
+
+    def restore(self, saved: list[dict[str, Any]]) -> None:
+        """Put back what running() returned on every rank then; the speed counts from here.
+
+        On another number of ranks each takes the mean over those of then, which leaves the mean of the row the same.
+        """
+        same = len(saved) == self.dist.world
+        mine = [saved[self.dist.rank]] if same else saved
+        for name in mine[0]["sums"]:
+            mean = sum(own["sums"][name] for own in mine) / len(mine)
+            self.sums[name] = torch.tensor(mean, device=self.dist.device)
+        self.skipped = set().union(*(own["skipped"] for own in mine))
+        self.steps = mine[0]["steps"]
+
+    def _reset(self) -> None:
+        self.sums: dict[str, Tensor] = {}  # of the means of every step that was made
+        self.steps, self.images, self.since = 0, 0, 0.0
+
+
+@contextmanager
+def data_workers() -> Iterator[None]:
+    """Say what to do when a data loading process dies under the block: torch raises wherever the block then is.
+
+    Raises:
+        OSError: instead of torch's RuntimeError.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise OSError(
+            f"a data loading process died: {' '.join(str(error).split()).rstrip('.')}. Most often the machine was out "
+            "of memory (see dmesg): lower data.workers, or give the job more memory. The same command goes on from the "
+            "last checkpoint"
+        ) from error
+
+
+def _means(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Means over the micro-batches of a step."""
+    return {name: torch.stack([v[name].float() for v in values]).mean(0) for name in (values[0] if values else ())}
+
+
+def _mean_over_ranks(values: dict[str, Tensor], dist: Dist) -> dict[str, Any]:
+    """Means of scalars and vectors, and "memory", the most of any rank; one all-reduce (collective)."""
+    flat = [value.detach().double().flatten() for value in values.values()]
+    peaks = torch.zeros(dist.world, dtype=torch.float64, device=dist.device)
+    peaks[dist.rank] = peak_memory()  # a maximum in a sum: every rank has a place of its own
+    total = dist.sum(torch.cat([*flat, peaks])).tolist()
+    means, start = {}, 0
+    for (name, value), part in zip(values.items(), flat):
+        mean = [x / dist.world for x in total[start : start + len(part)]]
+        means[name] = mean if value.dim() else mean[0]
+        start += len(part)
+    return {name: [round(x, 5) for x in mean] if isinstance(mean, list) else mean for name, mean in means.items()} | {
+        "memory": int(max(total[start:]))
+    }
+
+
+def _routing(module: nn.Module) -> dict[str, Tensor]:
+    """Routing of the last forward: load (share per expert), kept fraction, sum of top-k gates."""
+    layers = routing_metrics(module).items()
+    return {f"{name}/{layer}": v[name].detach() for layer, v in layers for name in ("load", "kept", "gate_sum")}

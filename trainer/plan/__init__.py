@@ -1,0 +1,1 @@
+"""Before anything trains: whether it can work, and what it will cost."""

@@ -1,0 +1,108 @@
+"""`--dry-run`: every check that needs no training, and what the job would cost. Writes nothing, on one process and CPU.
+
+    deepspeed --num_gpus 8 trainer/run.py --recipe R --ds_config J --phase all --out OUT --dry-run
+
+The launcher's ranks are those of the plan. The checks are the ones of a start and of `bash slurm/m2mkd_vmoe.sh plan`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+
+from trainer.artifacts import missing, require
+from trainer.distributed.ranks import ranks_from_environment
+from trainer.plan import preflight
+from trainer.plan.cost import measured_speed
+from trainer.plan.rehearsal import DryRun, carry_out
+from trainer.request.graph import PHASES
+from trainer.request.job import EXIT_BAD_INPUT, Job
+from trainer.request.stages import Stage, chain, stages
+from trainer.tracking.console import table
+
+NO_TRAINING = ("evaluate", "push")
+
+
+def show(job: Job) -> int:
+    """Print checks, state and cost of a job's phases; 0, or EXIT_BAD_INPUT when a check found a problem."""
+    ranks = ranks_from_environment()
+    world, local = ranks["world"], ranks["local_world"]
+    layout = dict.fromkeys(PHASES, (world // local, local))
+    with tempfile.TemporaryDirectory() as scratch:
+        dry = DryRun(job.recipe, job.ds_values, job.out, layout, scratch)
+        good, problems = carry_out(_checks(job, dry))
+    print(f"{job.command}\nout {job.out}, {world} rank{'s' if world > 1 else ''}\n\nchecks")
+    for line in good:
+        print(f"  ok       {line}")
+    for line in problems:
+        print(f"  PROBLEM  {line}")
+    if job.phase == "push":
+        from trainer.hub.push import find_teacher_license, plan
+
+        print(f"\n{plan(job.out, job.recipe, find_teacher_license(job.out, job.recipe))}")
+    else:
+        print(f"\ncost\n{_cost(job, dry, world)}")
+    print("\nnothing was written" + (f"; {len(problems)} to repair first" if problems else ""))
+    return EXIT_BAD_INPUT if problems else 0
+
+
+def _checks(job: Job, dry: DryRun) -> Iterator[tuple[str, Callable[[], str]]]:
+    """What a start checks; what is there already; and, before training, one image through every model of the recipe."""
+    yield "start", lambda: preflight.check(dry.run, job.phases, make_repo=False) or ", ".join(job.phases)
+    yield "results below OUT", lambda: _results(job)
+    if set(job.phases) - set(NO_TRAINING):
+        yield from dry.checks({stage.phase for stage in chain(job.recipe)} | set(job.phases))
+
+
+def _stages(job: Job) -> list[Stage]:
+    return [stage for stage in stages(job.recipe) if stage.phase in job.phases]
+
+
+def _artifacts(job: Job) -> list[str]:
+    """The results this job makes, in order."""
+    return [name for stage in _stages(job) for name in stage.artifacts] if job.phase == "all" else job.artifacts
+
+
+def _results(job: Job) -> str:
+    """Raises ValueError when a result is damaged or of another recipe, or one that a single phase needs is missing."""
+    todo = [stage.artifacts[i] for stage in _stages(job) for i in missing(stage, job.out, job.recipe)]
+    if job.phase != "all" and set(_artifacts(job)) & set(todo):
+        own = set(job.artifacts)
+        inputs = [name for stage in _stages(job) if own & set(stage.artifacts) for name in stage.inputs]
+        for name in dict.fromkeys(name for name in inputs if name not in own):
+            require(job.out, name, job.recipe, f"--phase {job.phase}")
+    done = [name for name in _artifacts(job) if name not in todo]
+    return f"{', '.join(done)} complete" if done else "none complete"
+
+
+def _state(job: Job, name: str) -> str:
+    folder = job.out / name
+    source = {"meta": job.recipe.meta.source, "distill": job.recipe.distill.source}.get(name.split("_")[0])
+    if (folder / "result.json").is_file():
+        return "complete"
+    if source:
+        return f"from {source}"
+    return "to continue" if (folder / "checkpoints" / "latest.json").is_file() else "to do"
+
+
+def _cost(job: Job, dry: DryRun, world: int) -> str:
+    """Images and FLOPs of training per result; hours where a finished phase below OUT shows the speed."""
+    speed = measured_speed([job.out])
+    lines, left = [], [0.0, 0.0]
+    for name in _artifacts(job):
+        cost, state = (dry.images.get(name), dry.flops.get(name)), _state(job, name)
+        lines.append((name, state, *_cells(*cost, speed, world)))
+        if None not in cost and state.startswith("to "):
+            left = [left[0] + cost[0], left[1] + cost[1]]
+    lines.append(("total", "to train", *_cells(*left, speed, world)))
+    source = speed[1] if speed else "hours need a speed: no phase below OUT is finished"
+    text = table(("result", "state", "images", "FLOPs", "hours"), lines)
+    return f"{text}\nimages and FLOPs from the start of each; {source}; evaluation and saving come on top"
+
+
+def _cells(
+    images: float | None, flops: float | None, speed: tuple[float, str] | None, world: int
+) -> tuple[str, str, str]:
+    if images is None or flops is None:
+        return "-", "-", "-"
+    return f"{images:,.0f}", f"{flops:.3g}", f"{flops / speed[0] / world / 3600:.3g}" if speed else "-"

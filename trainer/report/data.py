@@ -1,0 +1,300 @@
+"""What the reports read: the phases of one run folder, and the figures that follow from them. No torch, no pictures.
+
+A run may be unfinished or damaged: what can be read is read, and `problems` of a phase says what cannot.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.tracking.metrics import relative_load
+
+# end-to-end runs: folder -> name
+RUNS = {
+    "train": "m2mKD",
+    "train_scratch": "scratch",
+    "train_scratch_equal_cost": "scratch, equal total cost",
+    "train_upcycled": "upcycled",
+}
+FLOP_UNITS = {1e21: "ZFLOP", 1e18: "EFLOP", 1e15: "PFLOP", 1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP", 1.0: "FLOP"}
+CLASS_COUNTS = ("images", "correct", "predicted", "taken_for", "taken_count")  # of analysis.json
+PREPARING = ("meta", "cluster", "expert", "distill", "refine")  # phases whose cost comes before end-to-end training
+END_SHARE = 0.1  # of the logged steps: what "at the end" of training averages over
+
+Loads = Mapping[str, Sequence[tuple[int, Sequence[float]]]]  # layer -> (step, load per expert) of each logged step
+
+
+@dataclass(frozen=True)
+class PhaseRecord:
+    """What one phase left in its folder; result is None until the phase is complete."""
+
+    folder: Path
+    result: dict[str, Any] | None = None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)  # config.yaml: recipe, ds_config, command
+    problems: list[str] = field(default_factory=list)  # files that cannot be read
+
+    @property
+    def status(self) -> str:
+        """done, damaged, missing or unfinished, with the last step."""
+        if self.result is not None:
+            return "done"
+        if not self.folder.exists():
+            return "missing"
+        if (self.folder / "result.json").exists():
+            return "damaged"
+        return f"unfinished (step {self.rows[-1]['step']})" if self.rows else "unfinished (nothing logged)"
+
+    def value(self, key: str) -> float | None:
+        """A number of result.json."""
+        return number((self.result or {}).get(key))
+
+    def metric(self, key: str) -> float | None:
+        """A number of result.json's metrics."""
+        return number((self.result or {}).get("metrics", {}).get(key))
+
+    def series(self, key: str, kind: str = "train") -> list[tuple[int, float]]:
+        """(step, value) of every row of a kind that has the key."""
+        found = ((row["step"], number(row.get(key))) for row in self.rows if row["kind"] == kind)
+        return [(step, value) for step, value in found if value is not None]
+
+    def curve(self) -> dict[float, float]:
+        """Accuracy by epochs done; the result stands in where the last epoch has no evaluation row."""
+        curve = {row["epoch"]: number(row.get("accuracy")) for row in self.rows if row["kind"] == "eval"}
+        if self.metric("accuracy") is not None and self.value("epochs") is not None:
+            curve.setdefault(self.value("epochs"), self.metric("accuracy"))
+        return {epoch: accuracy for epoch, accuracy in sorted(curve.items()) if accuracy is not None}
+
+    def loads(self) -> dict[str, list[tuple[int, list[float]]]]:
+        """Per MoE layer, in network order: (step, load per expert as share of uniform) of each logged step."""
+        layers: dict[str, list[tuple[int, list[float]]]] = {}
+        for row in self.rows:
+            for key, shares in row.items():
+                if key.startswith("load/") and _are_numbers(shares):
+                    steps = layers.setdefault(key.removeprefix("load/"), [])
+                    if not steps or len(steps[0][1]) == len(shares):
+                        steps.append((row["step"], relative_load(shares)))
+        return dict(sorted(layers.items(), key=lambda item: natural(item[0])))
+
+    def recipe(self, *keys: str) -> Any:
+        """A value of the recipe this phase was run with, None where it is not known."""
+        value: Any = self.config.get("recipe")
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+
+def read_phases(run_dir: Path) -> dict[str, PhaseRecord]:
+    """The phases of a run folder in the order of the chain; those it lacks have the status "missing".
+
+    Raises:
+        ValueError: when the folder holds no phase.
+    """
+    records = {path.name: read_phase(path) for path in run_dir.glob("*") if path.is_dir()}
+    if "assemble" in records:  # a teacher that was grown
+        records["teacher"] = records["assemble"]
+    numbers = [int(name.removeprefix("distill_")) for name in records if re.fullmatch(r"distill_\d{1,4}", name)]
+    if "meta" in records and records["meta"].result:
+        found = (re.fullmatch(r"hybrid_accuracy/(\d{1,4})", key) for key in records["meta"].result["metrics"])
+        numbers += [int(match[1]) for match in found if match]
+    distills = [f"distill_{module}" for module in range(max(numbers, default=-1) + 1)]
+    apart, refined = (
+        sorted(filter(re.compile(pattern).fullmatch, records), key=natural)
+        for pattern in (r"cluster_\d{1,4}|expert_\d{1,4}_\d{1,6}", r"refine_\d{1,4}")
+    )
+    order = ["teacher", "meta", *apart, *distills, *refined, *RUNS, "evaluate"]
+    if not any(name in records for name in order):
+        raise ValueError(
+            f"{run_dir} holds no phase of a run: expected folders such as teacher, meta, distill_0, train. "
+            "Give the folder that was --out of trainer/run.py."
+        )
+    if "train_upcycled" not in records:  # a baseline of those who ask for it; the others show what is missing
+        order.remove("train_upcycled")
+    return {name: records.get(name) or PhaseRecord(run_dir / name) for name in order}
+
+
+def runs_of(phases: Mapping[str, PhaseRecord]) -> dict[str, str]:
+    """The end-to-end runs a report of these phases shows: folder -> name."""
+    return {run: name for run, name in RUNS.items() if run in phases}
+
+
+def read_analysis(phases: Mapping[str, PhaseRecord]) -> dict[str, Any] | None:
+    """analysis.json of phase evaluate (see trainer/evaluation/analysis.py), None where none can be read."""
+    record = phases["evaluate"]
+    found = _json(record.folder / "analysis.json", record.problems)
+    try:
+        classes = len(found["labels"])
+        whole = all(_are_numbers(found["classes"][key], classes) for key in CLASS_COUNTS)
+        whole &= all(value < classes and isinstance(value, int) for value in found["classes"]["taken_for"])
+        whole &= _are_numbers([found["images"], found["skipped"]])
+        rows, columns = found["grid"]
+        whole &= all(_are_numbers(layer["load"]) and number(layer["kept"]) is not None and
+                     _are_numbers(layer.get("first", layer["load"]))  # runs of an older version lack it
+                     for layer in found["layers"].values())  # fmt: skip
+        whole &= all(_are_numbers(row, classes) for row in found["confusion"] or ())
+        whole &= all(_are_numbers(pair, 3) and _are_places(pair[:2], classes) for pair in found["confusions"])
+        whole &= all(
+            _are_numbers([p["confidence"], p["index"]]) and _are_places([p["label"], p["predicted"]], classes)
+            and isinstance(p["png"], str) and all(_are_numbers(e, rows * columns) for e in p["experts"].values())
+            for p in found["pictures"]
+        )  # fmt: skip
+    except (TypeError, KeyError, ValueError, AttributeError):
+        whole = False
+    if found is not None and not whole:
+        record.problems.append(f"{record.folder.name}/analysis.json is not what an evaluation writes")
+    return found if whole else None
+
+
+def teacher_accuracy(phases: Mapping[str, PhaseRecord]) -> float | None:
+    """Of the teacher's own phase, else as measured by meta."""
+    own = phases["teacher"].metric("accuracy")
+    return phases["meta"].metric("teacher_accuracy") if own is None else own
+
+
+def hybrids(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, float | None, float | None]]:
+    """Per module: its name, accuracy of teacher module i and of student module i, each in place of meta module i.
+
+    Where the first round of teaching was left out (distill.epochs=0), the student's is that of the second round, in
+    which the student modules before it stand in place as well.
+    """
+    rows = []
+    for module, distill in enumerate(distills(phases)):
+        teacher = phases["meta"].metric(f"hybrid_accuracy/{module}")
+        teacher = distill.metric("teacher_hybrid_accuracy") if teacher is None else teacher
+        untaught = distill.value("epochs") == 0
+        taught = phases.get(f"refine_{module}", distill) if untaught else distill
+        rows.append((f"module {module}", teacher, taught.metric("hybrid_accuracy")))
+    return rows
+
+
+def routing_measures(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, float | None, float | None]]:
+    """Per phase with experts: name, share of tokens whose expert changed over the last two evaluations, similarity."""
+    found = [(name, record.metric("routing_change"), record.metric("expert_similarity"))
+             for name, record in phases.items()]  # fmt: skip
+    return [row for row in found if row[1:] != (None, None)]
+
+
+def distills(phases: Mapping[str, PhaseRecord]) -> list[PhaseRecord]:
+    """The distill phases, by module."""
+    return [record for name, record in phases.items() if name.startswith("distill_")]
+
+
+def preparation(phases: Mapping[str, PhaseRecord], run: str, key: str) -> float | None:
+    """Sum of flops or seconds spent before a run's end-to-end training; None when a part is not known."""
+    if run != "train":
+        return 0.0
+    parts = [record.value(key) for name, record in phases.items() if name.partition("_")[0] in PREPARING]
+    return None if None in parts or len(parts) < 2 else sum(parts)
+
+
+def total(phases: Mapping[str, PhaseRecord], run: str, key: str) -> float | None:
+    """Flops or seconds of an end-to-end run with its preparation; None when a part is not known."""
+    own, before = phases[run].value(key), preparation(phases, run, key)
+    return None if own is None or before is None else own + before
+
+
+def peak_memory(record: PhaseRecord) -> float | None:
+    """Most memory of any rank, bytes."""
+    return max((value for _, value in record.series("memory")), default=None)
+
+
+def speed(record: PhaseRecord) -> float | None:
+    """Images per second in training, the middle one of the logged values: the first steps are slow."""
+    values = sorted(value for _, value in record.series("images_per_s"))
+    return values[len(values) // 2] if values else None
+
+
+def student_accuracy(phases: Mapping[str, PhaseRecord]) -> float | None:
+    """Of the published student where it was evaluated, else at the end of its training."""
+    measured = phases["evaluate"].metric("accuracy")
+    return phases["train"].metric("accuracy") if measured is None else measured
+
+
+def at_end(steps: Sequence[tuple[int, Sequence[float]]]) -> list[float]:
+    """Load per expert, mean over the last tenth of the logged steps."""
+    last = [load for _, load in steps[-max(1, round(END_SHARE * len(steps))) :]]
+    return [sum(values) / len(last) for values in zip(*last)]
+
+
+def number(value: Any) -> float | None:
+    """The value when it is a finite number, else None."""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if good else None
+
+
+def natural(name: str) -> list[Any]:
+    """Sort key that puts block 9 before block 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def _are_numbers(values: Any, length: int | None = None) -> bool:
+    good = isinstance(values, list) and len(values) > 0 and all(number(value) is not None for value in values)
+    return good and length in (None, len(values))
+
+
+def _are_places(values: Any, length: int) -> bool:
+    return all(isinstance(value, int) and 0 <= value < length for value in values)
+
+
+def read_phase(folder: Path, *, with_config: bool = True) -> PhaseRecord:
+    """What a phase left in its folder, which may be missing; config.yaml is what takes long to read."""
+    problems: list[str] = []
+    result = _json(folder / "result.json", problems)
+    if result is not None and not (isinstance(result, dict) and isinstance(result.get("metrics"), dict)):
+        problems.append(f"{folder.name}/result.json is not what a phase writes")
+        result = None
+    rows = _rows(folder / "metrics.jsonl", ("kind", "epoch", "step"), problems)
+    rows = [row for row in rows if isinstance(row["step"], int) and number(row["epoch"]) is not None]
+    return PhaseRecord(folder, result, rows, _rows(folder / "events.jsonl", ("event", "step"), problems),
+                       _yaml(folder / "config.yaml", problems) if with_config else {}, problems)  # fmt: skip
+
+
+def _json(path: Path, problems: list[str]) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        problems.append(f"{path.parent.name}/{path.name} cannot be read: {' '.join(str(error).split())[:200]}")
+        return None
+
+
+def _yaml(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        found = " ".join(str(error).split())[:200]
+    if not isinstance(found, dict):
+        problems.append(f"{path.parent.name}/{path.name} cannot be read: {found}")
+        return {}
+    return found
+
+
+def _rows(path: Path, keys: Sequence[str], problems: list[str]) -> list[dict[str, Any]]:
+    """The JSON objects with these keys; the last line may be half written, any other is counted as a problem."""
+    try:
+        lines = path.read_text(errors="replace").removesuffix("\n").split("\n")
+    except OSError:
+        return []
+    rows, broken = [], []
+    for place, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and all(key in row for key in keys):
+            rows.append(row)
+        else:
+            broken.append(place)
+    if broken and broken != [len(lines)]:
+        problems.append(f"{path.parent.name}/{path.name}: {len(broken)} lines cannot be read, the first is {broken[0]}")
+    return rows

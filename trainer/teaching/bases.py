@@ -1,0 +1,72 @@
+"""The shared basis of each module border: measured on the trained meta model, kept as OUT/meta/basis.safetensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from models.modules.basis import Basis, basis_of, from_tensors, to_tensors
+from models.modules.meta import MetaModel
+from trainer.data.loader import eval_batches
+from trainer.distributed.interrupt import HEARTBEAT
+from trainer.distributed.ranks import Dist
+from trainer.loop.fit import Data
+
+FILE = "basis.safetensors"
+IMAGES = 2000  # of the training set, spread evenly over it
+
+
+def measure(meta: MetaModel, data: Data, dtype: torch.dtype, batch: int, dist: Dist) -> list[Basis]:
+    """Principal components of the meta model's hidden state at its N-1 borders (collective).
+
+    Over the tokens of IMAGES training images without augmentation; float64 sums, shared out over the ranks.
+    """
+    borders, width = meta.num_modules - 1, meta.stages[0].embed_dim
+    sums = torch.zeros(borders, width + 1, width + 1, dtype=torch.float64, device=dist.device)
+    batches = eval_batches(data.train.spread(IMAGES), data.preprocessing, batch=batch, world=dist.world,
+                           rank=dist.rank, workers=data.workers)  # fmt: skip
+    mode = meta.training
+    meta.eval()
+    with torch.no_grad():
+        for b in batches:
+            HEARTBEAT.beat()
+            *states, _ = meta.hidden_states(b.images.to(dist.device, dtype)) if borders else [None]
+            for border, h in enumerate(states):
+                vectors = h[b.mask.to(dist.device)].flatten(0, 1).double()
+                # a column of ones: number, sum and products in one matrix
+                vectors = torch.cat([vectors.new_ones(len(vectors), 1), vectors], 1)
+                sums[border] += vectors.T @ vectors
+    meta.train(mode)
+    sums = dist.sum(sums).cpu()
+    return [basis_of(s[0, 0], s[0, 1:], s[1:, 1:]) for s in sums]
+
+
+def save(folder: Path, bases: list[Basis]) -> None:
+    """Write them into the folder of the meta model."""
+    if not bases:  # a single module has no border
+        return
+    beside = folder / (FILE + ".tmp")
+    save_file(to_tensors(bases), beside)
+    beside.replace(folder / FILE)
+
+
+def load(folder: Path, borders: int, width: int) -> list[Basis]:
+    """Read them.
+
+    Raises:
+        ValueError: missing (a meta model of an older version), or another shape.
+    """
+    path = folder / FILE
+    if not borders:
+        return []
+    if not path.is_file():
+        raise ValueError(
+            f"{path} does not exist: the meta model was made without it. Set distill.stitches=linear and "
+            "train.border_weight=0, or make the meta model again in another --out"
+        )
+    try:
+        return from_tensors(load_file(path), borders, width)
+    except Exception as error:  # safetensors has errors of its own
+        raise ValueError(f"{path} does not fit: {error}. Delete {folder} and run --phase meta again") from None

@@ -1,0 +1,73 @@
+"""The table of student families: what a recipe calls a kind of student, and the module of models/ that builds it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from models.files.hub import CheckpointFiles
+from models.modules.basis import Basis
+from models.modules.stitch import StudentModule
+from models.preprocessing import Preprocessing
+from trainer.config.recipe import Recipe
+
+FAMILIES = {
+    "vmoe": "models.vmoe.family",
+}
+
+
+class Family(Protocol):
+    """The functions a family's module has.
+
+    A student is a timm VisionTransformer (or behaves like one: blocks, embed_dim, patch_embed, num_prefix_tokens) with
+    `config`, `preprocessing`, `source` and `save_pretrained(folder, preprocessing=, labels=)`. Its config is a frozen
+    dataclass with `depth`, `drop_path_rate` and `on_weights_of(saved, source)`.
+    """
+
+    def config(
+        self,
+        section: Mapping[str, Any],
+        *,
+        num_classes: int,
+        drop_path: float,
+        image_size: int,
+        in_chans: int,
+        prefix_tokens: int,
+        seed: int,
+    ) -> Any:
+        """The configuration that section student of a recipe asks for, on images and tokens like the teacher's."""
+
+    def build(self, config: Any) -> nn.Module:
+        """A student before training."""
+
+    def modules(
+        self,
+        student: nn.Module,
+        depths: Sequence[int],
+        teacher_width: int,
+        seed: int,
+        stitches: str,
+        bases: Sequence[Basis] | None,
+    ) -> list[StudentModule]:
+        """The student's modules between stitch layers of the teacher's width."""
+
+    def assemble(self, modules: Sequence[nn.Module], stitches: str, states: Sequence[Tensor] | None) -> nn.Module:
+        """One student from its learned modules."""
+
+    def read_config(self, files: CheckpointFiles) -> tuple[Any, Preprocessing | None]:
+        """Configuration and preprocessing of a saved student."""
+
+    def write_config(self, folder: Path, config: Any, preprocessing: Preprocessing, labels: Sequence[str]) -> None:
+        """Write what makes a model of weights that are put beside it."""
+
+    def load(self, source: str, *, config: Any = None, ep_size: int = 1, ep_rank: int = 0) -> nn.Module:
+        """A saved student, with the experts of one rank only where ep_size is above 1."""
+
+
+def family_of(recipe: Recipe) -> Family:
+    """The family of a recipe's student."""
+    return importlib.import_module(FAMILIES[recipe.student.kind])

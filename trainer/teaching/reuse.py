@@ -1,0 +1,219 @@
+"""What somebody else trained: meta models and distilled modules for a teaching pair, a V-MoE to start training from.
+
+A teaching pair lies in a run folder, or in a hub repo a run was pushed to, as a run lays it out: meta/ and distill_i/,
+each with model.safetensors, result.json and config.yaml. Only what fits this recipe's teacher is taken.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.files.hub import CheckpointFiles, Weights
+from trainer import artifacts, disk
+from trainer.config.load import build, module_depths, read_yaml
+from trainer.config.recipe import Recipe
+from trainer.context import Run
+from trainer.teaching import bases
+from trainer.teaching.families import family_of
+from trainer.teaching.meta import new_meta
+from trainer.teaching.students import config_for, student_config, student_modules
+
+log = logging.getLogger(__name__)
+
+
+def check(run: Run, phases: Sequence[str]) -> None:
+    """Find out before anything trains whether what meta.source, distill.source and train.init name will fit.
+
+    Raises:
+        ValueError: it is not there, or does not fit; both sides are named.
+    """
+    recipe = run.recipe
+    if "meta" in phases and recipe.meta.source:
+        _Artifact(run, recipe.meta.source, "meta")
+    if "distill" in phases and recipe.distill.source:
+        for i in range(recipe.modules):
+            _Artifact(run, recipe.distill.source, f"distill_{i}")
+    if "train" in phases and recipe.train.init:
+        _initial_config(run)
+
+
+def take_meta(run: Run, folder: Path) -> None:
+    """Make OUT/meta of meta.source (collective).
+
+    Raises:
+        ValueError: it is not there, damaged, or of another teacher, modules, depths or blocks per module.
+    """
+    with run.dist.together():
+        if run.dist.main:
+            found = _Artifact(run, run.recipe.meta.source, "meta")
+            with torch.device("meta"):
+                found.take(folder, new_meta(run))
+
+
+def take_module(run: Run, module: int, folder: Path) -> None:
+    """Make OUT/distill_<module> of distill.source (collective).
+
+    Raises:
+        ValueError: it is not there, damaged, or of another teacher, modules, depths, student or meta model.
+    """
+    with run.dist.together():
+        if run.dist.main:
+            found = _Artifact(run, run.recipe.distill.source, f"distill_{module}")
+            with torch.device("meta"):
+                found.take(folder, student_modules(run)[module])
+
+
+def initial_student(run: Run, ep_size: int) -> nn.Module:
+    """The student of train.init with this rank's experts, under the recipe's dropout and capacities (collective).
+
+    Raises:
+        ValueError: not there, damaged, without preprocessing, or another model than the recipe's; both sides are named.
+    """
+    init = run.recipe.train.init
+    with run.dist.together():
+        student = family_of(run.recipe).load(
+            init, ep_size=ep_size, ep_rank=run.dist.rank % ep_size, config=_initial_config(run)
+        )
+    return student.float().train()
+
+
+def _initial_config(run: Run) -> Any:
+    """The recipe's student on the images of train.init, checked against it."""
+    files = CheckpointFiles(run.recipe.train.init)
+    saved, preprocessing = family_of(run.recipe).read_config(files)
+    if preprocessing is None:
+        raise ValueError(f"{files} does not say what its images must look like: save it with its preprocessing")
+    prefix_tokens = int(saved.class_token) + saved.reg_tokens
+    drop_path = run.recipe.train.drop_path
+    wanted = config_for(run.recipe, len(run.labels), drop_path, saved.image_size, saved.in_chans, prefix_tokens)
+    return wanted.on_weights_of(saved, f"train.init {files}")
+
+
+class _Artifact:
+    """A finished meta/ or distill_i/ of another run, checked against this recipe and teacher.
+
+    Raises:
+        ValueError: it is not there, not finished, damaged, or does not fit.
+    """
+
+    def __init__(self, run: Run, source: str, name: str) -> None:
+        self.run, self.name = run, name
+        self.files = CheckpointFiles(source, folder=name)
+        self.recipe = self._recipe()
+        self.result = self._result(source)
+        self._compare()
+
+    def take(self, folder: Path, module: nn.Module) -> None:
+        """Copy the weights into this run's folder and record where they came from.
+
+        Args:
+            module: what they are to be loaded into.
+        """
+        weights = Weights(self.files)
+        weights.check(module.state_dict())
+        for name in weights.names():
+            weights.read(name)  # finite
+        path = self.files.weights()[0]
+        if disk.file_record(path) != self.result["files"].get(path.name):
+            raise ValueError(f"{self.files}: {path.name} is truncated or altered (SHA-256 differs from result.json)")
+        beside = folder / f"{path.name}.tmp"
+        shutil.copyfile(path, beside)
+        beside.replace(folder / path.name)
+        basis = self.files.find(bases.FILE)  # of a meta model
+        if basis is not None:
+            shutil.copyfile(basis, folder / bases.FILE)
+        made_here = ("files", "git_commit", "versions")
+        result = {name: value for name, value in self.result.items() if name not in made_here}
+        artifacts.write_result(folder, result | {"source": str(self.files), "command": self.run.command})
+        log.info("%s was taken from %s", folder, self.files)
+
+    def _result(self, source: str) -> dict[str, Any]:
+        path = self.files.find("result.json")
+        if path is None:
+            raise ValueError(f"{self.files} has no result.json: expected a finished {self.name} of a run")
+        grown = None
+        if self.name == "meta" and self.recipe.teacher.grown:
+            assembled = CheckpointFiles(source, folder="assemble")
+            grown = assembled.find("result.json")
+            if grown is None:
+                raise ValueError(f"{assembled} has no result.json: the teacher of this meta model is not grown yet")
+        try:
+            result = dict(json.loads(path.read_text()))
+            if grown is not None:
+                result |= _with_grown_teacher(result, json.loads(grown.read_text()))
+            metrics, module = result["metrics"], self.name.partition("_")[2]
+            fits = (result["phase"], result["module"]) == (self.name.split("_")[0], int(module) if module else None)
+            needed = ["accuracy"] if module else [f"hybrid_accuracy/{i}" for i in range(self.recipe.modules)]
+            numbers = [result["flops"], result["seconds"], *(metrics[key] for key in needed)]
+            whole = fits and all(math.isfinite(number) for number in numbers) and isinstance(result["files"], dict)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"result.json of {self.files} is truncated or altered ({error!r})") from None
+        if not whole:
+            raise ValueError(f"result.json of {self.files} is not that of {self.name}")
+        return result
+
+    def _recipe(self) -> Recipe:
+        path = self.files.find("config.yaml")
+        if path is None:
+            raise ValueError(f"{self.files} has no config.yaml: expected a finished {self.name} of a run")
+        try:
+            return build(Recipe, read_yaml(path.read_text(), "it")["recipe"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"config.yaml of {self.files} holds no recipe this version reads: {error}") from None
+
+    def _compare(self) -> None:
+        run, theirs, ours = self.run, self.recipe, self.run.recipe
+        self._same("modules", theirs.modules, ours.modules)
+        if run.planned_teacher is not None:
+            return  # a plan: the teacher is not trained yet
+        self._same_teacher()
+        blocks = len(run.teacher.model.blocks)
+        depths = module_depths(theirs.teacher.depths, blocks, theirs.modules, "teacher")
+        self._same("teacher.depths", list(depths), list(run.teacher_depths))
+        if self.name == "meta":
+            self._same("meta.blocks_per_module", theirs.meta.blocks_per_module, ours.meta.blocks_per_module)
+            return
+        config = student_config(run)
+        config.on_weights_of(student_config(run, recipe=theirs), f"distill.source {self.files}")
+        pairs = [module_depths(r.student.depths, config.depth, r.modules, "student") for r in (theirs, ours)]
+        self._same("student.depths", *map(list, pairs))
+        meta = run.out / "meta" / "model.safetensors"
+        if (run.out / "meta" / "result.json").is_file() and meta.is_file():
+            here, there = disk.file_record(meta)["sha256"], self.result.get("meta", {}).get("sha256")
+            self._same("the meta model (SHA-256; take it from the same place with meta.source)", there, here)
+
+    def _same_teacher(self) -> None:
+        there, here = self.result.get("teacher"), self.run.teacher_record
+        if not isinstance(there, dict) or there.get("sha256") != here["sha256"]:
+            raise ValueError(
+                f"{self.files} was taught by another teacher: {_described(there)} there, {_described(here)} here"
+            )
+
+    def _same(self, key: str, theirs: Any, ours: Any) -> None:
+        if theirs != ours:
+            raise ValueError(f"{self.files} does not fit this recipe: {key} is {theirs} there, {ours} here")
+
+
+def _with_grown_teacher(meta: dict[str, Any], grown: dict[str, Any]) -> dict[str, Any]:
+    """What the result of a meta model cannot hold when its teacher was grown after it: the teacher and its hybrids."""
+    hybrids = {key: value for key, value in grown["metrics"].items() if key.startswith("hybrid_accuracy/")}
+    measured = hybrids | {"teacher_accuracy": grown["metrics"]["teacher_accuracy"]}
+    return {"teacher": grown["teacher"], "metrics": meta["metrics"] | measured}
+
+
+def _described(teacher: Any) -> str:
+    if not isinstance(teacher, dict):
+        return "one that was not recorded"
+    return (
+        f"{teacher.get('source')} ({teacher.get('blocks')} blocks of width {teacher.get('width')}, "
+        f"weights {str(teacher.get('sha256'))[:12]})"
+    )

@@ -1,0 +1,74 @@
+"""The student of a run: its configuration, the whole of it and its modules, before any training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from models.modules.meta import check_pair
+from models.modules.stitch import StudentModule
+from trainer.config.load import module_depths, to_dict
+from trainer.config.recipe import Recipe
+from trainer.context import Run
+from trainer.teaching import upcycling
+from trainer.teaching.families import family_of
+from trainer.teaching.meta import border_bases
+
+
+def student_config(run: Run, drop_path: float = 0.0, recipe: Recipe | None = None) -> Any:
+    """The configuration of the student that fits this run's teacher and data, of another recipe if given.
+
+    Raises:
+        ValueError: sizes that are open or do not fit.
+    """
+    images, tokens = run.teacher.preprocessing, run.teacher.model.num_prefix_tokens
+    return config_for(recipe or run.recipe, len(run.labels), drop_path, images.image_size, images.in_chans, tokens)
+
+
+def config_for(
+    recipe: Recipe, num_classes: int, drop_path: float, image_size: int, in_chans: int, prefix_tokens: int
+) -> Any:
+    """The configuration of a recipe's student for images and prefix tokens like the teacher's, or another model's.
+
+    Raises:
+        ValueError: an unknown variant, or sizes that do not fit together.
+    """
+    return family_of(recipe).config(
+        to_dict(recipe.student),
+        num_classes=num_classes,
+        drop_path=drop_path,
+        image_size=image_size,
+        in_chans=in_chans,
+        prefix_tokens=prefix_tokens,
+        seed=recipe.seed,
+    )
+
+
+def scratch_student(run: Run, drop_path: float = 0.0) -> nn.Module:
+    """A student of new weights, whatever student.init says."""
+    return family_of(run.recipe).build(student_config(run, drop_path))
+
+
+def new_student(run: Run, drop_path: float = 0.0) -> nn.Module:
+    """The student before any training: initialised from the recipe's seed, or started from student.init."""
+    if not run.recipe.student.init:
+        return scratch_student(run, drop_path)
+    config = student_config(run, drop_path)
+    return upcycling.started(run, config, student_depths(run, config.depth))
+
+
+def student_depths(run: Run, blocks: int) -> tuple[int, ...]:
+    """Blocks per student module, of a student of so many blocks."""
+    return module_depths(run.recipe.student.depths, blocks, run.recipe.modules, "student")
+
+
+def student_modules(run: Run, drop_path: float = 0.0) -> list[StudentModule]:
+    """The student's modules before any training, with their stitch layers."""
+    recipe, teacher = run.recipe, run.teacher.model
+    student = new_student(run, drop_path)
+    check_pair(teacher, student)
+    depths = student_depths(run, len(student.blocks))
+    stitches = recipe.distill.stitches
+    bases = border_bases(run) if stitches != "linear" else None
+    return family_of(recipe).modules(student, depths, teacher.embed_dim, recipe.seed, stitches, bases)

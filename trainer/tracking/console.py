@@ -1,0 +1,30 @@
+"""What a process of the trainer writes to its terminal or log: its own lines, and little of what the libraries say."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+
+
+def quieten() -> None:
+    """Keep what is not about this run out of its log and its start; before the heavy imports."""
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)  # DeepSpeed's
+    # DeepSpeed compiles a function of an optimiser we never use while it is imported: 0.9 s for torch's compiler
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if not sys.stderr.isatty():  # bars drawn into files
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def set_up_logging(main: bool) -> None:
+    """Log lines of rank 0, errors alone of the others; of the libraries warnings and errors alone."""
+    logging.basicConfig(level=logging.INFO if main else logging.ERROR, format="%(levelname)s %(message)s", force=True)
+    for name in ("DeepSpeed", "deepspeed", "httpx", "httpx2", "huggingface_hub", "transformers", "timm"):
+        logging.getLogger(name).setLevel(logging.WARNING if main else logging.ERROR)
+
+
+def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    """Left-aligned columns; the last one as long as it wants."""
+    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head) - 1)] + [0]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [head, *lines])
