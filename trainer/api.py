@@ -25,7 +25,7 @@ from typing import Any
 from trainer.config.ds_config import read_ds_config
 from trainer.config.recipe import Recipe
 from trainer.distributed import interrupt
-from trainer.request.graph import in_one_job
+from trainer.request.graph import ALL, in_one_job, row_of
 from trainer.request.job import Job
 
 
@@ -44,10 +44,10 @@ def run_phase(
 
     Args:
         recipe: from load_recipe.
-        phase: teacher, meta, incubate, assemble, cluster, expert, distill, refine, train, evaluate, push or all.
+        phase: a row of the table of phases (teacher, meta, distill, train, evaluate, push, ...), or all.
         out: folder of the run; phases find each other's results there.
         ds_config: a DeepSpeed JSON file, or its values.
-        module: of phases that go by module (incubate, cluster, expert, distill, refine); None = all, one after another.
+        module: of phases that go by module (distill, ...); None = all, one after another.
         expert: of phase expert; None = all experts of the module one after another.
 
     Returns:
@@ -71,7 +71,7 @@ def run_phase(
     with _signals():
         execute(job)
     results = load_results(out)
-    if phase == "all":
+    if phase == ALL:
         return results
     return {name: results[name] for name in job.artifacts} if job.several else results[job.artifacts[0]]
 
@@ -111,45 +111,29 @@ def execute(job: Job) -> None:
 
 def _run(run: Any, job: Job, phase: str) -> None:
     """One phase; as part of all of them also its baselines, and the report before the push that wants it."""
-    from trainer.phases import assemble, distill, evaluate, expert, incubate, meta, push, refine, teacher, train
+    from trainer.phases import code_of
 
-    start = run.recipe.train.start
-    if phase == "teacher":
-        teacher.run(run)
-    elif phase == "meta":
-        meta.run(run)
-    elif phase == "incubate":
-        for i in job.modules:
-            incubate.run(run, i)
-    elif phase == "assemble":
-        assemble.run(run)
-    elif phase == "cluster":
-        for i in job.modules:
-            expert.run_clusters(run, i)
-    elif phase == "expert":
-        for i in job.modules:
-            for j in job.experts:
-                expert.run(run, i, j)
-    elif phase == "distill":
-        for i in job.modules:
-            distill.run(run, i)
-    elif phase == "refine" and in_one_job(run.recipe, phase):
-        refine.run_together(run)
-    elif phase == "refine":
-        for i in job.modules:
-            refine.run(run, i)
-    elif phase == "train":
-        train.run(run, start)
-        for baseline in run.recipe.train.baselines if job.phase == "all" else ():
-            train.run(run, baseline)
-    elif phase == "evaluate":
-        evaluate.run(run, start)
-        if job.phase == "all" and run.dist.main:
-            from trainer.report.write import write_report
+    code, row = code_of(phase), row_of(phase)
+    if row.by_start:
+        code.run(run, job.recipe.train.start)
+    elif in_one_job(job.recipe, phase):
+        code.run(run, None)
+    elif row.repeated == "expert":
+        for module in job.modules:
+            for expert in job.experts:
+                code.run(run, module, expert)
+    elif row.repeated:
+        for module in job.modules:
+            code.run(run, module)
+    else:
+        code.run(run)
+    if job.phase == ALL and phase == "train":
+        for baseline in job.recipe.train.baselines:
+            code.run(run, baseline)
+    if job.phase == ALL and phase == "evaluate" and run.dist.main:
+        from trainer.report.write import write_report
 
-            print(write_report(run.out), flush=True)
-    elif phase == "push":
-        push.run(run)
+        print(write_report(run.out), flush=True)
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from trainer.config.load import build, first_difference, read_yaml, to_dict
 from trainer.config.recipe import Recipe
 from trainer.config.redaction import refuse_secrets
 from trainer.disk import file_record, write_json, write_text
-from trainer.request.graph import _command, artifact_name, defining
-from trainer.request.stages import FOLLOWING, Stage
+from trainer.request.graph import artifact_name, command_of, defining
+from trainer.request.stages import DOWNLOAD, FOLLOWING, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +67,7 @@ def require(out: Path, name: str, recipe: Recipe, needed_by: str) -> tuple[Path,
         ValueError: missing, unfinished, made with another recipe, or a file truncated or altered.
     """
     folder = out / name
-    command = _command(name)
+    command = command_of(name)
     if not folder.is_dir():
         raise ValueError(f"{needed_by} needs {folder}, which does not exist: run {command} --out {out} first")
     if not (folder / "result.json").is_file():
@@ -116,7 +116,7 @@ def reading(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        again = f"delete {folder} and run {_command(folder.name)} again"
+        again = f"delete {folder} and run {command_of(folder.name)} again"
         raise ValueError(f"{str(error).rstrip('.')}: {again}") from None
 
 
@@ -160,7 +160,7 @@ def _refuse_other_recipe(folder: Path, name: str, recipe: Recipe, what: str) -> 
         # through the schema: a key that came later has its default, and nothing odd is compared or shown
         there = defining(to_dict(build(Recipe, read_yaml(path.read_text(), str(path))["recipe"])), name)
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{path} is truncated or altered: delete {folder} and run {_command(name)} again") from None
+        raise ValueError(f"{path} is truncated or altered: delete {folder} and run {command_of(name)} again") from None
     difference = first_difference(there, defining(to_dict(recipe), name))
     if difference:
         raise ValueError(f"{what} ({difference}): use another --out, or the recipe in {path}")
@@ -181,7 +181,7 @@ def missing(stage: Stage, out: Path, recipe: Recipe) -> list[int]:
             elsewhere = stage.phase == "push" and _pushed_to(out, recipe) != [recipe.hub.repo, recipe.hub.revision]
             if made != sorted(made) or elsewhere:  # an input was made anew since
                 todo.append(i)
-        elif stage.phase != "download":
+        elif stage.phase != DOWNLOAD:
             require(out, name, recipe, "the chain")
     return todo
 

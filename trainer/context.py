@@ -23,14 +23,24 @@ from trainer.config.phases import ScheduleConfig
 from trainer.config.recipe import Recipe
 from trainer.data.base import ImageSource
 from trainer.data.sources import open_source
-from trainer.distributed.engine import Engine, build_engine, working_type
+from trainer.distributed.engine import build_engine, working_type
 from trainer.distributed.ranks import Dist, seed_everything
 from trainer.evaluation.accuracy import eval_batch, evaluate
 from trainer.loop.fit import Data, Outcome, Task, epoch_length, fit
-from trainer.request.graph import artifact_name, in_one_job, own_teacher
+from trainer.request.graph import artifact_name, experts_in, in_one_job, own_teacher, row_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training came to, and what it cost."""
+
+    outcome: Outcome
+    weights: dict[str, Tensor]  # to publish: canonical names, fp32, on the CPU
+    epochs: int
+    flops_per_image: int
 
 
 class Opened:
@@ -136,14 +146,24 @@ class Run:
         """The teacher's modules, frozen."""
         return split(self.teacher.model, self.teacher_depths)
 
-    def settings(self, section: str, schedule: ScheduleConfig, num_experts: int = 0) -> Settings:
-        """The DeepSpeed JSON resolved for a section of the recipe and this world."""
-        d, group = self.dist, self.recipe.student.moe.images_per_group
+    def settings(self, section: str) -> Settings:
+        """The DeepSpeed JSON resolved for what a section of the recipe trains, in this world.
+
+        Raises:
+            ValueError: batches that do not fit each other, the ranks or the student's groups of images.
+        """
+        recipe = self.recipe
+        experts = experts_in(recipe, section)
         settings = resolve(
-            self.ds_values, schedule, world=d.world, local_world=d.local_world, num_experts=num_experts,
+            self.ds_values,
+            getattr(recipe, section),
+            world=self.dist.world,
+            local_world=self.dist.local_world,
+            num_experts=experts,
             phase=section,
-        )  # fmt: skip
-        if num_experts and group and settings.micro_batch % group:
+        )
+        group = recipe.student.moe.images_per_group
+        if experts and group and settings.micro_batch % group:
             raise ValueError(
                 f"student.moe.images_per_group is {group}, which does not divide the micro-batch of "
                 f"{settings.micro_batch} images: change it, {section}.global_batch or the DeepSpeed JSON"
@@ -154,69 +174,108 @@ class Run:
         self, phase: str, module: int | None = None, start: str = "distilled", expert: int | None = None
     ) -> tuple[Path, bool]:
         """The artifact's folder, created on rank 0, and whether it is complete already (collective)."""
-        name = artifact_name(phase, module, start, expert)
-        found = self.out / name, False
         recipe = self.recipe
-        asked = None if in_one_job(recipe, phase) else module  # what --config asks for when it repeats this
-        about = {"phase": phase, "module": asked, "command": self.command, "ds_config": self.ds_values}
-        about |= {} if expert is None else {"expert": expert}
-        if phase in ("train", "evaluate"):  # --config repeats this start, also where --phase all trains baselines
+        name = artifact_name(phase, module, start, expert)
+        asked_for = None if in_one_job(recipe, phase) else module
+        # what --config repeats
+        about = {"phase": phase, "module": asked_for, "command": self.command, "ds_config": self.ds_values}
+        if expert is not None:
+            about["expert"] = expert
+        if row_of(phase).by_start:  # this start, also where --phase all trains baselines
             recipe = replace(recipe, train=replace(recipe.train, start=start))
+        folder, complete = self.out / name, False
         with self.dist.together():
             if self.dist.main:
-                found = artifacts.open_folder(self.out, name, recipe, about)
-        done = bool(self.dist.gather(found[1])[0])
-        if done and self.dist.main:
-            log.info("%s is complete: nothing to do", found[0])
-        return found[0], done
+                folder, complete = artifacts.open_folder(self.out, name, recipe, about)
+        complete = bool(self.dist.gather(complete)[0])
+        if complete and self.dist.main:
+            log.info("%s is complete: nothing to do", folder)
+        return folder, complete
 
-    def train(self, objective: Any, data: Data, schedule: ScheduleConfig, settings: Settings, folder: Path,
-              description: str, *, layer_decay: float = 1.0, ema: float = 0.0, evaluate_start: bool = False,
-              ) -> tuple[Outcome, dict[str, Tensor], Engine]:  # fmt: skip
-        """Seed, wrap, train, and return the outcome, the weights to publish (canonical, fp32, CPU) and the engine.
+    def train(
+        self,
+        objective: Any,
+        data: Data,
+        schedule: ScheduleConfig,
+        settings: Settings,
+        folder: Path,
+        description: str,
+        *,
+        layer_decay: float = 1.0,
+        ema: float = 0.0,
+        evaluate_start: bool = False,
+    ) -> Trained:
+        """Train what an objective trains, from the seed or from the newest checkpoint of `folder`, to the last epoch.
 
         Args:
+            description: as in progress lines, e.g. "distill 2/4".
             layer_decay, ema: see build_engine; with ema the weights to publish are the average.
             evaluate_start: evaluate before the first step too (Outcome.start).
         """
-        r = self.recipe
-        seed_everything(r.seed, self.dist.rank, r.run.deterministic)
-        task = Task(folder.name, description, schedule.epochs, r.seed, r.run, evaluate_start)
-        per_epoch = epoch_length(data, settings)
+        run = self.recipe.run
+        flops_per_image = objective.flops_per_image  # counted on the plain module: the engine takes experts out of it
+        seed_everything(self.recipe.seed, self.dist.rank, run.deterministic)
+        task = Task(folder.name, description, schedule.epochs, self.recipe.seed, run, evaluate_start)
         engine = build_engine(
-            objective.module, schedule, settings, steps_per_epoch=per_epoch, dist=self.dist,
-            layer_decay=layer_decay, ema=ema,
-        )  # fmt: skip
+            objective.module,
+            schedule,
+            settings,
+            steps_per_epoch=epoch_length(data, settings),
+            dist=self.dist,
+            layer_decay=layer_decay,
+            ema=ema,
+        )
         outcome = fit(engine, objective, data, task, folder, self.dist)
         with engine.published():  # clones: in an fp32 run on the CPU the state is views of the weights
-            state = {name: value.clone() for name, value in engine.fp32_state().items()}
-        return outcome, state, engine
+            weights = {name: value.clone() for name, value in engine.fp32_state().items()}
+        engine.close()
+        return Trained(outcome, weights, schedule.epochs, flops_per_image)
+
+    def left_as_it_is(self, objective: Any, settings: Settings) -> Trained:
+        """The same of what is not trained: its weights as they are, measured in its place."""
+        weights = {name: tensor.clone() for name, tensor in objective.module.state_dict().items()}
+        return Trained(self.measure(objective, settings), weights, epochs=0, flops_per_image=0)
 
     def measure(self, objective: Any, settings: Settings) -> Outcome:
         """What is reached without training: `objective.predict` evaluated, in an outcome of no steps.
 
         Moves the objective's modules to the device and to the type they would train in.
         """
-        started, dtype = time.perf_counter(), working_type(settings)
+        started = time.perf_counter()
+        dtype = working_type(settings)
         for module in (objective.module, *objective.frozen):
             module.to(self.dist.device, dtype)
-        found = evaluate(objective, self.data, dtype, self.eval_batch(settings), self.dist)
-        return Outcome(found, time.perf_counter() - started, steps=0, images_seen=0)
+        evaluation = evaluate(objective, self.data, dtype, self.eval_batch(settings), self.dist)
+        return Outcome(evaluation, time.perf_counter() - started, steps=0, images_seen=0)
 
     def eval_batch(self, settings: Settings) -> int:
         """Images per rank and forward in evaluation."""
         return eval_batch(self.recipe.run, settings)
 
-    def finish(self, folder: Path, phase: str, module: int | None, outcome: Outcome, settings: Settings, *,
-               epochs: int, flops_per_image: int, metrics: dict[str, float], extra_flops: int = 0,
-               made_with: dict[str, Any] | None = None) -> None:  # fmt: skip
-        """Write result.json on rank 0 and let the others wait for it.
+    def finish(
+        self,
+        folder: Path,
+        phase: str,
+        module: int | None,
+        trained: Trained,
+        settings: Settings,
+        *,
+        metrics: Mapping[str, float],
+        weights: Mapping[str, Tensor] | None = None,
+        extra_flops: float = 0,
+        made_with: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        """Write the weights and, last, result.json on rank 0, and let the others wait for it.
 
         Args:
+            weights: for model.safetensors; None = whatever the phase has written itself.
             extra_flops: beside those per image, e.g. of clustering.
             made_with: what the artifact came from beside the recipe (teacher, meta, init), by name.
         """
+        outcome = trained.outcome
         if self.dist.main:
+            if weights is not None:
+                save_weights(folder / "model.safetensors", weights)
             result = {
                 "phase": phase,
                 "module": module,
@@ -224,8 +283,8 @@ class Run:
                 "seconds": outcome.seconds,
                 "images_seen": outcome.images_seen,
                 "steps": outcome.steps,
-                "epochs": epochs,
-                "flops": float(outcome.images_seen * flops_per_image + extra_flops),
+                "epochs": trained.epochs,
+                "flops": float(outcome.images_seen * trained.flops_per_image + extra_flops),
                 "world_size": self.dist.world,
                 "ep_size": settings.ep_size,
                 "global_batch": settings.global_batch,
@@ -233,13 +292,13 @@ class Run:
                 "command": self.command,
                 "data": self.sources[0].origin,
                 "health": outcome.health,
-                **(made_with or {}),
+                **made_with,
             }
             artifacts.write_result(folder, result)
         self.dist.barrier()
 
 
-def save_weights(path: Path, state: dict[str, Tensor]) -> None:
+def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write safetensors beside, then rename."""
     beside = path.with_name(path.name + ".tmp")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside)

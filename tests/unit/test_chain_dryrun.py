@@ -40,22 +40,22 @@ def dry_run(tmp_path, *overrides):
 def test_every_artifact_of_the_chain_has_a_cost(tmp_path, overrides):
     dry, _ = dry_run(tmp_path, *overrides)
     made = {name for stage in chain(dry.recipe) if stage.phase in TRAINING for name in stage.artifacts}
-    assert made <= dry.flops.keys() and made <= dry.images.keys()
+    assert made <= dry.costs.keys()
 
 
 def test_experts_share_the_images_and_a_second_round_costs_its_predecessors(tmp_path):
     dry, found = dry_run(tmp_path, "distill.level=expert", "refine.epochs=8", "expert.epochs=3")
-    assert dry.images["cluster_1"] == 80 + 320  # expert.cluster_images, then all are assigned
-    assert {dry.images[f"expert_2_{j}"] for j in range(4)} == {3 * 320 / 4}
+    assert dry.costs["cluster_1"].images == 80 + 320  # expert.cluster_images, then all are assigned
+    assert {dry.costs[f"expert_2_{j}"].images for j in range(4)} == {3 * 320 / 4}
     assert any(line.startswith("expert_0: 4 experts, each about 15 steps of 16 images") for line in found)
-    assert dry.flops["refine_0"] == 0 and dry.images["refine_1"] == dry.images["distill_1"] == 8 * 320
+    assert dry.costs["refine_0"].flops == 0 and dry.costs["refine_1"].images == dry.costs["distill_1"].images == 8 * 320
     # the student's own first module comes in front of what distill_1 costs: one forward, a third of a training step
-    before = dry.flops["refine_1"] - dry.flops["distill_1"]
-    assert 0 < before < dry.flops["distill_0"] / 3
+    before = dry.costs["refine_1"].flops - dry.costs["distill_1"].flops
+    assert 0 < before < dry.costs["distill_0"].flops / 3
     tokens, _ = dry_run(
         tmp_path, "distill.level=expert", "expert.epochs=3", "expert.assign=token", "distill.border=mse"
     )
-    assert tokens.images["expert_0_0"] == 3 * 320  # all images, each with its own tokens
+    assert tokens.costs["expert_0_0"].images == 3 * 320  # all images, each with its own tokens
     assert tokens.apart == dry.apart > 4 * 3 * 1000
 
 
@@ -65,13 +65,13 @@ def test_taught_together_modules_share_the_passes_of_teacher_and_student(tmp_pat
     together, found = dry_run(tmp_path, *words, "refine.order=together")
     assert any(line.startswith("refine: 160 steps of 16 images") and line.endswith("at once") for line in found)
     names = [f"refine_{i}" for i in range(3)]
-    assert {together.images[name] for name in names} == {8 * 320}
-    spent = sum(together.flops[name] for name in names) / (8 * 320)
+    assert {together.costs[name].images for name in names} == {8 * 320}
+    spent = sum(together.costs[name].flops for name in names) / (8 * 320)
     run = together.run  # student modules count with their stitches
     student = sum(training_flops(module, run.tokens) for module in student_modules(run))
     assert spent == forward_flops(run.teacher.model, run.tokens) + student
     in_order, _ = dry_run(tmp_path, *words, "refine.order=sequential")
-    assert spent < sum(in_order.flops[name] for name in names) / (8 * 320)
+    assert spent < sum(in_order.costs[name].flops for name in names) / (8 * 320)
 
 
 def test_the_average_and_more_rounds_need_more_room(tmp_path):
@@ -92,7 +92,7 @@ def test_a_given_student_needs_no_teacher(tmp_path):
         tmp_path / "given", preprocessing=made.run.teacher.preprocessing, labels=list("0123456789")
     )
     dry, found = dry_run(tmp_path, f"train.init={tmp_path / 'given'}")
-    assert dry.flops["train"] == made.flops["train"] and "teacher" not in dry.flops
+    assert dry.costs["train"].flops == made.costs["train"].flops and "teacher" not in dry.costs
     assert not any(line.startswith(("teacher", "meta", "distill")) for line in found)
     watched, _ = dry_run(tmp_path, f"train.init={tmp_path / 'given'}", "train.kd_weight=0.5")
-    assert watched.flops["train"] > dry.flops["train"] and "teacher" in watched.flops
+    assert watched.costs["train"].flops > dry.costs["train"].flops and "teacher" in watched.costs

@@ -18,7 +18,7 @@ from trainer.config.load import load_recipe, to_dict
 from trainer.context import Opened, Run
 from trainer.distributed.ranks import Dist
 from trainer.objectives import Classify, Distill, MatchTeacher
-from trainer.request.graph import PHASES
+from trainer.request.graph import phase_help
 from trainer.teaching.meta import new_meta
 from trainer.teaching.students import student_config, student_modules
 
@@ -93,7 +93,7 @@ def test_the_header_names_its_command(name):
     flags, overrides, world = command_of(name)
     assert flags["--recipe"] == f"recipes/{name}"
     assert (ROOT / flags["--ds_config"]).is_file()
-    assert flags["--phase"] in PHASES
+    assert flags["--phase"] in phase_help()
     assert flags["--out"].startswith("runs/")
     assert world >= 1
     load_recipe(ROOT / flags["--recipe"], overrides)
@@ -102,12 +102,11 @@ def test_the_header_names_its_command(name):
 @every_recipe
 def test_it_resolves_for_the_command_it_names(name):
     run = full_size(name)
-    experts = run.recipe.student.moe.num_experts
     for section in PHASE_SECTIONS:
         if section == "teacher" and run.recipe.teacher.source:
             continue
         schedule = getattr(run.recipe, section)
-        s = run.settings(section, schedule, experts if section in ("distill", "train") else 0)
+        s = run.settings(section)
         assert s.global_batch == schedule.global_batch == s.micro_batch * s.accumulation * run.dist.world
         assert s.clip == (schedule.clip or 0)
         assert s.ep_size in (1, run.dist.world)
@@ -225,5 +224,5 @@ def test_a_micro_batch_that_makes_no_whole_routing_groups_is_refused():
     assert micro % group
     message = f"images_per_group is {group}, which does not divide the micro-batch of {micro} images"
     with pytest.raises(ValueError, match=message):
-        changed.settings("train", recipe.train, num_experts=4)
-    assert changed.settings("train", recipe.train, num_experts=0).micro_batch == micro
+        changed.settings("train")
+    assert changed.settings("teacher").micro_batch  # has no experts

@@ -17,7 +17,7 @@ from trainer import artifacts, disk
 from trainer.config.ds_config import Settings
 from trainer.config.load import build
 from trainer.config.recipe import Recipe
-from trainer.context import Run, save_weights
+from trainer.context import Run, Trained, save_weights
 from trainer.distributed.ranks import Dist
 from trainer.loop.fit import Outcome
 from trainer.teaching import reuse
@@ -68,8 +68,8 @@ def donor(teachers, tmp_path_factory):
         folder, _ = run.open(phase, number)
         save_weights(folder / "model.safetensors", fill(module, len(str(folder)) + (number or 0)))
         metrics = {"accuracy": 0.5, "hybrid_accuracy/0": 0.25, "hybrid_accuracy/1": 0.75}
-        run.finish(folder, phase, number, outcome, SETTINGS, epochs=1, flops_per_image=5, metrics=metrics,
-                   made_with=made_with)  # fmt: skip
+        trained = Trained(outcome, {}, epochs=1, flops_per_image=5)
+        run.finish(folder, phase, number, trained, SETTINGS, metrics=metrics, made_with=made_with)
         if phase == "meta":
             made_with = made_with | {"meta": disk.file_record(folder / "model.safetensors")}
     return out
@@ -83,7 +83,8 @@ def copy(donor, tmp_path):
 
 def take(run: Run) -> None:
     """Phases meta and distill with their sources."""
-    reuse.check(run, ["meta", "distill"])
+    reuse.check_meta(run)
+    reuse.check_modules(run)
     reuse.take_meta(run, run.open("meta")[0])
     for i in range(run.recipe.modules):
         reuse.take_module(run, i, run.open("distill", i)[0])
@@ -126,7 +127,7 @@ def test_a_pushed_pair_is_taken_from_the_hub(donor, teachers, tmp_path, monkeypa
         _, result = artifacts.require(run.out, "distill_1", run.recipe, "a test")
         assert result["source"] == f"alice/pair@{commit}/distill_1"
         with pytest.raises(ValueError, match=r"meta/config\.yaml of 'alice/pair' at revision 'v9'"):
-            reuse.check(new_run(tmp_path / "x", teachers / "one", meta={"source": "alice/pair@v9"}), ["meta"])
+            reuse.check_meta(new_run(tmp_path / "x", teachers / "one", meta={"source": "alice/pair@v9"}))
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,9 @@ def test_what_does_not_fit_names_both_sides(donor, teachers, tmp_path, sections,
     for name in ("meta", "distill"):
         sections[name] = {"source": str(donor)} | sections[name]
     with pytest.raises(ValueError, match=message):
-        reuse.check(new_run(tmp_path / "run", teachers / "one", **sections), ["meta", "distill"])
+        run = new_run(tmp_path / "run", teachers / "one", **sections)
+        reuse.check_meta(run)
+        reuse.check_modules(run)
 
 
 def test_another_teacher_is_named_with_its_weights(donor, teachers, tmp_path):
@@ -228,8 +231,8 @@ def test_training_starts_from_a_saved_model(teachers, tmp_path):
         assert torch.equal(student.state_dict()[name], value.float())
     wrong = new_run(tmp_path / "run", teachers / "one", train={"init": str(tmp_path / "model")}, student={"heads": 4})
     with pytest.raises(ValueError, match=r"train\.init .*/model has heads 2, but 4 is asked for"):
-        reuse.check(wrong, ["train"])
+        reuse.check_student(wrong)
     saved.preprocessing = None
     VMoE(saved.config).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="does not say what its images must look like"):
-        reuse.check(run, ["train"])
+        reuse.check_student(run)

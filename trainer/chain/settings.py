@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.knobs import knob, require
+from trainer.request.graph import stage_names
+from trainer.request.stages import DOWNLOAD
 
 COMMANDS = ("submit", "plan", "status", "cancel")
-STAGES = ("download", "teacher", "meta", "incubate", "assemble", "cluster", "expert", "distill", "refine", "train",
-          "train_scratch", "train_scratch_equal_cost", "train_upcycled", "evaluate", "push")  # fmt: skip
-ONLINE = ("download", "push")  # one task without GPU on a node with internet
+STAGES = (DOWNLOAD, *stage_names())
+ONLINE = (DOWNLOAD, "push")  # one task without GPU on a node with internet
 TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 
 

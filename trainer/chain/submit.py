@@ -26,7 +26,8 @@ from trainer.chain.settings import ONLINE, Settings
 from trainer.config.ds_config import read_ds_config, resolve
 from trainer.config.load import load_recipe, to_dict
 from trainer.config.recipe import Recipe
-from trainer.request.stages import FOLLOWING, Stage, chain
+from trainer.request.graph import experts_in, row_of
+from trainer.request.stages import DOWNLOAD, FOLLOWING, Stage, chain
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("submitted", "stage", "array", "job", "depends", "script")
@@ -82,12 +83,17 @@ def load(settings: Settings) -> tuple[Recipe, dict]:
     recipe = load_recipe(settings.recipe, settings.recipe_overrides)
     ds_values = read_ds_config(settings.ds_config, [o for o in settings.overrides if o.startswith("ds.")])
     for stage in chain(recipe):
-        section = {"cluster": "expert"}.get(stage.phase, stage.phase)
-        if hasattr(recipe, section):
-            moe = recipe.student.moe.num_experts if section in ("distill", "refine", "train") else 0
+        section = "" if stage.phase == DOWNLOAD else row_of(stage.phase).section
+        if section:
             local = settings.ranks_per_node
-            resolve(ds_values, getattr(recipe, section), world=settings.nodes_of(stage.setting) * local,
-                    local_world=local, num_experts=moe, phase=section)  # fmt: skip
+            resolve(
+                ds_values,
+                getattr(recipe, section),
+                world=settings.nodes_of(stage.setting) * local,
+                local_world=local,
+                num_experts=experts_in(recipe, section),
+                phase=section,
+            )
     return recipe, ds_values
 
 

@@ -13,7 +13,7 @@ from trainer.cli import manual
 from trainer.cli.replay import Saved, read_saved
 from trainer.config.ds_config import ds_origins, read_ds_config
 from trainer.config.load import all_keys, load_recipe, origins
-from trainer.request.graph import PHASES
+from trainer.request.graph import phase_help
 from trainer.request.job import Job
 
 IMPORT_SETTINGS = ("heads", "k")
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--recipe", help="recipes/*.yaml: what is trained")
     flags.add_argument("--ds_config", help="ds_configs/*.json: how it is spread over ranks")
-    flags.add_argument("--phase", help=", ".join(PHASES))
+    flags.add_argument("--phase", help=", ".join(phase_help()))
     flags.add_argument("--module", help="phases that go by module (distill, ...): module 0..N-1, or all (default)")
     flags.add_argument("--expert", help="phase expert: expert 0..E-1 of the module, or all (default)")
     flags.add_argument("--out", help="folder of the run; phases find each other's results there")
@@ -90,7 +90,7 @@ def read_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         ValueError: something missing, contradictory or unknown.
     """
     words = [word for word in options.words if "=" not in word]
-    if words and words[0] not in PHASES and (near := difflib.get_close_matches(words[0], manual.COMMANDS, n=1)):
+    if words and words[0] not in phase_help() and (near := difflib.get_close_matches(words[0], manual.COMMANDS, n=1)):
         raise ValueError(f"there is no command {words[0]}. Did you mean {near[0]}?")
     if not options.out:
         raise ValueError("--out is missing: give the folder of the run, e.g. --out runs/demo")

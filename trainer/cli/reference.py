@@ -15,7 +15,7 @@ import trainer
 from trainer.cli import flags as cli
 from trainer.cli import manual
 from trainer.config.ds_config import PASSED_ON, REFUSED, TRAINER_KEYS
-from trainer.request.graph import PHASES
+from trainer.request.graph import phase_help
 from trainer.request.job import EXIT_CODES
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "reference.md"
@@ -36,7 +36,7 @@ def _command_line() -> list[str]:
     lines = ["## Command line", "", "| flag | meaning |", "|---|---|"]
     lines += [_row(f"`{', '.join(action.option_strings)}`", action.help) for action in flags]
     lines += ["", "| phase | what it does |", "|---|---|"]
-    lines += [_row(f"`--phase {name}`", what) for name, what in PHASES.items()]
+    lines += [_row(f"`--phase {name}`", what) for name, what in phase_help().items()]
     lines += ["", "| command | what it does |", "|---|---|"]
     lines += [_row(f"`{usage}`", what) for usage, what in manual.COMMANDS.values()]
     lines += ["", "| exit code | meaning |", "|---|---|"]

@@ -175,6 +175,10 @@ class ExpertConfig(ScheduleConfig):
     cluster_images: int = knob(2000, "training images the clusters are computed from")
 
 
+# of end-to-end training: from the distilled modules, and its rivals
+STARTS = ("distilled", "scratch", "scratch_equal_cost", "upcycled")
+
+
 @dataclass(frozen=True)
 class TrainConfig(ScheduleConfig):
     """End-to-end training of the assembled student."""
@@ -200,9 +204,9 @@ class TrainConfig(ScheduleConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        starts = ("scratch", "scratch_equal_cost", "upcycled")
+        rivals = STARTS[1:]
         for name in self.baselines:
-            require(name in starts, "train.baselines", name, ", ".join(starts))
+            require(name in rivals, "train.baselines", name, ", ".join(rivals))
         require(0 <= self.kd_weight <= 1, "train.kd_weight", self.kd_weight, "0 (off) to 1")
         require(self.kd_tau > 0, "train.kd_tau", self.kd_tau, "a positive temperature")
         for name in ("border_weight", "border_epochs", "routing_weight"):

@@ -6,54 +6,100 @@ distill.level=expert the module starts from its experts, which phase expert has 
 
 from __future__ import annotations
 
-from trainer.context import Run, save_weights
+import torch
+
+from models.modules.meta import MetaModel
+from models.modules.stitch import StudentModule
+from trainer.context import Run
 from trainer.objectives import Distill
-from trainer.teaching import reuse, upcycling
-from trainer.teaching.experts import Assembly
+from trainer.request.graph import taught_by_expert
+from trainer.teaching import experts, reuse, upcycling
+from trainer.teaching.estimate import Known, Rehearsed, blank_images, of_training
+from trainer.teaching.experts import Assembly, assembly_flops
 from trainer.teaching.guidance import module_guide
-from trainer.teaching.meta import trained_meta
+from trainer.teaching.meta import new_meta, trained_meta
 from trainer.teaching.students import student_modules
 
 
 def run(run: Run, module: int) -> None:
     """Train OUT/distill_<module>, or take it from distill.source."""
-    recipe, d = run.recipe, run.recipe.distill
-    folder, done = run.open("distill", module)
-    if done:
+    recipe, schedule = run.recipe, run.recipe.distill
+    folder, complete = run.open("distill", module)
+    if complete:
         return
-    if d.source:
+    if schedule.source:
         reuse.take_module(run, module, folder)
         return
     meta, meta_result = trained_meta(run, f"--phase distill --module {module}")
-    assembly = Assembly(run, module) if d.level == "expert" else None
-    student = assembly.student if assembly else student_modules(run, d.drop_path)[module]
-    settings = run.settings("distill", d, recipe.student.moe.num_experts)
-    stage = run.teacher_stages()[module]
+    assembly = Assembly(run, module) if taught_by_expert(recipe) else None
+    student = assembly.student if assembly else student_modules(run, schedule.drop_path)[module]
+    settings = run.settings("distill")
     made_with = {"teacher": run.teacher_record, "meta": meta_result["files"]["model.safetensors"]}
     made_with |= upcycling.record(run)
-    extra_flops = (assembly.flops if assembly else 0) + upcycling.spent(run) // recipe.modules
-    guide, guide_flops = module_guide(run, student, stage) if d.epochs else (None, 0)
-    smoothing = recipe.augment.label_smoothing
-    objective = Distill(student, stage, meta, module, d, run.tokens, smoothing, guide=guide)
-    if d.epochs:
-        outcome, state, engine = run.train(
-            objective, run.data, d, settings, folder, f"distill {module + 1}/{recipe.modules}",
-            evaluate_start=assembly is not None,
-        )  # fmt: skip
-        engine.close()
+    taught, spent = objective(run, module, student, meta, guided=schedule.epochs > 0)
+    spent += upcycling.spent(run) // recipe.modules
+    if schedule.epochs:
+        what = f"distill {module + 1}/{recipe.modules}"
+        from_experts = assembly is not None
+        trained = run.train(taught, run.data, schedule, settings, folder, what, evaluate_start=from_experts)
     else:
-        state = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-        outcome = run.measure(objective, settings)
-    if run.dist.main:
-        save_weights(folder / "model.safetensors", state)
+        trained = run.left_as_it_is(taught, settings)
+    outcome = trained.outcome
     metrics = outcome.evaluation | {
         "hybrid_accuracy": outcome.evaluation["accuracy"],
         "teacher_hybrid_accuracy": meta_result["metrics"][f"hybrid_accuracy/{module}"],
     }
     if assembly:
-        metrics |= assembly.metrics(state) | {"start_accuracy": (outcome.start or outcome.evaluation)["accuracy"]}
+        spent += assembly.flops
+        metrics |= assembly.metrics(trained.weights)
+        metrics["start_accuracy"] = (outcome.start or outcome.evaluation)["accuracy"]
     run.finish(
-        folder, "distill", module, outcome, settings,
-        epochs=d.epochs, flops_per_image=objective.flops_per_image, extra_flops=extra_flops + guide_flops,
-        metrics=metrics, made_with=made_with,
-    )  # fmt: skip
+        folder,
+        "distill",
+        module,
+        trained,
+        settings,
+        metrics=metrics,
+        weights=trained.weights,
+        extra_flops=spent,
+        made_with=made_with,
+    )
+
+
+def objective(
+    run: Run, module: int, student: StudentModule, meta: MetaModel, *, guided: bool = False
+) -> tuple[Distill, int]:
+    """A student module beside the teacher's inside the meta model.
+
+    Args:
+        guided: make the teacher's routers that distill.routing_weight asks for; a rehearsal does without.
+
+    Returns:
+        The objective, and the FLOPs it took to make those routers.
+    """
+    recipe = run.recipe
+    stage = run.teacher_stages()[module]
+    guide, spent = module_guide(run, student, stage) if guided else (None, 0)
+    smoothing = recipe.augment.label_smoothing
+    return Distill(student, stage, meta, module, recipe.distill, run.tokens, smoothing, guide=guide), spent
+
+
+def check(run: Run) -> None:
+    """Whether the modules of distill.source fit, and whether experts can be taught one by one."""
+    reuse.check_modules(run)
+    if taught_by_expert(run.recipe):
+        experts.check(run)
+
+
+def rehearse(run: Run, module: int, known: Known) -> Rehearsed:
+    """One image through the hybrid, and what teaching the module will cost."""
+    recipe = run.recipe
+    student, meta = student_modules(run, recipe.distill.drop_path)[module], new_meta(run)
+    taught, _ = objective(run, module, student, meta)
+    with torch.no_grad():
+        taught.predict(blank_images(run))
+    assembling = assembly_flops(run, meta, student, module) if taught_by_expert(recipe) else 0
+    found = of_training(run, "distill", f"distill_{module}", taught.flops_per_image, extra_flops=assembling)
+    if not recipe.distill.epochs:
+        return Rehearsed("left as it starts: distill.epochs is 0", found.costs)
+    return found

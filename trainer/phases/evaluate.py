@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import time
 
-from trainer import artifacts, disk
-from trainer.context import Run
+from trainer import artifacts
+from trainer.context import Run, Trained
+from trainer.disk import write_json
 from trainer.evaluation.accuracy import Predictor, evaluate
 from trainer.evaluation.analysis import Analysis
 from trainer.loop.fit import Outcome
-from trainer.request import graph
+from trainer.request.graph import artifact_name
 from trainer.teaching.families import family_of
 
 
 def run(run: Run, start: str) -> None:
     """Write OUT/evaluate (or evaluate_scratch...) with analysis.json; always measures anew, whatever was there."""
-    name = graph.artifact_name("train", start=start)
+    name = artifact_name("train", start=start)
     trained, _ = artifacts.require(run.out, name, run.recipe, "--phase evaluate")
     folder, _ = run.open("evaluate", start=start)
     started = time.perf_counter()
-    settings = run.settings("train", run.recipe.train, run.recipe.student.moe.num_experts)
+    settings = run.settings("train")
     with artifacts.reading(trained):
         student = family_of(run.recipe).load(str(trained)).to(run.dist.device)
     data = run.data_for(student.preprocessing)
     analysis = Analysis(student, data.val, student.preprocessing, run.dist)
-    metrics = evaluate(Predictor(student, student), data, next(student.parameters()).dtype,
-                       run.eval_batch(settings), run.dist, observe=analysis.observe)  # fmt: skip
-    found = analysis.summary()
+    dtype = next(student.parameters()).dtype
+    batch = run.eval_batch(settings)
+    metrics = evaluate(Predictor(student, student), data, dtype, batch, run.dist, observe=analysis.observe)
+    summary = analysis.summary()
     if run.dist.main:
-        disk.write_json(folder / "analysis.json", found)
+        write_json(folder / "analysis.json", summary)
     outcome = Outcome(metrics, time.perf_counter() - started, steps=0, images_seen=int(metrics["images"]))
-    run.finish(folder, "evaluate", None, outcome, settings, epochs=0, flops_per_image=0, metrics=metrics)
+    measured = Trained(outcome, {}, epochs=0, flops_per_image=0)
+    run.finish(folder, "evaluate", None, measured, settings, metrics=metrics)

@@ -1,4 +1,4 @@
-"""Phases cluster and expert: share a module's images out among its experts, and teach each expert alone.
+"""Phase expert: teach every expert of a module alone, as a dense module. Experimental (docs/studies.md).
 
 Every expert is an independent job: it needs teacher, meta model and clusters, and nothing of another expert.
 """
@@ -6,51 +6,91 @@ Every expert is an independent job: it needs teacher, meta model and clusters, a
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
-from trainer.context import Run, save_weights
+from models.modules.meta import MetaModel
+from models.modules.stitch import StudentModule
+from trainer.context import Run, Trained
 from trainer.loop.fit import Outcome
-from trainer.request.graph import artifact_name
+from trainer.objectives import Distill
+from trainer.objectives.distill import DistillTokens
 from trainer.teaching import clusters, experts
-from trainer.teaching.meta import trained_meta
+from trainer.teaching.clusters import Clusters
+from trainer.teaching.estimate import Known, Rehearsed, of_training
+from trainer.teaching.meta import new_meta, trained_meta
 
 log = logging.getLogger(__name__)
 
 
-def run_clusters(run: Run, module: int) -> None:
-    """Make OUT/cluster_<module>."""
-    folder = run.out / artifact_name("cluster", module)
-    there = run.dist.gather(folder.is_dir())[0]
-    clusters.ensure(run, module, f"--phase cluster --module {module}")
-    if there and run.dist.main:
-        log.info("%s is complete: nothing to do", folder)
-
-
 def run(run: Run, module: int, expert: int) -> None:
     """Train OUT/expert_<module>_<expert>, a dense module; without weights where no image belongs to its cluster."""
-    recipe, e = run.recipe, run.recipe.expert
-    folder, done = run.open("expert", module, expert=expert)
-    if done:
+    recipe, schedule = run.recipe, run.recipe.expert
+    folder, complete = run.open("expert", module, expert=expert)
+    if complete:
         return
     needed_by = f"--phase expert --module {module} --expert {expert}"
-    found = clusters.ensure(run, module, needed_by)
+    rule = clusters.ensure(run, module, needed_by)
     meta, meta_result = trained_meta(run, needed_by)
-    settings = run.settings("expert", e)
-    data = experts.share_of(run, found, module, expert, settings.global_batch)
-    objective = experts.objective(run, found, meta, module, expert, experts.dense_modules(run, e.drop_path)[module])
+    settings = run.settings("expert")
+    data = experts.share_of(run, rule, module, expert, settings.global_batch)
+    student = experts.dense_modules(run, schedule.drop_path)[module]
     made_with = {"expert": expert, "teacher": run.teacher_record, "meta": meta_result["files"]["model.safetensors"]}
-    outcome, images = Outcome({}, 0.0, steps=0, images_seen=0), 0
-    if data is not None:
-        name = f"module {module + 1}/{recipe.modules}, expert {expert + 1}/{recipe.student.moe.num_experts}"
-        outcome, state, engine = run.train(objective, data, e, settings, folder, name)
-        engine.close()
-        images = len(run.data.train) if found.train is None else int((found.train == expert).sum())
+    if data is None:
         if run.dist.main:
-            save_weights(folder / "model.safetensors", state)
-    elif run.dist.main:
-        log.warning("no image belongs to expert %d of module %d: there is nothing to teach it", expert, module)
-    evaluated = {"val_images" if name == "images" else name: value for name, value in outcome.evaluation.items()}
+            log.warning("no image belongs to expert %d of module %d: there is nothing to teach it", expert, module)
+        images = 0
+        trained = Trained(Outcome({}, 0.0, steps=0, images_seen=0), {}, epochs=0, flops_per_image=0)
+    else:
+        images = len(run.data.train) if rule.train is None else int((rule.train == expert).sum())
+        what = f"module {module + 1}/{recipe.modules}, expert {expert + 1}/{recipe.student.moe.num_experts}"
+        taught = objective(run, rule, module, expert, student, meta)
+        trained = run.train(taught, data, schedule, settings, folder, what)
+    metrics = dict(trained.outcome.evaluation)
+    if "images" in metrics:
+        metrics["val_images"] = metrics.pop("images")
     run.finish(
-        folder, "expert", module, outcome, settings,
-        epochs=e.epochs if images else 0, flops_per_image=objective.flops_per_image,
-        metrics=evaluated | {"images": images, "share": found.shares[expert]}, made_with=made_with,
-    )  # fmt: skip
+        folder,
+        "expert",
+        module,
+        trained,
+        settings,
+        metrics=metrics | {"images": images, "share": rule.shares[expert]},
+        weights=trained.weights or None,
+        made_with=made_with,
+    )
+
+
+def objective(run: Run, rule: Clusters, module: int, expert: int, student: StudentModule, meta: MetaModel) -> Distill:
+    """How an expert is taught: as a module is, but where tokens are shared out, at the border on its own ones only."""
+    config = replace(run.recipe.distill, routing_weight=0.0)  # there is no router yet
+    pair = (student, run.teacher_stages()[module], meta, module, config)
+    smoothing = run.recipe.augment.label_smoothing
+    if rule.train is not None:
+        return Distill(*pair, run.tokens, smoothing)
+    is_own = experts.belongs_to(rule, meta, module, expert)
+    return DistillTokens(is_own, *pair, tokens=run.tokens, label_smoothing=smoothing)
+
+
+def check(run: Run) -> None:
+    """Whether experts can be taught one by one."""
+    experts.check(run)
+
+
+def rehearse(run: Run, module: int, known: Known) -> Rehearsed:
+    """The experts of a module, each a dense module that learns from an equal share of the images."""
+    count = run.recipe.student.moe.num_experts
+    if module == 0:
+        experts.check(run)
+    student = experts.dense_modules(run)[module]
+    rule = clusters.untrained(run, module)
+    flops_per_image = objective(run, rule, module, 0, student, new_meta(run)).flops_per_image
+    images = len(run.sources[0])
+    if rule.train is not None:
+        images = max(images // count, run.settings("expert").global_batch)
+    costs, text = {}, ""
+    for expert in range(count):
+        found = of_training(run, "expert", f"expert_{module}_{expert}", flops_per_image, images=images)
+        costs |= found.costs
+        text = text or found.text
+    apart = count * sum(p.numel() for p in student.parameters())
+    return Rehearsed(f"{count} experts, each about {text}", costs, apart=apart)

@@ -2,49 +2,68 @@
 
 from __future__ import annotations
 
-from trainer.context import Run, save_weights
+from typing import Any
+
+import torch
+
+from models.modules.meta import MetaModel
+from trainer.context import Run
 from trainer.distributed.engine import working_type
 from trainer.evaluation.accuracy import Predictor
 from trainer.objectives import meta_objective
 from trainer.teaching import bases, hybrids, reuse
+from trainer.teaching.estimate import Cost, Known, Rehearsed, blank_images, of_training
 from trainer.teaching.meta import new_meta
 from trainer.teaching.teachers import with_seedling
 
 
 def run(run: Run) -> None:
     """Train OUT/meta, take it from meta.source, or let the teacher be it (meta.blocks_per_module=0)."""
-    recipe, m = run.recipe, run.recipe.meta
-    folder, done = run.open("meta")
-    if done:
+    recipe, schedule = run.recipe, run.recipe.meta
+    folder, complete = run.open("meta")
+    if complete:
         return
-    if m.source:
+    if schedule.source:
         reuse.take_meta(run, folder)
         return
     grown = recipe.teacher.grown
     if grown:
         run = with_seedling(run)
     made_with = {} if grown else {"teacher": run.teacher_record}
-    settings = run.settings("meta", m)
+    settings = run.settings("meta")
     meta, stages = new_meta(run), run.teacher_stages()
-    trained = m.blocks_per_module > 0
-    if trained:
-        objective = meta_objective(meta, stages, m, run.tokens, recipe.augment.label_smoothing, recipe.seed)
-        outcome, state, engine = run.train(objective, run.data, m, settings, folder, "meta")
+    if schedule.blocks_per_module:
+        trained = run.train(objective(run, meta, stages), run.data, schedule, settings, folder, "meta")
     else:
-        state = {name: tensor.clone() for name, tensor in meta.state_dict().items()}
-        outcome = run.measure(Predictor(meta, meta), settings)
-    # a teacher that is grown is not there yet: phase assemble measures its hybrids
-    measured = {} if grown else hybrids.measure(run, meta, stages, settings)
-    found = bases.measure(meta, run.data, working_type(settings), run.eval_batch(settings), run.dist)
-    if trained:
-        engine.close()
+        trained = run.left_as_it_is(Predictor(meta, meta), settings)
+    metrics = dict(trained.outcome.evaluation)
+    if not grown:  # else the teacher is not there yet: phase assemble measures its hybrids
+        metrics |= hybrids.measure(run, meta, stages, settings)
+    border_bases = bases.measure(meta, run.data, working_type(settings), run.eval_batch(settings), run.dist)
     if run.dist.main:
-        bases.save(folder, found)
-        save_weights(folder / "model.safetensors", {name.removeprefix("meta."): t for name, t in state.items()})
-        if measured:
-            hybrids.report(measured, recipe.modules)
-    run.finish(
-        folder, "meta", None, outcome, settings, epochs=m.epochs if trained else 0,
-        flops_per_image=objective.flops_per_image if trained else 0, metrics=outcome.evaluation | measured,
-        made_with=made_with,
-    )  # fmt: skip
+        bases.save(folder, border_bases)
+        if not grown:
+            hybrids.report(metrics, recipe.modules)
+    weights = {name.removeprefix("meta."): tensor for name, tensor in trained.weights.items()}
+    run.finish(folder, "meta", None, trained, settings, metrics=metrics, weights=weights, made_with=made_with)
+
+
+def objective(run: Run, meta: MetaModel, stages: list[Any]) -> Any:
+    """What meta.objective names, for a meta model beside the teacher's modules."""
+    recipe = run.recipe
+    return meta_objective(meta, stages, recipe.meta, run.tokens, recipe.augment.label_smoothing, recipe.seed)
+
+
+def check(run: Run) -> None:
+    """Whether the meta model of meta.source fits."""
+    reuse.check_meta(run)
+
+
+def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
+    """One image through a new meta model, and what training it will cost."""
+    meta = new_meta(run)
+    with torch.no_grad():
+        meta(blank_images(run))
+    if not run.recipe.meta.blocks_per_module:
+        return Rehearsed("the teacher itself, which is not trained again", {"meta": Cost(0.0, 0.0)})
+    return of_training(run, "meta", "meta", objective(run, meta, run.teacher_stages()).flops_per_image)

@@ -8,109 +8,168 @@ training, in which teacher and student run once for all of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from models.modules.meta import MetaModel
 from models.modules.stitch import StudentModule
 from models.moe.parallel import load_full_state_dict
 from trainer import artifacts
-from trainer.context import Run, save_weights
+from trainer.context import Run, Trained
 from trainer.loop.fit import Outcome
 from trainer.objectives import Distill, Together
-from trainer.request import graph
+from trainer.request.graph import in_one_job, trained_again
+from trainer.teaching.estimate import Cost, Known, Rehearsed, blank_images, of_training
 from trainer.teaching.guidance import module_guide
-from trainer.teaching.meta import trained_meta
+from trainer.teaching.meta import new_meta, trained_meta
 from trainer.teaching.students import student_modules
 
 
-def run(run: Run, module: int) -> None:
-    """Train OUT/refine_<module> from OUT/distill_<module>."""
+def run(run: Run, module: int | None) -> None:
+    """Train OUT/refine_<module> from OUT/distill_<module>; None = all of them in one training (order=together)."""
+    if module is None:
+        _run_together(run)
+        return
     recipe, schedule = run.recipe, run.recipe.refine
-    _check(run)
-    folder, done = run.open("refine", module)
-    if done:
+    folder, complete = run.open("refine", module)
+    if complete:
         return
     before = "refine" if schedule.order == "sequential" else "distill"
     names = [*(f"{before}_{i}" for i in range(module)), f"distill_{module}"]
-    meta, modules, made_with, result = _load(run, names, f"--phase refine --module {module}")
-    *predecessors, student = modules
-    settings = run.settings("refine", schedule, recipe.student.moe.num_experts)
-    trained = graph.trained_again(recipe, module)
-    stage = run.teacher_stages()[module]
-    guide, guide_flops = module_guide(run, student, stage) if trained else (None, 0)
-    objective = Distill(student, stage, meta, module, recipe.distill, run.tokens,
-                        recipe.augment.label_smoothing, predecessors, guide)  # fmt: skip
-    if trained:
-        outcome, state, engine = run.train(
-            objective, run.data, schedule, settings, folder, f"refine {module + 1}/{recipe.modules}"
-        )
-        engine.close()
-        metrics = {"hybrid_accuracy": outcome.evaluation["accuracy"], **outcome.evaluation}
+    meta, modules, made_with, first_round = _learned(run, names, f"--phase refine --module {module}")
+    settings = run.settings("refine")
+    again = trained_again(recipe, module)
+    taught, spent = objective(run, module, modules, meta, guided=again)
+    if again:
+        what = f"refine {module + 1}/{recipe.modules}"
+        trained = run.train(taught, run.data, schedule, settings, folder, what)
+        evaluation = trained.outcome.evaluation
+        metrics = {"hybrid_accuracy": evaluation["accuracy"], **evaluation}
     else:
-        metrics, state = result["metrics"], student.state_dict()
+        metrics = first_round["metrics"]
         outcome = Outcome(metrics, seconds=0.0, steps=0, images_seen=0)
-    if run.dist.main:
-        save_weights(folder / "model.safetensors", state)
+        trained = Trained(outcome, modules[-1].state_dict(), epochs=0, flops_per_image=0)
     run.finish(
-        folder, "refine", module, outcome, settings,
-        epochs=schedule.epochs if trained else 0, flops_per_image=objective.flops_per_image,
-        extra_flops=guide_flops, metrics=metrics, made_with=made_with,
-    )  # fmt: skip
+        folder,
+        "refine",
+        module,
+        trained,
+        settings,
+        metrics=metrics,
+        weights=trained.weights,
+        extra_flops=spent,
+        made_with=made_with,
+    )
 
 
-def run_together(run: Run) -> None:
-    """Train OUT/refine_<i> of all modules at once (refine.order=together).
+def objective(
+    run: Run, module: int, modules: Sequence[StudentModule], meta: MetaModel, *, guided: bool = False
+) -> tuple[Distill, int]:
+    """The last of these student modules behind the others, beside the teacher's module.
+
+    Args:
+        modules: those before `module`, and itself.
+        guided: make the teacher's routers that distill.routing_weight asks for; a rehearsal does without.
+
+    Returns:
+        The objective, and the FLOPs it took to make those routers.
+    """
+    recipe = run.recipe
+    *predecessors, student = modules
+    stage = run.teacher_stages()[module]
+    guide, spent = module_guide(run, student, stage) if guided else (None, 0)
+    smoothing = recipe.augment.label_smoothing
+    return Distill(student, stage, meta, module, recipe.distill, run.tokens, smoothing, predecessors, guide), spent
+
+
+def objective_together(
+    run: Run, modules: Sequence[StudentModule], meta: MetaModel, *, guided: bool = False
+) -> tuple[Together, list[int]]:
+    """All student modules at once; returned with the FLOPs it took to make each one's guiding routers."""
+    recipe = run.recipe
+    stages = run.teacher_stages()
+    guides, spent = [None] * len(stages), [0] * len(stages)
+    if guided:
+        pairs = [module_guide(run, student, stage) for student, stage in zip(modules, stages)]
+        guides = [guide for guide, _ in pairs]
+        spent = [flops for _, flops in pairs]
+    meta_is_teacher = recipe.meta.blocks_per_module == 0
+    smoothing = recipe.augment.label_smoothing
+    taught = Together(modules, stages, meta, recipe.distill, run.tokens, meta_is_teacher, smoothing, guides)
+    return taught, spent
+
+
+def _run_together(run: Run) -> None:
+    """Train OUT/refine_<i> of all modules at once.
 
     Checkpoints and metrics lie with the last module, whose hybrid is the whole student; its result is written last. Of
     the time every module gets its share of the FLOPs.
     """
     recipe, schedule = run.recipe, run.recipe.refine
-    _check(run)
-    modules = range(recipe.modules)
-    opened = [run.open("refine", module) for module in modules]
-    if all(done for _, done in opened):
+    numbers = range(recipe.modules)
+    opened = [run.open("refine", module) for module in numbers]
+    if all(complete for _, complete in opened):
         return
-    meta, students, made_with, _ = _load(run, [f"distill_{module}" for module in modules], "--phase refine")
-    settings = run.settings("refine", schedule, recipe.student.moe.num_experts)
-    stages = run.teacher_stages()
-    guides, guide_flops = zip(*(module_guide(run, student, stage) for student, stage in zip(students, stages)))
-    objective = Together(students, stages, meta, recipe.distill, run.tokens, recipe.meta.blocks_per_module == 0,
-                         recipe.augment.label_smoothing, guides)  # fmt: skip
-    outcome, state, engine = run.train(
-        objective, run.data, schedule, settings, opened[-1][0], f"refine all {recipe.modules}"
-    )
-    engine.close()
-    share = outcome.seconds / sum(objective.flops_by_module)
-    for module, (folder, _), pair, flops in zip(modules, opened, objective.pairs, objective.flops_by_module):
+    folders = [folder for folder, _ in opened]
+    meta, modules, made_with, _ = _learned(run, [f"distill_{module}" for module in numbers], "--phase refine")
+    settings = run.settings("refine")
+    taught, spent = objective_together(run, modules, meta, guided=True)
+    flops_by_module = taught.flops_by_module  # counted before the engine takes experts out of the modules
+    trained = run.train(taught, run.data, schedule, settings, folders[-1], f"refine all {recipe.modules}")
+    seconds_per_flop = trained.outcome.seconds / sum(flops_by_module)
+    for module in numbers:
         last = module == recipe.modules - 1
-        measured = outcome if last else run.measure(pair, settings)
-        if run.dist.main:
-            own = f"chain.{module}."
-            weights = {name.removeprefix(own): value for name, value in state.items() if name.startswith(own)}
-            save_weights(folder / "model.safetensors", weights)
+        outcome = trained.outcome if last else run.measure(taught.pairs[module], settings)
+        prefix = f"chain.{module}."
+        weights = {
+            name.removeprefix(prefix): tensor for name, tensor in trained.weights.items() if name.startswith(prefix)
+        }
+        flops = flops_by_module[module]
+        share = replace(
+            trained.outcome, seconds=seconds_per_flop * flops, health=trained.outcome.health if last else {}
+        )
         run.finish(
-            folder, "refine", module,
-            replace(outcome, seconds=share * flops, health=outcome.health if last else {}), settings,
-            epochs=schedule.epochs, flops_per_image=flops, extra_flops=guide_flops[module],
-            metrics={"hybrid_accuracy": measured.evaluation["accuracy"], **measured.evaluation}, made_with=made_with,
-        )  # fmt: skip
+            folders[module],
+            "refine",
+            module,
+            replace(trained, outcome=share, flops_per_image=flops),
+            settings,
+            metrics={"hybrid_accuracy": outcome.evaluation["accuracy"], **outcome.evaluation},
+            weights=weights,
+            extra_flops=spent[module],
+            made_with=made_with,
+        )
 
 
-def _check(run: Run) -> None:
-    if not run.recipe.refine.epochs:
-        raise ValueError("refine.epochs is 0, so there is no second round: set it, or go on with --phase train")
+def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
+    """What teaching the module behind those before it will cost; None = all at once."""
+    recipe = run.recipe
+    if in_one_job(recipe, "refine"):
+        taught, _ = objective_together(run, student_modules(run), new_meta(run))
+        with torch.no_grad():
+            taught.predict(blank_images(run))
+        parts = [of_training(run, "refine", f"refine_{i}", flops) for i, flops in enumerate(taught.flops_by_module)]
+        costs = {name: cost for part in parts for name, cost in part.costs.items()}
+        return Rehearsed(f"{parts[-1].text} for all modules at once", costs)
+    name = f"refine_{module}"
+    if not trained_again(recipe, module):
+        return Rehearsed("fed images either way, so it is taken as it is", {name: Cost(0.0, 0.0)})
+    taught, _ = objective(run, module, student_modules(run)[: module + 1], new_meta(run))
+    return of_training(run, "refine", name, taught.flops_per_image)
 
 
-def _load(
+def _learned(
     run: Run, names: list[str], needed_by: str
 ) -> tuple[MetaModel, list[StudentModule], dict[str, Any], dict[str, Any]]:
     """Meta model, the student's first modules with the weights of these artifacts, what they are made with, and the
     result of the last one."""
     meta, meta_result = trained_meta(run, needed_by)
     modules = student_modules(run, run.recipe.refine.drop_path)[: len(names)]
-    for own, name in zip(modules, names):
-        found, result = artifacts.require(run.out, name, run.recipe, needed_by)
-        load_full_state_dict(own, artifacts.load_weights(found, own.state_dict()))
+    for module, name in zip(modules, names):
+        folder, result = artifacts.require(run.out, name, run.recipe, needed_by)
+        load_full_state_dict(module, artifacts.load_weights(folder, module.state_dict()))
     made_with = {"teacher": run.teacher_record, "meta": meta_result["files"]["model.safetensors"]}
     return meta, modules, made_with, result

@@ -5,36 +5,47 @@ For the embedded demo and for users without a pretrained teacher; with teacher.s
 
 from __future__ import annotations
 
-from models.teacher.load import load_teacher, save_teacher
+from dataclasses import replace
+
+from models.teacher.load import TransformersTeacher, load_teacher, save_teacher
 from trainer.context import Run, training_flops
 from trainer.distributed.ranks import seed_everything
 from trainer.objectives import Classify
+from trainer.teaching.estimate import Known, Rehearsed, of_training
 from trainer.teaching.teachers import new_teacher_of, trained_preprocessing
 
 
 def run(run: Run) -> None:
     """Train OUT/teacher."""
-    t = run.recipe.teacher
-    if t.source:
-        raise ValueError(
-            f"teacher.source is {t.source!r}, so there is no teacher to train: go on with --phase meta, "
-            "or set teacher.source='' to train one"
-        )
-    folder, done = run.open("teacher")
-    if done:
+    schedule = run.recipe.teacher
+    folder, complete = run.open("teacher")
+    if complete:
         return
-    preprocessing = trained_preprocessing(t)
     seed_everything(run.recipe.seed, 0, run.recipe.run.deterministic)
-    model = new_teacher_of(t, run.labels)
-    settings = run.settings("teacher", t)
-    tokens = (t.image_size // t.patch_size) ** 2 + 1
-    objective = Classify(model, tokens, run.recipe.augment.label_smoothing)
-    outcome, state, engine = run.train(objective, run.data_for(preprocessing), t, settings, folder, "teacher")
-    engine.close()
-    model.float().cpu().load_state_dict(state)
+    model = new_teacher_of(schedule, run.labels)
+    preprocessing = trained_preprocessing(schedule)
+    settings = run.settings("teacher")
+    data = run.data_for(preprocessing)
+    trained = run.train(objective(run, model), data, schedule, settings, folder, "teacher")
+    model.float().cpu().load_state_dict(trained.weights)
     if run.dist.main:
         save_teacher(model, folder, preprocessing)
     run.dist.barrier()
-    flops = training_flops(load_teacher(str(folder)).model, tokens)
-    metrics = outcome.evaluation
-    run.finish(folder, "teacher", None, outcome, settings, epochs=t.epochs, flops_per_image=flops, metrics=metrics)
+    # counted on timm's form, in which the attention's products are known by `qkv`
+    trained = replace(trained, flops_per_image=training_flops(load_teacher(str(folder)).model, _tokens(run)))
+    run.finish(folder, "teacher", None, trained, settings, metrics=trained.outcome.evaluation)
+
+
+def objective(run: Run, model: TransformersTeacher) -> Classify:
+    """The teacher on the labels."""
+    return Classify(model, _tokens(run), run.recipe.augment.label_smoothing)
+
+
+def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
+    """What training it will cost; `run` has a teacher of this size already."""
+    return of_training(run, "teacher", "teacher", training_flops(run.teacher.model, run.tokens))
+
+
+def _tokens(run: Run) -> int:
+    t = run.recipe.teacher
+    return (t.image_size // t.patch_size) ** 2 + 1

@@ -1,4 +1,4 @@
-"""Phase train: the student end to end, from the distilled modules, from a V-MoE (train.init) or from scratch.
+"""Phase train: the student end to end, from the distilled modules, from a student (train.init) or from scratch.
 
 "scratch_equal_cost" is the honest rival: scratch with as many epochs as meta model, distillation and end-to-end
 training cost together in FLOPs.
@@ -7,10 +7,11 @@ training cost together in FLOPs.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,91 +24,92 @@ from models.modules.basis import Project
 from models.modules.meta import MetaModel
 from models.modules.stitch import STITCHES, StudentModule
 from models.moe.parallel import load_full_state_dict
-from trainer import artifacts, disk
+from trainer import artifacts
 from trainer.config.ds_config import Settings
-from trainer.config.load import module_depths
-from trainer.config.phases import TrainConfig
 from trainer.context import Run
 from trainer.data.loader import eval_batches
+from trainer.disk import write_json
 from trainer.distributed.engine import working_type
 from trainer.evaluation.accuracy import Predictor, evaluate
 from trainer.objectives import Borders, Classify, LearnFromTeacher, Objective
-from trainer.request import graph
+from trainer.request.graph import artifact_name, last_round, preparation
 from trainer.teaching import reuse, upcycling
+from trainer.teaching.estimate import Cost, Known, Rehearsed, blank_images, of_training
 from trainer.teaching.families import family_of
 from trainer.teaching.guidance import routers_of
 from trainer.teaching.meta import border_bases
-from trainer.teaching.students import new_student, scratch_student, student_modules
+from trainer.teaching.students import new_student, scratch_student, student_depths, student_modules
 
 FOLD_IMAGES = 256  # training images a fold is fitted on
 
 
+@dataclass(frozen=True)
+class Beginning:
+    """The student before training, what it was made with, and what each way to assemble it gives."""
+
+    student: nn.Module
+    made_with: dict[str, Any] = field(default_factory=dict)
+    assembled: dict[str, float] = field(default_factory=dict)
+    spent: int = 0  # FLOPs
+
+
 def run(run: Run, start: str) -> None:
     """Train OUT/train, OUT/train_scratch or OUT/train_scratch_equal_cost."""
-    recipe, schedule = run.recipe, run.recipe.train
-    folder, done = run.open("train", start=start)
-    if done:
+    schedule, family = run.recipe.train, family_of(run.recipe)
+    folder, complete = run.open("train", start=start)
+    if complete:
         return
-    settings = run.settings("train", schedule, recipe.student.moe.num_experts)
-    student, made_with, assembled = _start(run, start, settings, folder)
+    settings = run.settings("train")
+    begun = _begin(run, start, settings, folder)
+    student = begun.student
     config = student.config
     data = run.data if student.preprocessing is None else run.data_for(student.preprocessing)
-    objective, guide_flops = _objective(run, student)
+    taught, spent = objective(run, student, _borders(run, student), guided=True)
     if start == "scratch_equal_cost":
-        schedule = _at_equal_cost(run, schedule, objective.flops_per_image)
+        schedule = replace(schedule, epochs=schedule.epochs + _epochs_of_preparation(run, taught.flops_per_image))
     name = "train" if start == "distilled" else start.replace("_equal_cost", ", equal cost")
     if run.dist.main:
-        family_of(recipe).write_config(
-            folder, config, data.preprocessing, run.labels
-        )  # makes a model of an exported checkpoint
-    outcome, state, engine = run.train(
-        objective, data, schedule, settings, folder, name,
-        layer_decay=schedule.layer_decay, ema=schedule.ema, evaluate_start=True,
-    )  # fmt: skip
-    engine.close()
+        family.write_config(folder, config, data.preprocessing, run.labels)  # makes a model of an exported checkpoint
+    trained = run.train(
+        taught,
+        data,
+        schedule,
+        settings,
+        folder,
+        name,
+        layer_decay=schedule.layer_decay,
+        ema=schedule.ema,
+        evaluate_start=True,
+    )
     if run.dist.main:
-        trained = family_of(recipe).build(config)
-        load_full_state_dict(trained, state)
-        trained.save_pretrained(folder, preprocessing=data.preprocessing, labels=run.labels)
+        plain = family.build(config)
+        load_full_state_dict(plain, trained.weights)
+        plain.save_pretrained(folder, preprocessing=data.preprocessing, labels=run.labels)
+    outcome = trained.outcome
     run.finish(
-        folder, "train", None, outcome, settings,
-        epochs=schedule.epochs, flops_per_image=objective.flops_per_image,
-        extra_flops=guide_flops + (upcycling.spent(run) if start == "upcycled" else 0),
-        metrics=outcome.evaluation | {"start_accuracy": outcome.start["accuracy"]} | assembled, made_with=made_with,
-    )  # fmt: skip
-
-
-def _start(
-    run: Run, start: str, settings: Settings, folder: Path
-) -> tuple[nn.Module, dict[str, Any], dict[str, float]]:
-    """The student before training, what it was made with, and what each way to assemble it gives."""
-    schedule = run.recipe.train
-    if start == "upcycled":
-        return new_student(run, schedule.drop_path), {"teacher": run.teacher_record, **upcycling.record(run)}, {}
-    if start != "distilled":
-        return scratch_student(run, schedule.drop_path), {}, {}
-    if schedule.init:
-        student = reuse.initial_student(run, settings.ep_size)
-        return student, {"init": student.source}, {}
-    modules = student_modules(run, schedule.drop_path)
-    last = "refine" if run.recipe.refine.epochs else "distill"
-    for i, module in enumerate(modules):
-        found, _ = artifacts.require(run.out, f"{last}_{i}", run.recipe, "--phase train")
-        load_full_state_dict(module, artifacts.load_weights(found, module.state_dict()))
-    states = _border_states(run, modules) if schedule.stitches == "fold" else None
-    assembled = _ways_to_assemble(run, modules, settings, folder) if settings.ep_size == 1 else {}
-    return (
-        family_of(run.recipe).assemble(modules, schedule.stitches, states),
-        {"teacher": run.teacher_record},
-        assembled,
+        folder,
+        "train",
+        None,
+        trained,
+        settings,
+        metrics=outcome.evaluation | {"start_accuracy": outcome.start["accuracy"]} | begun.assembled,
+        extra_flops=begun.spent + spent,
+        made_with=begun.made_with,
     )
 
 
-def _objective(run: Run, student: nn.Module) -> tuple[Objective, int]:
-    """Labels alone, or with the teacher beside them; and the FLOPs of making its routers.
+def objective(run: Run, student: nn.Module, borders: Borders | None, *, guided: bool = False) -> tuple[Objective, int]:
+    """Labels alone, or with the teacher beside them.
+
+    Args:
+        borders: where states are compared, for train.border_weight.
+        guided: make the teacher's routers that train.routing_weight asks for; a rehearsal does without.
+
+    Returns:
+        The objective, and the FLOPs it took to make those routers.
 
     Raises:
-        ValueError: the teacher is to guide a student that sees other images, or states in a basis that is not theirs.
+        ValueError: the teacher is to guide a student that sees other images.
     """
     recipe, schedule, tokens = run.recipe, run.recipe.train, num_tokens(student)
     smoothing = recipe.augment.label_smoothing
@@ -118,59 +120,121 @@ def _objective(run: Run, student: nn.Module) -> tuple[Objective, int]:
             "train.kd_weight, border_weight, routing_weight show teacher and student the same images, but train.init "
             f"{schedule.init} wants {student.preprocessing} and the teacher {run.teacher.preprocessing}: set them to 0"
         )
-    borders = _borders(run, student) if schedule.border_weight else None
-    teacher, guide, flops = MetaModel(run.teacher_stages()), None, 0
-    if schedule.routing_weight:
-        routers, flops = routers_of(run, student)
+    teacher = MetaModel(run.teacher_stages())
+    guide, spent = None, 0
+    if guided and schedule.routing_weight:
+        routers, spent = routers_of(run, student)
         guide = Guide(routers, teacher, student, schedule.routing_weight)
-    return LearnFromTeacher(student, teacher, schedule, tokens, smoothing, borders, guide), flops
+    return LearnFromTeacher(student, teacher, schedule, tokens, smoothing, borders, guide), spent
 
 
-def _borders(run: Run, student: nn.Module) -> Borders:
+def check(run: Run) -> None:
+    """Whether the student of train.init fits."""
+    reuse.check_student(run)
+
+
+def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
+    """One image through the whole student, its cost, and that of its rivals."""
+    t = run.recipe.train
+    given = t.init if t.start == "distilled" else ""
+    if given:
+        reuse.check_student(run)
+        student = family_of(run.recipe).load(given)
+    else:
+        student = new_student(run)
+    parameters = sum(p.numel() for p in student.parameters())
+    # borders without a place: to know how long the teacher is run
+    fading = Borders((), ()) if t.border_weight or t.routing_weight else None
+    taught, _ = objective(run, student, fading)
+    with torch.no_grad():
+        taught.predict(blank_images(run, student.preprocessing))
+    found = of_training(run, "train", "train", taught.flops_per_image)
+    own = found.costs["train"]
+    costs = {"train": own} | {artifact_name("train", start=rival): own for rival in ("scratch", "upcycled")}
+    before = preparation(run.recipe)
+    if known.keys() >= set(before):
+        flops_of_epoch = own.flops / t.epochs
+        more_epochs = math.ceil(sum(known[name].flops for name in before) / flops_of_epoch)
+        flops = own.flops + more_epochs * flops_of_epoch
+        equal_cost = artifact_name("train", start="scratch_equal_cost")
+        costs[equal_cost] = Cost(flops / taught.flops_per_image, flops)
+    return Rehearsed(f"student of {parameters / 1e6:.3g} M parameters; {found.text}", costs, parameters)
+
+
+def _begin(run: Run, start: str, settings: Settings, folder: Path) -> Beginning:
+    schedule = run.recipe.train
+    if start == "upcycled":
+        made_with = {"teacher": run.teacher_record, **upcycling.record(run)}
+        return Beginning(new_student(run, schedule.drop_path), made_with, spent=upcycling.spent(run))
+    if start != "distilled":
+        return Beginning(scratch_student(run, schedule.drop_path))
+    if schedule.init:
+        student = reuse.initial_student(run, settings.ep_size)
+        return Beginning(student, {"init": student.source})
+    modules = student_modules(run, schedule.drop_path)
+    for i, module in enumerate(modules):
+        learned, _ = artifacts.require(run.out, f"{last_round(run.recipe)}_{i}", run.recipe, "--phase train")
+        load_full_state_dict(module, artifacts.load_weights(learned, module.state_dict()))
+    states = _border_states(run, modules) if schedule.stitches == "fold" else None
+    assembled = _ways_to_assemble(run, modules, settings, folder) if settings.ep_size == 1 else {}
+    student = family_of(run.recipe).assemble(modules, schedule.stitches, states)
+    return Beginning(student, {"teacher": run.teacher_record}, assembled)
+
+
+def _borders(run: Run, student: nn.Module) -> Borders | None:
+    """Where the student's states are compared with the teacher's: before the first block of each module but the first.
+
+    Raises:
+        ValueError: there is no meta model, whose bases they are compared in.
+    """
+    if not run.recipe.train.border_weight:
+        return None
     bases = border_bases(run)
     if bases is None:
         raise ValueError(f"train.border_weight needs the bases of {run.out / 'meta'}: run --phase meta first")
-    depths = module_depths(run.recipe.student.depths, len(student.blocks), run.recipe.modules, "student")
-    first_blocks = list(itertools.accumulate(depths))[:-1]
+    first_blocks = list(itertools.accumulate(student_depths(run, len(student.blocks))))[:-1]
     return Borders(first_blocks, [Project(*basis.leading(student.embed_dim)) for basis in bases])
 
 
 @torch.no_grad()
-def _border_states(run: Run, modules: list[StudentModule]) -> list[Tensor]:
+def _border_states(run: Run, modules: Sequence[StudentModule]) -> list[Tensor]:
     """Outputs (B, T, D_s) of the stages before each border, to fit a fold of stitches with LayerNorm on."""
     source = run.data.train.spread(FOLD_IMAGES)
-    images = next(eval_batches(source, run.data.preprocessing, batch=len(source))).images
+    x = next(eval_batches(source, run.data.preprocessing, batch=len(source))).images
     states = []
     for module in modules[:-1]:
-        given = images if module.pre is None else module.pre(images)
-        states.append(module.eval().stage(given))
-        images = module.post(states[-1])
+        entered = x if module.pre is None else module.pre(x)
+        states.append(module.eval().stage(entered))
+        x = module.post(states[-1])
     return states
 
 
-def _ways_to_assemble(run: Run, modules: list[StudentModule], settings: Settings, folder: Path) -> dict[str, float]:
+def _ways_to_assemble(run: Run, modules: Sequence[StudentModule], settings: Settings, folder: Path) -> dict[str, float]:
     """Accuracy before any end-to-end step of every treatment of the stitches; measured once, kept in assembled.json."""
-    path, found = folder / "assembled.json", None
+    path, accuracies = folder / "assembled.json", None
     if run.dist.main and path.is_file():
-        found = json.loads(path.read_text())
-    found = run.dist.gather(found)[0]
-    if found is None:
-        found, dtype = {}, working_type(settings)
-        states = _border_states(run, modules)
-        for way in STITCHES:
-            # a copy: its weights go to the device and to another type
-            student = copy.deepcopy(family_of(run.recipe).assemble(modules, way, states)).to(run.dist.device, dtype)
-            measured = evaluate(Predictor(student, student), run.data, dtype, run.eval_batch(settings), run.dist)
-            found[f"start_accuracy/{way}"] = measured["accuracy"]
-        if run.dist.main:
-            disk.write_json(path, found)
-    return found
+        accuracies = json.loads(path.read_text())
+    accuracies = run.dist.gather(accuracies)[0]
+    if accuracies is not None:
+        return accuracies
+    accuracies, dtype = {}, working_type(settings)
+    states = _border_states(run, modules)
+    for way in STITCHES:
+        assembled = family_of(run.recipe).assemble(modules, way, states)
+        student = copy.deepcopy(assembled).to(run.dist.device, dtype)  # a copy: it goes elsewhere, to another type
+        measured = evaluate(Predictor(student, student), run.data, dtype, run.eval_batch(settings), run.dist)
+        accuracies[f"start_accuracy/{way}"] = measured["accuracy"]
+    if run.dist.main:
+        write_json(path, accuracies)
+    return accuracies
 
 
-def _at_equal_cost(run: Run, schedule: TrainConfig, flops_per_image: int) -> TrainConfig:
-    """The schedule with as many epochs as the whole chain costs, rounded up: in doubt the rival gets more."""
-    names = graph.preparation(run.recipe)
-    spent = sum(artifacts.require(run.out, name, run.recipe, "scratch_equal_cost")[1]["flops"] for name in names)
-    batch = run.settings("train", schedule, run.recipe.student.moe.num_experts).global_batch
-    per_epoch = len(run.data.train) // batch * batch * flops_per_image
-    return dataclasses.replace(schedule, epochs=schedule.epochs + math.ceil(spent / per_epoch))
+def _epochs_of_preparation(run: Run, flops_per_image: int) -> int:
+    """End-to-end epochs that cost as much as the whole preparation, rounded up: in doubt the rival gets more."""
+    results = [
+        artifacts.require(run.out, name, run.recipe, "scratch_equal_cost")[1] for name in preparation(run.recipe)
+    ]
+    spent = sum(result["flops"] for result in results)
+    batch = run.settings("train").global_batch
+    flops_of_epoch = len(run.data.train) // batch * batch * flops_per_image
+    return math.ceil(spent / flops_of_epoch)

@@ -5,6 +5,7 @@ Models are built on the meta device, so even a V-MoE-H costs neither memory nor 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from trainer.config.load import close, shown
 from trainer.context import Run
 from trainer.loop.fit import epoch_length
-from trainer.request.graph import GROWING, taught_by_expert
-from trainer.teaching import experts, reuse
+from trainer.phases import code_of
+from trainer.request.graph import TABLE, own_teacher, taking_part
 from trainer.teaching.meta import new_meta
 from trainer.teaching.students import student_modules
 from trainer.teaching.teachers import planned_teacher
@@ -39,30 +40,36 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
         return
     trackers.chosen(run.recipe.run.trackers)
     labels = run.labels  # opens the data, which may be a download of hours
-    before = ("meta", *GROWING) if run.recipe.teacher.grown else ("teacher",)  # phases that do without the teacher
-    if set(before) & set(phases) and not (run.out / before[-1] / "result.json").is_file():
+    if _teacher_comes_later(run, phases):
         run = run.with_teacher(planned_teacher(run.recipe.teacher, labels))
-    num_experts = run.recipe.student.moe.num_experts
-    for section in ("teacher", "meta", *GROWING, "distill", "train"):
-        if section in phases:
-            schedule = getattr(run.recipe, section)
-            settings = run.settings(section, schedule, num_experts if section in ("distill", "train") else 0)
+    asked = [row for row in TABLE if row.name in phases]
+    for row in asked:
+        if row.trains:
+            settings = run.settings(row.section)
             check_zero(settings.config["zero_optimization"])
-            epoch_length(run.data_for(None), settings)
-    if "expert" in phases:  # a share may be smaller than a batch: it is repeated
-        check_zero(run.settings("expert", run.recipe.expert).config["zero_optimization"])
-    reuse.check(run, phases)
-    given = {"train"} if run.recipe.train.init and run.recipe.train.start == "distilled" else set()
-    # evaluate needs no teacher, nor does a given start
-    with_teacher = {"meta", *GROWING, "cluster", "expert", "distill", "train"} - given
-    if with_teacher & set(phases):
+            if row.repeated != "expert":  # whose share may be smaller than a batch: it is repeated
+                epoch_length(run.data_for(None), settings)
+    for row in asked:
+        if hasattr(code_of(row.name), "check"):
+            code_of(row.name).check(run)
+    train = run.recipe.train
+    given = train.init and train.start == "distilled"  # such a student needs no teacher; nor does phase evaluate
+    if any(row.section not in ("", "teacher") and not (row.name == "train" and given) for row in asked):
         with torch.device("meta"):
             run.teacher_stages()
-            if taught_by_expert(run.recipe) and {"cluster", "expert", "distill"} & set(phases):
-                experts.check(run)
             student_modules(run)
             if run.planned_teacher is not None:
                 new_meta(run)
+
+
+def _teacher_comes_later(run: Run, phases: Sequence[str]) -> bool:
+    """Whether one of these phases comes before the teacher is trained, or trains it."""
+    own = own_teacher(run.recipe)
+    if not own or (run.out / own[0] / "result.json").is_file():
+        return False
+    names = [row.name for row in taking_part(run.recipe)]
+    up_to_it = [*itertools.takewhile(lambda name: name != own[0], names), own[0]]
+    return bool(set(up_to_it) & set(phases))
 
 
 def check_zero(zero: dict[str, Any]) -> None:

@@ -15,19 +15,18 @@ from trainer.distributed.ranks import ranks_from_environment
 from trainer.plan import preflight
 from trainer.plan.cost import measured_speed
 from trainer.plan.rehearsal import DryRun, carry_out
-from trainer.request.graph import PHASES
+from trainer.request.graph import row_of, stage_names
 from trainer.request.job import EXIT_BAD_INPUT, Job
 from trainer.request.stages import Stage, chain, stages
+from trainer.teaching.estimate import Cost
 from trainer.tracking.console import table
-
-NO_TRAINING = ("evaluate", "push")
 
 
 def show(job: Job) -> int:
     """Print checks, state and cost of a job's phases; 0, or EXIT_BAD_INPUT when a check found a problem."""
     ranks = ranks_from_environment()
     world, local = ranks["world"], ranks["local_world"]
-    layout = dict.fromkeys(PHASES, (world // local, local))
+    layout = dict.fromkeys(stage_names(), (world // local, local))
     with tempfile.TemporaryDirectory() as scratch:
         dry = DryRun(job.recipe, job.ds_values, job.out, layout, scratch)
         good, problems = carry_out(_checks(job, dry))
@@ -50,7 +49,7 @@ def _checks(job: Job, dry: DryRun) -> Iterator[tuple[str, Callable[[], str]]]:
     """What a start checks; what is there already; and, before training, one image through every model of the recipe."""
     yield "start", lambda: preflight.check(dry.run, job.phases, make_repo=False) or ", ".join(job.phases)
     yield "results below OUT", lambda: _results(job)
-    if set(job.phases) - set(NO_TRAINING):
+    if any(row_of(phase).section for phase in job.phases):
         yield from dry.checks({stage.phase for stage in chain(job.recipe)} | set(job.phases))
 
 
@@ -88,21 +87,23 @@ def _state(job: Job, name: str) -> str:
 def _cost(job: Job, dry: DryRun, world: int) -> str:
     """Images and FLOPs of training per result; hours where a finished phase below OUT shows the speed."""
     speed = measured_speed([job.out])
-    lines, left = [], [0.0, 0.0]
+    lines, left = [], Cost(0.0, 0.0)
     for name in _artifacts(job):
-        cost, state = (dry.images.get(name), dry.flops.get(name)), _state(job, name)
-        lines.append((name, state, *_cells(*cost, speed, world)))
-        if None not in cost and state.startswith("to "):
-            left = [left[0] + cost[0], left[1] + cost[1]]
-    lines.append(("total", "to train", *_cells(*left, speed, world)))
+        cost, state = dry.costs.get(name), _state(job, name)
+        lines.append((name, state, *_cells(cost, speed, world)))
+        if cost is not None and state.startswith("to "):
+            left = Cost(left.images + cost.images, left.flops + cost.flops)
+    lines.append(("total", "to train", *_cells(left, speed, world)))
     source = speed[1] if speed else "hours need a speed: no phase below OUT is finished"
     text = table(("result", "state", "images", "FLOPs", "hours"), lines)
     return f"{text}\nimages and FLOPs from the start of each; {source}; evaluation and saving come on top"
 
 
-def _cells(
-    images: float | None, flops: float | None, speed: tuple[float, str] | None, world: int
-) -> tuple[str, str, str]:
-    if images is None or flops is None:
+def _cells(cost: Cost | None, speed: tuple[float, str] | None, world: int) -> tuple[str, str, str]:
+    if cost is None:
         return "-", "-", "-"
-    return f"{images:,.0f}", f"{flops:.3g}", f"{flops / speed[0] / world / 3600:.3g}" if speed else "-"
+    hours = "-"
+    if speed:
+        flops_per_second, _ = speed
+        hours = f"{cost.flops / flops_per_second / world / 3600:.3g}"
+    return f"{cost.images:,.0f}", f"{cost.flops:.3g}", hours

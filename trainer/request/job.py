@@ -9,7 +9,8 @@ from typing import Any
 
 from trainer.config.load import close
 from trainer.config.recipe import Recipe
-from trainer.request.graph import BY_EXPERT, BY_MODULE, GROWING, PHASES, artifact_name, in_one_job, taught_by_expert
+from trainer.request import graph
+from trainer.request.graph import ALL
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -37,9 +38,17 @@ class Job:
     expert: int | None = None  # of phase expert; None = all of the module
 
     @classmethod
-    def checked(cls, recipe: Recipe, ds_values: Mapping[str, Any], phase: str, module: int | str | None, out: Path,
-                command: str, expert: int | str | None = None) -> Job:  # fmt: skip
-        """A job whose phase, module and expert exist.
+    def checked(
+        cls,
+        recipe: Recipe,
+        ds_values: Mapping[str, Any],
+        phase: str,
+        module: int | str | None,
+        out: Path,
+        command: str,
+        expert: int | str | None = None,
+    ) -> Job:
+        """A job whose phase, module and expert exist and have a meaning in this recipe.
 
         Args:
             module: 0..N-1, also as text, or "all" or None for all.
@@ -48,76 +57,80 @@ class Job:
         Raises:
             ValueError: no such phase, module or expert, or one for a phase that takes none.
         """
-        if phase not in PHASES:
-            raise ValueError(f"there is no phase {phase}. {close(str(phase), list(PHASES))}")
-        if phase == "all" and recipe.train.init:
+        known = graph.phase_help()
+        if phase not in known:
+            raise ValueError(f"there is no phase {phase}. {close(str(phase), list(known))}")
+        if phase == ALL and recipe.train.init:
             raise ValueError(
                 f"train.init={recipe.train.init} takes the place of the distilled modules, so --phase all would make "
                 "them for nothing: use --phase train, then --phase evaluate"
             )
-        chosen = _expert(phase, expert, recipe)
-        if phase == "distill" and chosen is not None:
+        expert_number = _expert(phase, expert, recipe)
+        if phase == "distill" and expert_number is not None:
             phase = "expert"
-        if phase in (GROWING if not recipe.teacher.grown else ("teacher",)):
+        if phase != ALL and (why := graph.row_of(phase).refused(recipe)):
+            raise ValueError(why)
+        module_number = _module(phase, module, recipe.modules)
+        if module_number is not None and graph.in_one_job(recipe, phase):
             raise ValueError(
-                f"--phase {phase} has no meaning with teacher.grown={str(recipe.teacher.grown).lower()}: phases "
-                "incubate and assemble grow a teacher where it is true, phase teacher trains one where it is false"
+                f"--module {module_number} has no meaning with {phase}.order=together, which teaches all modules in "
+                f"one training: leave it out, or set {phase}.order=sequential or parallel"
             )
-        if phase in BY_EXPERT and not taught_by_expert(recipe):
-            raise ValueError(_not_by_expert(phase, recipe))
-        number = _module(phase, module, recipe.modules)
-        if number is not None and in_one_job(recipe, phase):
-            raise ValueError(
-                f"--module {number} has no meaning with refine.order=together, which teaches all modules in one "
-                "training: leave it out, or set refine.order=sequential or parallel"
-            )
-        return cls(recipe, ds_values, phase, number, out, command, chosen)
+        return cls(recipe, ds_values, phase, module_number, out, command, expert_number)
 
     @property
     def phases(self) -> list[str]:
         """The phases this job runs, in order."""
-        if self.phase != "all":
-            return [self.phase]
-        grown = self.recipe.teacher.grown
-        left_out = {"all"} | ({"teacher"} if self.recipe.teacher.source or grown else set())
-        left_out |= set() if grown else set(GROWING)
-        left_out |= set() if self.recipe.hub.repo else {"push"}
-        left_out |= set() if self.recipe.refine.epochs else {"refine"}
-        left_out |= set() if taught_by_expert(self.recipe) else set(BY_EXPERT)
-        return [name for name in PHASES if name not in left_out]
+        if self.phase == ALL:
+            return [row.name for row in graph.taking_part(self.recipe)]
+        return [self.phase]
 
     @property
     def modules(self) -> list[int]:
         """The modules a phase that goes by module works on."""
-        return list(range(self.recipe.modules)) if self.module is None else [self.module]
+        if self.module is None:
+            return list(range(self.recipe.modules))
+        return [self.module]
 
     @property
     def experts(self) -> list[int]:
         """The experts phase expert teaches in each of its modules."""
-        return list(range(self.recipe.student.moe.num_experts)) if self.expert is None else [self.expert]
+        if self.expert is None:
+            return list(range(self.recipe.student.moe.num_experts))
+        return [self.expert]
 
     @property
     def artifacts(self) -> list[str]:
         """Names of what a single phase (not "all") makes, in order."""
-        if self.phase == "expert":
-            return [artifact_name("expert", i, expert=j) for i in self.modules for j in self.experts]
-        if self.phase in BY_MODULE:
-            return [artifact_name(self.phase, i) for i in self.modules]
-        return [artifact_name(self.phase, start=self.recipe.train.start)]
+        repeated = graph.row_of(self.phase).repeated
+        if repeated == "expert":
+            return [
+                graph.artifact_name(self.phase, module, expert=expert)
+                for module in self.modules
+                for expert in self.experts
+            ]
+        if repeated == "module":
+            return [graph.artifact_name(self.phase, module) for module in self.modules]
+        return [graph.artifact_name(self.phase, start=self.recipe.train.start)]
 
     @property
     def several(self) -> bool:
         """Whether it makes several artifacts, or could: a phase that goes by module or expert, for all of them."""
-        one = self.module is not None and (self.phase != "expert" or self.expert is not None)
-        return self.phase == "all" or (self.phase in BY_MODULE and not one)
+        if self.phase == ALL:
+            return True
+        repeated = graph.row_of(self.phase).repeated
+        if repeated == "expert":
+            return self.module is None or self.expert is None
+        return repeated == "module" and self.module is None
 
 
 def _module(phase: str, module: int | str | None, count: int) -> int | None:
     if module in (None, "all"):
         return None
-    if phase not in BY_MODULE:
-        takers = f"{', '.join(BY_MODULE[:-1])} and {BY_MODULE[-1]}"
-        raise ValueError(f"--module {module} has no meaning for --phase {phase}: only {takers} take a module")
+    takers = graph.by_module()
+    if phase not in takers:
+        listed = f"{', '.join(takers[:-1])} and {takers[-1]}"
+        raise ValueError(f"--module {module} has no meaning for --phase {phase}: only {listed} take a module")
     return _number("module", phase, module, count)
 
 
@@ -131,16 +144,8 @@ def _expert(phase: str, expert: int | str | None, recipe: Recipe) -> int | None:
     return _number("expert", phase, expert, recipe.student.moe.num_experts)
 
 
-def _number(flag: str, phase: str, given: int | str, count: int) -> int:
-    if not str(given).isascii() or not str(given).isdecimal() or int(given) >= count:
-        raise ValueError(f"--phase {phase} needs --{flag} 0..{count - 1} or all, got {given}")
-    return int(given)
-
-
-def _not_by_expert(phase: str, recipe: Recipe) -> str:
-    if recipe.distill.source:
-        return f"--phase {phase} has no meaning with distill.source={recipe.distill.source}: its modules come whole"
-    return (
-        f"--phase {phase} needs distill.level=expert; here it is {recipe.distill.level}, which teaches modules whole: "
-        "set it, or use --phase distill"
-    )
+def _number(flag: str, phase: str, text: int | str, count: int) -> int:
+    is_number = str(text).isascii() and str(text).isdecimal()
+    if not is_number or int(text) >= count:
+        raise ValueError(f"--phase {phase} needs --{flag} 0..{count - 1} or all, got {text}")
+    return int(text)

@@ -23,11 +23,11 @@ from typing import Any
 
 from trainer.config.load import close, load_recipe, read_yaml, shown, to_dict
 from trainer.config.recipe import Recipe
-from trainer.request.graph import PHASES, artifact_name, defining, preparation
+from trainer.request.graph import TABLE, artifact_name, artifacts_of, defining, own_teacher, preparation
 
 KEYS = ("title", "base", "ds_config", "seeds", "share_teacher", "teacher_overrides", "overrides", "variants")
 VARIANT_KEYS = ("label", "overrides", "phases", "reference", "group")
-STEPS = tuple(phase for phase in PHASES if phase not in ("all", "push"))
+STEPS = tuple(row.name for row in TABLE if row.name != "push")
 TEACHERS = "teachers"  # folder of the shared ones, beside those of the variants
 
 
@@ -180,9 +180,9 @@ def steps(recipe: Recipe, phases: Sequence[str] = ()) -> tuple[Step, ...]:
     start = recipe.train.start
     taught = start == "scratch_equal_cost" or (start == "distilled" and not recipe.train.init)
     if recipe.teacher.grown:
-        first = ("meta", *(artifact_name("incubate", i) for i in range(recipe.modules)), "assemble")
+        first = ("meta", *artifacts_of(recipe, "incubate"), "assemble")
     else:
-        first = () if recipe.teacher.source else ("teacher",)
+        first = own_teacher(recipe)
     last = [artifact_name(phase, start=start) for phase in ("train", "evaluate")]
     if not phases:
         return tuple(map(Step, dict.fromkeys((*first, *(preparation(recipe) if taught else ()), last[0]))))

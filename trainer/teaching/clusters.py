@@ -25,7 +25,7 @@ from models.experts.kmeans import nearest, spherical_kmeans
 from models.flops import forward_flops
 from models.modules.meta import MetaModel
 from trainer import artifacts
-from trainer.context import Run, save_weights
+from trainer.context import Run, Trained, save_weights
 from trainer.data.base import ImageSource
 from trainer.data.loader import Batch, eval_batches
 from trainer.distributed.interrupt import HEARTBEAT
@@ -67,6 +67,13 @@ def border_state(meta: MetaModel, h: Tensor, module: int) -> Tensor:
 def goes_by_image(run: Run, module: int) -> bool:
     """Whether whole images are assigned. Always in the last module: it has no border of tokens to be taught at."""
     return run.recipe.expert.assign == "image" or module == run.recipe.modules - 1
+
+
+def untrained(run: Run, module: int) -> Clusters:
+    """A rule of the right form before anything is clustered, for a rehearsal."""
+    no_images = np.zeros(0, int) if goes_by_image(run, module) else None
+    width, experts = run.teacher.model.embed_dim, run.recipe.student.moe.num_experts
+    return Clusters(torch.zeros(width), torch.zeros(experts, width), no_images, no_images, [])
 
 
 def ensure(run: Run, module: int, needed_by: str) -> Clusters:
@@ -119,10 +126,15 @@ def make(run: Run, module: int) -> None:
             artifacts.open_folder(aside, name, recipe, about)
             save_weights(aside / name / FILE, {key: value.contiguous() for key, value in tensors.items()})
     run.finish(
-        aside / name, "cluster", module, outcome, states.settings, epochs=0, flops_per_image=0, extra_flops=flops,
+        aside / name,
+        "cluster",
+        module,
+        Trained(outcome, {}, epochs=0, flops_per_image=0),
+        states.settings,
         metrics={f"share/{e}": share for e, share in enumerate(shares)},
+        extra_flops=flops,
         made_with={"teacher": run.teacher_record, "meta": meta_result["files"]["model.safetensors"]},
-    )  # fmt: skip
+    )
     with run.dist.together():
         if run.dist.main:
             _put_in_place(aside, run.out, name)
@@ -142,7 +154,7 @@ class _States:
     def __init__(self, run: Run, meta: MetaModel, module: int) -> None:
         self.run, self.meta, self.module, self.by_image = run, meta, module, goes_by_image(run, module)
         self.sample = run.data.train.spread(run.recipe.expert.cluster_images)
-        self.settings = run.settings("expert", run.recipe.expert)
+        self.settings = run.settings("expert")
         self.per_image = 1 if self.by_image else max(1, min(run.tokens, POINTS // len(self.sample)))
         self.points = self.per_image * len(self.sample)
         self.flops = sum(forward_flops(stage, run.tokens) for stage in meta.stages[: max(module, 1)])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -33,8 +33,6 @@ from trainer.context import Run
 from trainer.data.loader import eval_batches
 from trainer.distributed.interrupt import HEARTBEAT
 from trainer.loop.fit import Data
-from trainer.objectives import Distill
-from trainer.objectives.distill import DistillTokens
 from trainer.request import graph
 from trainer.teaching import clusters
 from trainer.teaching.clusters import Clusters
@@ -61,7 +59,9 @@ def check(run: Run) -> None:
             "expert.assign=token teaches an expert at the border, on the tokens of its cluster, but distill.border is "
             "none, so all experts would be the same: set distill.border=mse or cosine, or expert.assign=image"
         )
-    for i, module in enumerate(student_modules(_plain(run))):
+    with torch.device("meta"):
+        modules = student_modules(_plain(run))
+    for i, module in enumerate(modules):
         if not any(isinstance(part, MoE) for part in module.modules()):
             raise ValueError(
                 f"distill.level=expert: student module {i} (blocks {module.stage.start}..{module.stage.stop - 1}) has "
@@ -101,18 +101,13 @@ def share_of(run: Run, found: Clusters, module: int, expert: int, global_batch: 
     return dataclasses.replace(data, val=run.data.val.subset(val)) if len(val) else data
 
 
-def objective(run: Run, found: Clusters, meta: MetaModel, module: int, expert: int, student: StudentModule) -> Distill:
-    """How an expert is taught: as a module is, but where tokens are shared out, at the border on its own ones only."""
-    config = dataclasses.replace(run.recipe.distill, routing_weight=0.0)  # there is no router yet
-    pair = (student, run.teacher_stages()[module], meta, module, config)
-    smoothing = run.recipe.augment.label_smoothing
-    if found.train is not None:
-        return Distill(*pair, run.tokens, smoothing)
+def belongs_to(rule: Clusters, meta: MetaModel, module: int, expert: int) -> Callable[[Tensor], Tensor]:
+    """Which tokens are an expert's own, (B, T) bool, from what its module is fed: images or (B, T, D)."""
 
-    def own(h: Tensor) -> Tensor:
-        return found.of_tokens(clusters.border_state(meta, h, module)) == expert
+    def is_own(h: Tensor) -> Tensor:
+        return rule.of_tokens(clusters.border_state(meta, h, module)) == expert
 
-    return DistillTokens(own, *pair, tokens=run.tokens, label_smoothing=smoothing)
+    return is_own
 
 
 def assembly_flops(run: Run, meta: MetaModel, student: StudentModule, module: int) -> int:
@@ -235,7 +230,7 @@ class Assembly:
         run, device, data = self.run, self.run.dist.device, self.run.data
         count = min(run.recipe.expert.cluster_images, len(data.train))
         chosen = np.arange(count) * len(data.train) // count
-        batch_size = run.eval_batch(run.settings("expert", run.recipe.expert))
+        batch_size = run.eval_batch(run.settings("expert"))
         for batch in eval_batches(data.train.subset(chosen), data.preprocessing, batch=batch_size,
                                   world=run.dist.world, rank=run.dist.rank, workers=data.workers):  # fmt: skip
             HEARTBEAT.beat()

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +29,26 @@ from trainer.teaching.students import config_for, student_config, student_module
 log = logging.getLogger(__name__)
 
 
-def check(run: Run, phases: Sequence[str]) -> None:
-    """Find out before anything trains whether what meta.source, distill.source and train.init name will fit.
+def check_meta(run: Run) -> None:
+    """Find out before anything trains whether the meta model of meta.source, if any, will fit.
 
     Raises:
         ValueError: it is not there, or does not fit; both sides are named.
     """
-    recipe = run.recipe
-    if "meta" in phases and recipe.meta.source:
-        _Artifact(run, recipe.meta.source, "meta")
-    if "distill" in phases and recipe.distill.source:
-        for i in range(recipe.modules):
-            _Artifact(run, recipe.distill.source, f"distill_{i}")
-    if "train" in phases and recipe.train.init:
+    if run.recipe.meta.source:
+        _Artifact(run, run.recipe.meta.source, "meta")
+
+
+def check_modules(run: Run) -> None:
+    """The same of the modules of distill.source."""
+    if run.recipe.distill.source:
+        for module in range(run.recipe.modules):
+            _Artifact(run, run.recipe.distill.source, f"distill_{module}")
+
+
+def check_student(run: Run) -> None:
+    """The same of the student of train.init."""
+    if run.recipe.train.init:
         _initial_config(run)
 
 

@@ -1,0 +1,71 @@
+"""What a phase will come to, before it trains: steps on its ranks, images and FLOPs (the dry run asks every phase)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from models.preprocessing import Preprocessing
+from trainer.context import Run
+from trainer.loop.fit import epoch_length
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one result, from its start."""
+
+    images: float  # passed through it in training
+    flops: float
+
+
+Known = Mapping[str, Cost]  # of the results before, by name
+
+
+@dataclass(frozen=True)
+class Rehearsed:
+    """What a phase found when it built everything it needs without training it.
+
+    Attributes:
+        text: for people.
+        costs: of every result it would make, by name.
+        parameters: of the largest model in it that checkpoints would hold; 0 = not more than what is known already.
+        apart: parameters of all models that are trained side by side, each with checkpoints of its own.
+    """
+
+    text: str
+    costs: dict[str, Cost] = field(default_factory=dict)
+    parameters: int = 0
+    apart: int = 0
+
+
+def of_training(
+    run: Run, section: str, artifact: str, flops_per_image: float, *, images: int = 0, extra_flops: float = 0
+) -> Rehearsed:
+    """What training by a section of the recipe comes to.
+
+    Args:
+        images: an epoch's; 0 = the training images.
+        extra_flops: beside those per image.
+    """
+    schedule, settings = getattr(run.recipe, section), run.settings(section)
+    if images:
+        steps_per_epoch = images // settings.global_batch
+    else:
+        steps_per_epoch = epoch_length(run.data_for(None), settings)
+    steps = schedule.epochs * steps_per_epoch
+    passed = float(steps * settings.global_batch)
+    text = (
+        f"{steps:,} steps of {settings.global_batch} images on {run.dist.world} ranks (micro-batch "
+        f"{settings.micro_batch} x {settings.accumulation}, ep {settings.ep_size})"
+    )
+    return Rehearsed(text, {artifact: Cost(passed, passed * flops_per_image + extra_flops)})
+
+
+def blank_images(run: Run, preprocessing: Preprocessing | None = None) -> Tensor:
+    """The smallest batch a student takes, (B, C, H, W) of zeros, for the teacher's preprocessing or another."""
+    wanted = preprocessing or run.teacher.preprocessing
+    images = max(1, run.recipe.student.moe.images_per_group)
+    return torch.zeros(images, wanted.in_chans, wanted.image_size, wanted.image_size)
