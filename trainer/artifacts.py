@@ -27,6 +27,7 @@ from trainer.request.stages import DOWNLOAD, FOLLOWING, Stage
 if TYPE_CHECKING:
     from torch import Tensor
 
+NOT_RECORDED = ("result.json", "metrics.jsonl")  # of an artifact's files
 PACKAGES = ("torch", "deepspeed", "timm", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy")
 
 
@@ -76,8 +77,8 @@ def require(out: Path, name: str, recipe: Recipe, needed_by: str) -> tuple[Path,
     try:
         result = json.loads((folder / "result.json").read_text())
         files = result["files"].items()
-        made_as = artifact_name(result["phase"], result.get("module"), name.partition("_")[2] or "distilled",
-                                result.get("expert"))  # fmt: skip
+        start = name.partition("_")[2] or "distilled"
+        made_as = artifact_name(result["phase"], result.get("module"), start, result.get("expert"))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(
             f"{folder / 'result.json'} is truncated or altered: delete {folder} and run {command} again"
@@ -122,9 +123,10 @@ def reading(folder: Path) -> Iterator[None]:
 
 def write_result(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Record the artifact's files and write result.json, the mark of completion, last."""
-    names = sorted(p.name for p in folder.iterdir() if p.is_file())
-    left_out = ("result.json", "metrics.jsonl")
-    files = {name: file_record(folder / name) for name in names if name not in left_out and not name.endswith(".tmp")}
+    files = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name not in NOT_RECORDED and path.suffix != ".tmp":
+            files[path.name] = file_record(path)
     result = result | {"git_commit": git_commit(), "versions": versions(), "files": files}
     write_json(folder / "result.json", result)
     return result
@@ -132,13 +134,18 @@ def write_result(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 def git_commit() -> str | None:
     """Commit of the code, with "+changes" when the tree differs; None outside git."""
-    root = Path(__file__).resolve().parents[1]
     try:
-        run = [subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10, check=True)
-               for args in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))]  # fmt: skip
+        commit = _git("rev-parse", "HEAD")
+        changes = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
-    return run[0].stdout.strip() + ("+changes" if run[1].stdout.strip() else "")
+    return f"{commit}+changes" if changes else commit
+
+
+def _git(*arguments: str) -> str:
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=10, check=True)
+    return done.stdout.strip()
 
 
 def versions() -> dict[str, str]:
@@ -177,13 +184,19 @@ def missing(stage: Stage, out: Path, recipe: Recipe) -> list[int]:
         if not (out / name / "result.json").is_file():
             todo.append(i)
         elif stage.phase in FOLLOWING:
-            made = [(out / n / "result.json").stat().st_mtime for n in (*stage.inputs, name) if (out / n).is_dir()]
-            elsewhere = stage.phase == "push" and _pushed_to(out, recipe) != [recipe.hub.repo, recipe.hub.revision]
-            if made != sorted(made) or elsewhere:  # an input was made anew since
+            if _is_stale(stage, name, out, recipe):
                 todo.append(i)
         elif stage.phase != DOWNLOAD:
             require(out, name, recipe, "the chain")
     return todo
+
+
+def _is_stale(stage: Stage, name: str, out: Path, recipe: Recipe) -> bool:
+    """Whether an input was made anew since, or a push went elsewhere."""
+    made = [(out / each / "result.json").stat().st_mtime for each in (*stage.inputs, name) if (out / each).is_dir()]
+    if made != sorted(made):
+        return True
+    return stage.phase == "push" and _pushed_to(out, recipe) != [recipe.hub.repo, recipe.hub.revision]
 
 
 def _pushed_to(out: Path, recipe: Recipe) -> list[str]:

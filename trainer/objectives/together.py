@@ -49,6 +49,11 @@ class Together(Objective):
                 self.flops_by_module[i] += pair.back_flops if pair.taught else 0
                 self.flops_by_module[i] += forward_flops(meta.stages[i], tokens) if i + 1 < self.teacher_runs else 0
 
+    @property
+    def flops_per_image(self) -> int:
+        """Of all modules together."""
+        return sum(self.flops_by_module)
+
     def __call__(self, forward, images: Tensor, target: Tensor) -> Step:
         with torch.no_grad():
             taught = self._teach(images)

@@ -15,7 +15,7 @@ from trainer.distributed.ranks import ranks_from_environment
 from trainer.plan import preflight
 from trainer.plan.cost import measured_speed
 from trainer.plan.rehearsal import DryRun, carry_out
-from trainer.request.graph import row_of, stage_names
+from trainer.request.graph import ALL, row_of, stage_names
 from trainer.request.job import EXIT_BAD_INPUT, Job
 from trainer.request.stages import Stage, chain, stages
 from trainer.teaching.estimate import Cost
@@ -59,35 +59,51 @@ def _stages(job: Job) -> list[Stage]:
 
 def _artifacts(job: Job) -> list[str]:
     """The results this job makes, in order."""
-    return [name for stage in _stages(job) for name in stage.artifacts] if job.phase == "all" else job.artifacts
+    if job.phase != ALL:
+        return job.artifacts
+    return [name for stage in _stages(job) for name in stage.artifacts]
 
 
 def _results(job: Job) -> str:
     """Raises ValueError when a result is damaged or of another recipe, or one that a single phase needs is missing."""
-    todo = [stage.artifacts[i] for stage in _stages(job) for i in missing(stage, job.out, job.recipe)]
-    if job.phase != "all" and set(_artifacts(job)) & set(todo):
-        own = set(job.artifacts)
-        inputs = [name for stage in _stages(job) if own & set(stage.artifacts) for name in stage.inputs]
-        for name in dict.fromkeys(name for name in inputs if name not in own):
+    to_do: set[str] = set()
+    for stage in _stages(job):
+        to_do |= {stage.artifacts[i] for i in missing(stage, job.out, job.recipe)}
+    if job.phase != ALL and to_do & set(job.artifacts):
+        for name in _inputs(job):
             require(job.out, name, job.recipe, f"--phase {job.phase}")
-    done = [name for name in _artifacts(job) if name not in todo]
-    return f"{', '.join(done)} complete" if done else "none complete"
+    complete = [name for name in _artifacts(job) if name not in to_do]
+    return f"{', '.join(complete)} complete" if complete else "none complete"
+
+
+def _inputs(job: Job) -> list[str]:
+    """The results of other phases that a single phase reads."""
+    makes = set(job.artifacts)
+    names: dict[str, None] = {}
+    for stage in _stages(job):
+        if makes & set(stage.artifacts):
+            names |= dict.fromkeys(stage.inputs)
+    return [name for name in names if name not in makes]
 
 
 def _state(job: Job, name: str) -> str:
     folder = job.out / name
-    source = {"meta": job.recipe.meta.source, "distill": job.recipe.distill.source}.get(name.split("_")[0])
+    phase = name.split("_")[0]
+    source = {"meta": job.recipe.meta.source, "distill": job.recipe.distill.source}.get(phase)
     if (folder / "result.json").is_file():
         return "complete"
     if source:
         return f"from {source}"
-    return "to continue" if (folder / "checkpoints" / "latest.json").is_file() else "to do"
+    if (folder / "checkpoints" / "latest.json").is_file():
+        return "to continue"
+    return "to do"
 
 
 def _cost(job: Job, dry: DryRun, world: int) -> str:
     """Images and FLOPs of training per result; hours where a finished phase below OUT shows the speed."""
     speed = measured_speed([job.out])
-    lines, left = [], Cost(0.0, 0.0)
+    lines = []
+    left = Cost(0.0, 0.0)
     for name in _artifacts(job):
         cost, state = dry.costs.get(name), _state(job, name)
         lines.append((name, state, *_cells(cost, speed, world)))

@@ -23,21 +23,31 @@ def measure(meta: MetaModel, data: Data, dtype: torch.dtype, batch: int, dist: D
 
     Over the tokens of IMAGES training images without augmentation; float64 sums, shared out over the ranks.
     """
-    borders, width = meta.num_modules - 1, meta.stages[0].embed_dim
+    borders = meta.num_modules - 1
+    if not borders:  # a single module
+        return []
+    width = meta.stages[0].embed_dim
+    # per border the sums of (1, h)(1, h)^T: number, sum and products of the states h in one matrix
     sums = torch.zeros(borders, width + 1, width + 1, dtype=torch.float64, device=dist.device)
-    batches = eval_batches(data.train.spread(IMAGES), data.preprocessing, batch=batch, world=dist.world,
-                           rank=dist.rank, workers=data.workers)  # fmt: skip
+    batches = eval_batches(
+        data.train.spread(IMAGES),
+        data.preprocessing,
+        batch=batch,
+        world=dist.world,
+        rank=dist.rank,
+        workers=data.workers,
+    )
     mode = meta.training
     meta.eval()
     with torch.no_grad():
         for b in batches:
             HEARTBEAT.beat()
-            *states, _ = meta.hidden_states(b.images.to(dist.device, dtype)) if borders else [None]
-            for border, h in enumerate(states):
-                vectors = h[b.mask.to(dist.device)].flatten(0, 1).double()
-                # a column of ones: number, sum and products in one matrix
-                vectors = torch.cat([vectors.new_ones(len(vectors), 1), vectors], 1)
-                sums[border] += vectors.T @ vectors
+            *states, _logits = meta.hidden_states(b.images.to(dist.device, dtype))
+            real_B = b.mask.to(dist.device)
+            for border, state_BTD in enumerate(states):
+                state_ND = state_BTD[real_B].flatten(0, 1).double()
+                with_one = torch.cat([state_ND.new_ones(len(state_ND), 1), state_ND], 1)
+                sums[border] += with_one.T @ with_one
     meta.train(mode)
     sums = dist.sum(sums).cpu()
     return [basis_of(s[0, 0], s[0, 1:], s[1:, 1:]) for s in sums]

@@ -105,16 +105,21 @@ def make(run: Run, module: int) -> None:
     Raises:
         ValueError: the states do not make as many clusters as there are experts, or no meta model is there.
     """
-    started, recipe, name = time.perf_counter(), run.recipe, graph.artifact_name("cluster", module)
+    started = time.perf_counter()
+    recipe = run.recipe
+    name = graph.artifact_name("cluster", module)
     meta, meta_result = trained_meta(run, f"--phase cluster --module {module}")
     meta.to(run.dist.device).eval().requires_grad_(False)
     states = _States(run, meta, module)
     centers, sampled = _centers(run, states, module)
-    tensors = dict(zip(("mean", "centroids"), centers))
+    mean_D, centroid_ED = centers
+    tensors = {"mean": mean_D, "centroids": centroid_ED}
     if states.by_image:
-        tensors |= {split: _assigned(states, getattr(run.data, split), centers) for split in ("train", "val")}
+        tensors["train"] = _assigned(states, run.data.train, centers)
+        tensors["val"] = _assigned(states, run.data.val, centers)
         sampled = tensors["train"][tensors["train"] >= 0]
-    shares = (torch.bincount(sampled.long(), minlength=recipe.student.moe.num_experts) / len(sampled)).tolist()
+    count_E = torch.bincount(sampled.long(), minlength=recipe.student.moe.num_experts)
+    shares = (count_E / len(sampled)).tolist()
     images, flops = cost(run, meta, module)
     outcome = Outcome({}, time.perf_counter() - started, steps=0, images_seen=images)
     aside = Path()
@@ -144,7 +149,9 @@ def make(run: Run, module: int) -> None:
 def cost(run: Run, meta: MetaModel, module: int) -> tuple[int, float]:
     """Images passed through the meta model, and FLOPs, of clustering for a module, before it is done."""
     states = _States(run, meta, module)
-    images = len(states.sample) + (len(run.data.train) if states.by_image else 0)
+    images = len(states.sample)
+    if states.by_image:  # then all are assigned
+        images += len(run.data.train)
     return images, states.cost(images)
 
 
@@ -152,10 +159,13 @@ class _States:
     """Border states of images without augmentation, shared out over the ranks."""
 
     def __init__(self, run: Run, meta: MetaModel, module: int) -> None:
-        self.run, self.meta, self.module, self.by_image = run, meta, module, goes_by_image(run, module)
+        self.run, self.meta, self.module = run, meta, module
+        self.by_image = goes_by_image(run, module)
         self.sample = run.data.train.spread(run.recipe.expert.cluster_images)
         self.settings = run.settings("expert")
-        self.per_image = 1 if self.by_image else max(1, min(run.tokens, POINTS // len(self.sample)))
+        self.per_image = 1  # points that are clustered
+        if not self.by_image:
+            self.per_image = max(1, min(run.tokens, POINTS // len(self.sample)))
         self.points = self.per_image * len(self.sample)
         self.flops = sum(forward_flops(stage, run.tokens) for stage in meta.stages[: max(module, 1)])
 
@@ -167,17 +177,28 @@ class _States:
     @torch.no_grad()
     def of(self, source: ImageSource) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's batches of a source with their states (B, T, D), or their images' means (B, 1, D)."""
-        run, device = self.run, self.run.dist.device
-        for batch in eval_batches(source, run.data.preprocessing, batch=run.eval_batch(self.settings),
-                                  world=run.dist.world, rank=run.dist.rank, workers=run.data.workers):  # fmt: skip
+        run = self.run
+        batches = eval_batches(
+            source,
+            run.data.preprocessing,
+            batch=run.eval_batch(self.settings),
+            world=run.dist.world,
+            rank=run.dist.rank,
+            workers=run.data.workers,
+        )
+        for batch in batches:
             HEARTBEAT.beat()
-            state_BTD = border_state(self.meta, self.meta.front(batch.images.to(device), self.module), self.module)
-            yield batch, (state_BTD.mean(1, keepdim=True) if self.by_image else state_BTD).float()
+            h = self.meta.front(batch.images.to(run.dist.device), self.module)
+            state_BTD = border_state(self.meta, h, self.module)
+            if self.by_image:
+                state_BTD = state_BTD.mean(1, keepdim=True)
+            yield batch, state_BTD.float()
 
 
 def _centers(run: Run, states: _States, module: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """(mean, centroids) on the CPU, and the cluster of every point they were made from."""
-    points_NPD, seen_N = None, torch.zeros(len(states.sample), device=run.dist.device)
+    points_NPD = None
+    seen_N = torch.zeros(len(states.sample), device=run.dist.device)
     for batch, state_BTD in states.of(states.sample):
         if points_NPD is None:
             points_NPD = state_BTD.new_zeros(len(states.sample), states.per_image, state_BTD.shape[-1])
@@ -188,9 +209,10 @@ def _centers(run: Run, states: _States, module: int) -> tuple[tuple[Tensor, Tens
             points_NPD[index] = state_BTD[place, chosen.to(state_BTD.device)]
             seen_N[index] = 1
     points_ND = run.dist.sum(points_NPD)[run.dist.sum(seen_N) > 0].flatten(0, 1).cpu()
-    found = None
+    clustered = None
     with run.dist.together():
         if run.dist.main:
+            # spherical k-means of the states less their mean
             mean_D = points_ND.mean(0)
             try:
                 centroid_ED, cluster_N = spherical_kmeans(
@@ -201,8 +223,8 @@ def _centers(run: Run, states: _States, module: int) -> tuple[tuple[Tensor, Tens
                     f"module {module} cannot be shared out among {run.recipe.student.moe.num_experts} experts by "
                     f"{len(states.sample)} images (expert.cluster_images, student.moe.num_experts): {error}"
                 ) from None
-            found = (mean_D, centroid_ED), cluster_N
-    return run.dist.gather(found)[0]  # rank 0's: another kind of machine may round otherwise
+            clustered = (mean_D, centroid_ED), cluster_N
+    return run.dist.gather(clustered)[0]  # rank 0's: another kind of machine may round otherwise
 
 
 def _assigned(states: _States, source: ImageSource, centers: tuple[Tensor, Tensor]) -> Tensor:
@@ -232,24 +254,32 @@ def _put_in_place(aside: Path, out: Path, name: str) -> None:
 def _load(run: Run, folder: Path, metrics: dict[str, float]) -> Clusters:
     try:
         tensors = load_file(folder / FILE)
-        mean_D, centroid_ED = (tensors[name].to(run.dist.device) for name in ("mean", "centroids"))
+        mean_D = tensors["mean"].to(run.dist.device)
+        centroid_ED = tensors["centroids"].to(run.dist.device)
     except Exception as error:  # safetensors has errors of its own
         raise ValueError(f"{folder / FILE} cannot be read: {error}") from None
     splits = {}
-    for split in ("train", "val"):
-        there, here = tensors.get(split), len(getattr(run.data, split))
-        if there is not None and len(there) != here:
-            raise ValueError(f"{folder / FILE} assigns {len(there)} {split} images, but the data has {here} now")
-        splits[split] = None if there is None else there.numpy()
-    return Clusters(mean_D, centroid_ED, **splits, shares=[metrics[f"share/{e}"] for e in range(len(centroid_ED))])
+    for split, source in (("train", run.data.train), ("val", run.data.val)):
+        cluster_N = tensors.get(split)
+        if cluster_N is not None and len(cluster_N) != len(source):
+            raise ValueError(
+                f"{folder / FILE} assigns {len(cluster_N)} {split} images, but the data has {len(source)} now"
+            )
+        splits[split] = None if cluster_N is None else cluster_N.numpy()
+    shares = [metrics[f"share/{expert}"] for expert in range(len(centroid_ED))]
+    return Clusters(mean_D, centroid_ED, **splits, shares=shares)
 
 
 def _report(shares: list[float], what: str, module: int) -> None:
     shown = ", ".join(f"{e}: {100 * share:.1f}%" for e, share in enumerate(shares))
     log.info("module %d, share of the %s per expert: %s", module, what, shown)
-    if empty := [e for e, share in enumerate(shares) if not share]:
+    empty = [e for e, share in enumerate(shares) if not share]
+    if empty:
         log.warning(
             "module %d: no %s belong to expert%s %s. Each starts as a copy of the expert with the nearest cluster; "
             "fewer experts (student.moe.num_experts) or more expert.cluster_images may be better",
-            module, what, "s" if len(empty) > 1 else "", ", ".join(map(str, empty)),
-        )  # fmt: skip
+            module,
+            what,
+            "s" if len(empty) > 1 else "",
+            ", ".join(map(str, empty)),
+        )

@@ -80,25 +80,30 @@ def _plain(run: Run, **changes: str) -> Run:
     return run.with_student(experts="copy", expert_noise=0.0, **changes)
 
 
-def share_of(run: Run, found: Clusters, module: int, expert: int, global_batch: int) -> Data | None:
+def share_of(run: Run, rule: Clusters, module: int, expert: int, global_batch: int) -> Data | None:
     """What an expert learns from and is measured on; None when no training image belongs to it.
 
     Fewer images than a global batch are repeated (with augmentations of their own) until they fill one. Without a
     validation image of its own the expert is measured on all of them.
     """
-    if found.train is None:
+    if rule.train is None:
         return run.data
-    train, val = (np.flatnonzero(split == expert) for split in (found.train, found.val))
+    train = np.flatnonzero(rule.train == expert)
+    val = np.flatnonzero(rule.val == expert)
     if not len(train):
         return None
     about = f"expert {expert} of module {module}"
-    if len(train) < global_batch and run.dist.main:
-        log.warning("%s has %d training images, fewer than one batch of %d: they are repeated to fill it",
-                    about, len(train), global_batch)  # fmt: skip
-    if not len(val) and run.dist.main:
+    if len(train) < global_batch:
+        if run.dist.main:
+            text = "%s has %d training images, fewer than one batch of %d: they are repeated to fill it"
+            log.warning(text, about, len(train), global_batch)
+        train = np.resize(train, global_batch)
+    data = dataclasses.replace(run.data, train=run.data.train.subset(train))
+    if len(val):
+        return dataclasses.replace(data, val=run.data.val.subset(val))
+    if run.dist.main:
         log.warning("%s has no validation image of its own: it is measured on all of them", about)
-    data = dataclasses.replace(run.data, train=run.data.train.subset(np.resize(train, max(len(train), global_batch))))
-    return dataclasses.replace(data, val=run.data.val.subset(val)) if len(val) else data
+    return data
 
 
 def belongs_to(rule: Clusters, meta: MetaModel, module: int, expert: int) -> Callable[[Tensor], Tensor]:
@@ -130,7 +135,8 @@ class Assembly:
 
     def __init__(self, run: Run, module: int) -> None:
         self.run, self.module = run, module
-        needed_by, experts = f"--phase distill --module {module}", run.recipe.student.moe.num_experts
+        needed_by = f"--phase distill --module {module}"
+        experts = run.recipe.student.moe.num_experts
         self.clusters = clusters.ensure(run, module, needed_by)
         meta, _ = trained_meta(run, needed_by)
         self.meta = meta.to(run.dist.device).eval().requires_grad_(False)
@@ -154,13 +160,14 @@ class Assembly:
         """
         tuned = student_modules(_plain(self.run))[self.module]
         load_full_state_dict(tuned, state)
-        found = {f"share/{e}": share for e, share in enumerate(self.clusters.shares)}
-        found |= {f"expert_accuracy/{e}": accuracy for e, accuracy in self.accuracy.items()}
-        return found | {"agreement_before": self.before, "agreement_after": self._agreement(tuned)}
+        metrics = {f"share/{e}": share for e, share in enumerate(self.clusters.shares)}
+        metrics |= {f"expert_accuracy/{e}": accuracy for e, accuracy in self.accuracy.items()}
+        return metrics | {"agreement_before": self.before, "agreement_after": self._agreement(tuned)}
 
     def _dense(self, needed_by: str, experts: int) -> list[dict[str, Tensor] | None]:
         """The weights of every dense module, None where a cluster had no images."""
-        run, states = self.run, []
+        run = self.run
+        states: list[dict[str, Tensor] | None] = []
         expected = dense_modules(run)[self.module].state_dict()
         self.accuracy: dict[int, float] = {}
         with run.dist.together():
@@ -227,12 +234,20 @@ class Assembly:
     @torch.no_grad()
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's share of the cluster images: what the module is fed, and the cluster of every token (B, T)."""
-        run, device, data = self.run, self.run.dist.device, self.run.data
+        run = self.run
+        device, data = run.dist.device, run.data
         count = min(run.recipe.expert.cluster_images, len(data.train))
         chosen = np.arange(count) * len(data.train) // count
         batch_size = run.eval_batch(run.settings("expert"))
-        for batch in eval_batches(data.train.subset(chosen), data.preprocessing, batch=batch_size,
-                                  world=run.dist.world, rank=run.dist.rank, workers=data.workers):  # fmt: skip
+        batches = eval_batches(
+            data.train.subset(chosen),
+            data.preprocessing,
+            batch=batch_size,
+            world=run.dist.world,
+            rank=run.dist.rank,
+            workers=data.workers,
+        )
+        for batch in batches:
             HEARTBEAT.beat()
             if not batch.mask.any():
                 continue
@@ -240,5 +255,6 @@ class Assembly:
             if self.clusters.train is None:
                 yield h, self.clusters.of_tokens(clusters.border_state(self.meta, h, self.module))
             else:
-                own_B = torch.from_numpy(self.clusters.train[chosen[batch.index[batch.mask].numpy()]]).to(device)
-                yield h, own_B.long().unsqueeze(1).expand(-1, run.tokens)
+                image_B = chosen[batch.index[batch.mask].numpy()]
+                cluster_B = torch.from_numpy(self.clusters.train[image_B]).to(device)
+                yield h, cluster_B.long().unsqueeze(1).expand(-1, run.tokens)

@@ -18,16 +18,21 @@ FAR_BELOW = 0.9  # a hybrid under this share of the teacher's accuracy teaches l
 
 def measure(run: Run, meta: MetaModel, stages: list[nn.Module], settings: Settings) -> dict[str, float]:
     """Accuracy of the teacher, and of the meta model with each teacher module in its place (collective)."""
-    dtype = working_type(settings)
+    dtype, batch = working_type(settings), run.eval_batch(settings)
     meta.to(run.dist.device, dtype)
     teacher = run.teacher.model.to(run.dist.device, dtype)
-    cases = {"teacher_accuracy": Predictor(meta, teacher, (teacher,))}
+    predictors = {"teacher_accuracy": Predictor(meta, teacher, (teacher,))}
     for i, stage in enumerate(stages):
-        cases[f"hybrid_accuracy/{i}"] = Predictor(
-            meta, lambda x, i=i, stage=stage: meta.back(stage(meta.front(x, i)), i), (stage,)
-        )
-    batch = run.eval_batch(settings)
-    return {name: evaluate(case, run.data, dtype, batch, run.dist)["accuracy"] for name, case in cases.items()}
+        predictors[f"hybrid_accuracy/{i}"] = _hybrid(meta, stage, i)
+    accuracies = {}
+    for name, predictor in predictors.items():
+        accuracies[name] = evaluate(predictor, run.data, dtype, batch, run.dist)["accuracy"]
+    return accuracies
+
+
+def _hybrid(meta: MetaModel, stage: nn.Module, i: int) -> Predictor:
+    """The meta model with the teacher's module in place i."""
+    return Predictor(meta, lambda x: meta.back(stage(meta.front(x, i)), i), (stage,))
 
 
 def report(metrics: dict[str, float], modules: int) -> None:
@@ -42,5 +47,7 @@ def report(metrics: dict[str, float], modules: int) -> None:
                 "teacher module %d reaches only %.1f%% inside the meta model (teacher %.1f%%): its student will learn "
                 "from a broken teacher. Use meta.objective=theseus, meta.init=teacher, more meta.epochs, or "
                 "meta.blocks_per_module=0",
-                i, 100 * hybrid, 100 * teacher,
-            )  # fmt: skip
+                i,
+                100 * hybrid,
+                100 * teacher,
+            )

@@ -60,9 +60,9 @@ def take_meta(run: Run, folder: Path) -> None:
     """
     with run.dist.together():
         if run.dist.main:
-            found = _Artifact(run, run.recipe.meta.source, "meta")
+            artifact = _Artifact(run, run.recipe.meta.source, "meta")
             with torch.device("meta"):
-                found.take(folder, new_meta(run))
+                artifact.take(folder, new_meta(run))
 
 
 def take_module(run: Run, module: int, folder: Path) -> None:
@@ -73,9 +73,9 @@ def take_module(run: Run, module: int, folder: Path) -> None:
     """
     with run.dist.together():
         if run.dist.main:
-            found = _Artifact(run, run.recipe.distill.source, f"distill_{module}")
+            artifact = _Artifact(run, run.recipe.distill.source, f"distill_{module}")
             with torch.device("meta"):
-                found.take(folder, student_modules(run)[module])
+                artifact.take(folder, student_modules(run)[module])
 
 
 def initial_student(run: Run, ep_size: int) -> nn.Module:
@@ -156,16 +156,21 @@ class _Artifact:
             result = dict(json.loads(path.read_text()))
             if grown is not None:
                 result |= _with_grown_teacher(result, json.loads(grown.read_text()))
-            metrics, module = result["metrics"], self.name.partition("_")[2]
-            fits = (result["phase"], result["module"]) == (self.name.split("_")[0], int(module) if module else None)
-            needed = ["accuracy"] if module else [f"hybrid_accuracy/{i}" for i in range(self.recipe.modules)]
-            numbers = [result["flops"], result["seconds"], *(metrics[key] for key in needed)]
-            whole = fits and all(math.isfinite(number) for number in numbers) and isinstance(result["files"], dict)
+            whole = self._is_whole(result)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"result.json of {self.files} is truncated or altered ({error!r})") from None
         if not whole:
             raise ValueError(f"result.json of {self.files} is not that of {self.name}")
         return result
+
+    def _is_whole(self, result: dict[str, Any]) -> bool:
+        """Whether a result.json is that of this artifact, with the numbers that later phases read."""
+        phase, _, module = self.name.partition("_")
+        if result["phase"] != phase or result["module"] != (int(module) if module else None):
+            return False
+        needed = ["accuracy"] if module else [f"hybrid_accuracy/{i}" for i in range(self.recipe.modules)]
+        numbers = [result["flops"], result["seconds"], *(result["metrics"][key] for key in needed)]
+        return all(math.isfinite(number) for number in numbers) and isinstance(result["files"], dict)
 
     def _recipe(self) -> Recipe:
         path = self.files.find("config.yaml")
@@ -177,7 +182,8 @@ class _Artifact:
             raise ValueError(f"config.yaml of {self.files} holds no recipe this version reads: {error}") from None
 
     def _compare(self) -> None:
-        run, theirs, ours = self.run, self.recipe, self.run.recipe
+        run = self.run
+        theirs, ours = self.recipe, run.recipe
         self._same("modules", theirs.modules, ours.modules)
         if run.planned_teacher is not None:
             return  # a plan: the teacher is not trained yet
@@ -190,18 +196,24 @@ class _Artifact:
             return
         config = student_config(run)
         config.on_weights_of(student_config(run, recipe=theirs), f"distill.source {self.files}")
-        pairs = [module_depths(r.student.depths, config.depth, r.modules, "student") for r in (theirs, ours)]
-        self._same("student.depths", *map(list, pairs))
+        their_depths, our_depths = (
+            list(module_depths(recipe.student.depths, config.depth, recipe.modules, "student"))
+            for recipe in (theirs, ours)
+        )
+        self._same("student.depths", their_depths, our_depths)
         meta = run.out / "meta" / "model.safetensors"
         if (run.out / "meta" / "result.json").is_file() and meta.is_file():
-            here, there = disk.file_record(meta)["sha256"], self.result.get("meta", {}).get("sha256")
-            self._same("the meta model (SHA-256; take it from the same place with meta.source)", there, here)
+            our_digest = disk.file_record(meta)["sha256"]
+            their_digest = self.result.get("meta", {}).get("sha256")
+            self._same(
+                "the meta model (SHA-256; take it from the same place with meta.source)", their_digest, our_digest
+            )
 
     def _same_teacher(self) -> None:
-        there, here = self.result.get("teacher"), self.run.teacher_record
-        if not isinstance(there, dict) or there.get("sha256") != here["sha256"]:
+        theirs, ours = self.result.get("teacher"), self.run.teacher_record
+        if not isinstance(theirs, dict) or theirs.get("sha256") != ours["sha256"]:
             raise ValueError(
-                f"{self.files} was taught by another teacher: {_described(there)} there, {_described(here)} here"
+                f"{self.files} was taught by another teacher: {_described(theirs)} there, {_described(ours)} here"
             )
 
     def _same(self, key: str, theirs: Any, ours: Any) -> None:

@@ -32,9 +32,15 @@ def with_seedling(run: Run) -> Run:
 def new_teacher_of(t: TeacherConfig, labels: list[str]) -> TransformersTeacher:
     """The teacher of teacher.* sizes with random weights, from torch's generator."""
     return new_teacher(
-        image_size=t.image_size, patch_size=t.patch_size, width=t.width, depth=t.depth, heads=t.heads,
-        mlp_dim=t.mlp_dim, labels=labels, preprocessing=trained_preprocessing(t),
-    )  # fmt: skip
+        image_size=t.image_size,
+        patch_size=t.patch_size,
+        width=t.width,
+        depth=t.depth,
+        heads=t.heads,
+        mlp_dim=t.mlp_dim,
+        labels=labels,
+        preprocessing=trained_preprocessing(t),
+    )
 
 
 def planned_teacher(t: TeacherConfig, labels: list[str]) -> Teacher:
@@ -46,9 +52,14 @@ def planned_teacher(t: TeacherConfig, labels: list[str]) -> Teacher:
         )
     with torch.device("meta"):
         model = VisionTransformer(
-            img_size=t.image_size, patch_size=t.patch_size, embed_dim=t.width, depth=t.depth, num_heads=t.heads,
-            mlp_ratio=t.mlp_dim / t.width, num_classes=len(labels),
-        )  # fmt: skip
+            img_size=t.image_size,
+            patch_size=t.patch_size,
+            embed_dim=t.width,
+            depth=t.depth,
+            num_heads=t.heads,
+            mlp_ratio=t.mlp_dim / t.width,
+            num_classes=len(labels),
+        )
     return Teacher(model, trained_preprocessing(t), "to be trained", labels, len(labels))
 
 

@@ -109,9 +109,9 @@ def _clustered(run: Run, student: nn.Module, layers: list[int]) -> dict[str, Ten
     with run.dist.together():  # every rank sees the file, also on a file system that is slow to show it
         _, result = artifacts.require(run.out, FOLDER, run.recipe, "student.experts=clusters")
         made_from = {"recipe": result["recipe"], "dense": result["dense"]["sha256"]}
-        if different := first_difference(
-            made_from, {"recipe": _defining(run), "dense": fingerprint(dense_start(run))["sha256"]}
-        ):
+        asked_for = {"recipe": _defining(run), "dense": fingerprint(dense_start(run))["sha256"]}
+        different = first_difference(made_from, asked_for)
+        if different:
             raise ValueError(f"{folder} was made for another start ({different}): use another --out, or delete it")
         return artifacts.load_weights(folder, student.state_dict())
 
@@ -123,20 +123,20 @@ def _make(run: Run, student: nn.Module, layers: list[int], folder: Path) -> None
     images = run.sources[0].spread(run.recipe.expert.cluster_images)
     log.info("clustering what %d images send into the MLPs of %s", len(images), dense_start(run).source)
     inputs = _mlp_inputs(run, images, sorted({layers[number] for number in sparse}))
-    found = {}
+    clustered = {}
     for number in sparse:
         HEARTBEAT.beat()
         try:
-            found[number] = cluster_experts(
+            clustered[number] = cluster_experts(
                 student.blocks[number].mlp, inputs[layers[number]].to(run.dist.device), run.recipe.seed
             )
         except ValueError as error:
             raise ValueError(f"student block {number} (from layer {layers[number]}): {error}") from None
-        log.info("block %d: %s", number, found[number])
+        log.info("block %d: %s", number, clustered[number])
     beside = run.out / f"{FOLDER}.tmp" / f"{socket.gethostname()}.{os.getpid()}"
     beside.mkdir(parents=True, exist_ok=True)
     student.save_pretrained(beside, preprocessing=run.teacher.preprocessing, labels=run.labels)
-    artifacts.write_result(beside, _result(run, len(images), layers, found, time.perf_counter() - begun))
+    artifacts.write_result(beside, _result(run, len(images), layers, clustered, time.perf_counter() - begun))
     try:
         beside.rename(folder)
     except OSError:  # another job was faster: its folder is in the way
@@ -147,7 +147,9 @@ def _make(run: Run, student: nn.Module, layers: list[int], folder: Path) -> None
         beside.parent.rmdir()
 
 
-def _result(run: Run, images: int, layers: list[int], found: dict[int, Clustered], seconds: float) -> dict[str, Any]:
+def _result(
+    run: Run, images: int, layers: list[int], clustered: dict[int, Clustered], seconds: float
+) -> dict[str, Any]:
     dense = dense_start(run)
     return {
         "phase": FOLDER,
@@ -159,7 +161,7 @@ def _result(run: Run, images: int, layers: list[int], found: dict[int, Clustered
         "command": run.command,
         "data": run.sources[0].origin,
         "layers": layers,
-        "clusters": {str(number): dataclasses.asdict(block) for number, block in found.items()},
+        "clusters": {str(number): dataclasses.asdict(block) for number, block in clustered.items()},
         "recipe": _defining(run),
         "dense": fingerprint(dense),
     }
