@@ -1,6 +1,7 @@
-"""What a recipe can say: one dataclass per section, every knob with its type, default and one line of help.
+"""Sections of the phases that train: teacher, meta, distill, refine, train, and the experimental incubate to expert.
 
-Values are checked here, before torch is imported and before any GPU is taken. Reading YAML is trainer/config/load.py.
+Each is a dataclass: the optimiser and schedule that all of them have, then what is its own; every knob with its type,
+default and one line of help. Values are checked here, before torch is imported and before any GPU is taken.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class ScheduleConfig:
         least = 0 if name in MAY_BE_OFF else 1
         require(self.epochs >= least, f"{name}.epochs", self.epochs, f"{least} or more")
         require(self.lr > 0, f"{name}.lr", self.lr, "a positive learning rate")
-        fits = 0 <= self.warmup_epochs <= (self.epochs or self.warmup_epochs)  # any of a phase that is off
-        require(fits, f"{name}.warmup_epochs", self.warmup_epochs, "0 to epochs")
+        longest = self.epochs or self.warmup_epochs  # a phase that is off may have any
+        require(0 <= self.warmup_epochs <= longest, f"{name}.warmup_epochs", self.warmup_epochs, "0 to epochs")
         require(self.weight_decay >= 0, f"{name}.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.drop_path < 1, f"{name}.drop_path", self.drop_path, "0 to below 1")
         require(self.global_batch is None or self.global_batch >= 1, f"{name}.global_batch", self.global_batch, ">= 1")
@@ -84,12 +85,15 @@ class MetaConfig(ScheduleConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.blocks_per_module >= 0, "meta.blocks_per_module", self.blocks_per_module, "0 (teacher) or more")
-        require(self.blocks_per_module or self.init == "teacher", "meta.init", self.init,
-                "teacher with meta.blocks_per_module=0, where the teacher is its own meta model")  # fmt: skip
+        if self.blocks_per_module == 0:
+            expected = "teacher with meta.blocks_per_module=0, where the teacher is its own meta model"
+            require(self.init == "teacher", "meta.init", self.init, expected)
         for name in ("label_weight", "kl_weight", "free_weight", "forced_weight"):
-            require(getattr(self, name) >= 0, f"meta.{name}", getattr(self, name), "0 (off) or more")
-        require(self.kl_weight or self.label_weight or self.objective == "labels", "meta.kl_weight", self.kl_weight,
-                "a positive weight here or in meta.label_weight: else the last stage learns nothing")  # fmt: skip
+            weight = getattr(self, name)
+            require(weight >= 0, f"meta.{name}", weight, "0 (off) or more")
+        if self.objective != "labels" and not self.label_weight:
+            expected = "a positive weight here or in meta.label_weight: else the last stage learns nothing"
+            require(self.kl_weight > 0, "meta.kl_weight", self.kl_weight, expected)
         require(0 < self.replace_rate <= 1, "meta.replace_rate", self.replace_rate, "above 0, at most 1")
 
 
@@ -142,16 +146,18 @@ class DistillConfig(ScheduleConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("alpha", "alpha_end"):
-            value = getattr(self, key)
-            require(value is None or 0 <= value <= 1, f"distill.{key}", value, "0 to 1")
-        for key in ("tau", "tau_end"):
-            value = getattr(self, key)
-            require(value is None or value > 0, f"distill.{key}", value, "a positive temperature")
-        for key in ("logit_weight", "border_weight", "input_noise", "routing_weight"):
-            require(getattr(self, key) >= 0, f"distill.{key}", getattr(self, key), "0 (off) or more")
-        require(self.logit_weight or self.border != "none", "distill.logit_weight", self.logit_weight,
-                "a positive weight, or distill.border to learn from")  # fmt: skip
+        for name in ("alpha", "alpha_end"):
+            alpha = getattr(self, name)
+            require(alpha is None or 0 <= alpha <= 1, f"distill.{name}", alpha, "0 to 1")
+        for name in ("tau", "tau_end"):
+            tau = getattr(self, name)
+            require(tau is None or tau > 0, f"distill.{name}", tau, "a positive temperature")
+        for name in ("logit_weight", "border_weight", "input_noise", "routing_weight"):
+            weight = getattr(self, name)
+            require(weight >= 0, f"distill.{name}", weight, "0 (off) or more")
+        if self.border == "none":
+            expected = "a positive weight, or distill.border to learn from"
+            require(self.logit_weight > 0, "distill.logit_weight", self.logit_weight, expected)
 
 
 @dataclass(frozen=True)
@@ -201,11 +207,12 @@ class TrainConfig(ScheduleConfig):
     def __post_init__(self):
         super().__post_init__()
         starts = ("scratch", "scratch_equal_cost", "upcycled")
-        for name in self.baselines:
-            require(name in starts, "train.baselines", name, ", ".join(starts))
+        for start in self.baselines:
+            require(start in starts, "train.baselines", start, ", ".join(starts))
         require(0 <= self.kd_weight <= 1, "train.kd_weight", self.kd_weight, "0 (off) to 1")
         require(self.kd_tau > 0, "train.kd_tau", self.kd_tau, "a positive temperature")
         for name in ("border_weight", "border_epochs", "routing_weight"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 (off) or more")
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name}", value, "0 (off) or more")
         require(0 <= self.ema < 1, "train.ema", self.ema, "0 (off) to below 1")
         require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "above 0, at most 1")
