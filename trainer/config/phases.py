@@ -47,11 +47,13 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig(ScheduleConfig):
-    """The monolithic teacher: one from the hub or a folder, a small ViT trained by phase `teacher`, or a grown one."""
+    """The monolithic teacher: of the hub or a folder, a small ViT of phase `teacher`, or (experimental) a grown one."""
 
     source: str = knob("", "hub id[@revision] or directory; empty = train one with phase teacher")
     grown: bool = knob(
-        False, "grow it inside the meta model: phases meta, incubate and assemble in place of phase teacher"
+        False,
+        "experimental, in no study yet: grow it inside the meta model, phases meta, incubate and assemble in place of "
+        "phase teacher",
     )
     depths: tuple[int, ...] = knob((), "blocks per module; empty = as equal as possible over `modules`")
     image_size: int = knob(32, "of a trained teacher, pixels")
@@ -99,7 +101,7 @@ class MetaConfig(ScheduleConfig):
 
 @dataclass(frozen=True)
 class IncubateConfig(ScheduleConfig):
-    """Growing a teacher (teacher.grown): each module is trained in its place in the frozen meta model, on labels."""
+    """Experimental, growing a teacher (teacher.grown): each module learns labels in its place in the meta model."""
 
     epochs: int = knob(100, "passes over the training images")
     warmup_epochs: float = knob(20.0, "linear warm-up from warmup_lr, in epochs")
@@ -108,7 +110,7 @@ class IncubateConfig(ScheduleConfig):
 
 @dataclass(frozen=True)
 class AssembleConfig(ScheduleConfig):
-    """Growing a teacher (teacher.grown): the incubated modules are put together and fine-tuned, on labels."""
+    """Experimental, growing a teacher (teacher.grown): the incubated modules together, fine-tuned on labels."""
 
     epochs: int = knob(100, "passes over the training images")
     drop_path: float = knob(0.1, "stochastic depth of the teacher's blocks, rising linearly to this rate")
@@ -140,9 +142,15 @@ class DistillConfig(ScheduleConfig):
     )
     input_noise: float = knob(0.0, "Gaussian noise on a module's input, relative to the input's standard deviation")
     level: Literal["module", "expert"] = knob(
-        "module", "teach modules whole; or their experts one by one first (section expert), then tune the module"
+        "module",
+        "teach modules whole; or (experimental: more epochs gain more for less in docs/studies.md) their experts one "
+        "by one first (section expert), then tune the module",
     )
-    routing_weight: float = knob(0.0, "weight of teacher-guided routing: KL from a teacher router to each MoE router")
+    routing_weight: float = knob(
+        0.0,
+        "experimental, no gain by itself in docs/studies.md: weight of teacher-guided routing, the KL from a teacher "
+        "router to each MoE router",
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -173,7 +181,7 @@ class RefineConfig(ScheduleConfig):
 
 @dataclass(frozen=True)
 class ExpertConfig(ScheduleConfig):
-    """Per-expert distillation (distill.level=expert): each expert of a module is taught alone, as a dense module."""
+    """Experimental, per-expert distillation (distill.level=expert): each expert is taught alone, as a dense module."""
 
     assign: Literal["image", "token"] = knob(
         "image", "an expert learns from the images of its cluster; or from all images, on the tokens of its cluster"
@@ -200,7 +208,11 @@ class TrainConfig(ScheduleConfig):
     kd_tau: float = knob(1.0, "temperature of that KL")
     border_weight: float = knob(0.0, "weight of matching the teacher's border states, fading out to 0")
     border_epochs: float = knob(5.0, "epochs after which the border states no longer count")
-    routing_weight: float = knob(0.0, "weight of teacher-guided routing, fading out to 0 with border_epochs")
+    routing_weight: float = knob(
+        0.0,
+        "experimental, 0.3 points for 1.4 times the cost in docs/studies.md: weight of teacher-guided routing, fading "
+        "out to 0 with border_epochs",
+    )
     ema: float = knob(0.0, "decay of an average of the weights, per step, which is evaluated and published; 0 = off")
     layer_decay: float = knob(1.0, "learning rate of a block relative to the block after it")
 

@@ -59,7 +59,9 @@ class StudentConfig:
         "", "start of the blocks: empty = new, teacher = the teacher's layers, or a dense ViT (hub id, folder)"
     )
     experts: Literal["copy", "clusters"] = knob(
-        "copy", "with init: experts are copies of the MLP, or cut from it by clusters of its inputs, router included"
+        "copy",
+        "with init: experts are copies of the MLP, or (experimental: ends below copies in docs/studies.md) cut from it "
+        "by clusters of its inputs, router included",
     )
     expert_noise: float = knob(0.0, "with init: noise on each expert, relative to the standard deviation of a weight")
     reg_tokens: int | None = knob(None, "prefix tokens beside the class token; null = as many as the teacher has")
