@@ -196,7 +196,7 @@ def all_keys(cls: type = Recipe, where: str = "") -> list[str]:
     return names
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error says, without the line breaks of PyYAML's messages."""
     return " ".join(str(error).split())
 

@@ -219,8 +219,8 @@ class TrainConfig(ScheduleConfig):
     def __post_init__(self):
         super().__post_init__()
         starts = ("scratch", "scratch_equal_cost", "upcycled")
-        for start in self.baselines:
-            require(start in starts, "train.baselines", start, ", ".join(starts))
+        for name in self.baselines:
+            require(name in starts, "train.baselines", name, ", ".join(starts))
         require(0 <= self.kd_weight <= 1, "train.kd_weight", self.kd_weight, "0 (off) to 1")
         require(self.kd_tau > 0, "train.kd_tau", self.kd_tau, "a positive temperature")
         for name in ("border_weight", "border_epochs", "routing_weight"):
