@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from trainer.cli import flags as cli
-from trainer.cli import manual, reference
+from trainer.cli import flags, manual, reference
 from trainer.config.load import all_keys, load_recipe, to_dict
 from trainer.config.student import MoEConfig
 
@@ -17,7 +16,7 @@ DS_CONFIG = ROOT / "ds_configs/node8_zero1_ep8.json"
 
 
 def answer(*arguments):
-    return cli.answer(cli.parse([str(a) for a in arguments]))
+    return flags.answer(flags.parse([str(a) for a in arguments]))
 
 
 def refused(*arguments):

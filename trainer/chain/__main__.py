@@ -11,7 +11,8 @@ from trainer.chain import settings as chain_settings
 from trainer.chain import status, submit
 from trainer.chain.slurm import SlurmError
 
-EXIT_SLURM, EXIT_BAD_INPUT = 3, 2
+EXIT_BAD_INPUT = 2
+EXIT_SLURM = 3
 
 
 def main() -> int:
@@ -27,9 +28,12 @@ def main() -> int:
         from trainer.chain import plan
 
         return plan.show(settings)
-    except (ValueError, OSError, SlurmError) as error:
+    except SlurmError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_SLURM if isinstance(error, SlurmError) else EXIT_BAD_INPUT
+        return EXIT_SLURM
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("error: stopped half-way; nothing of this submission is left", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -26,7 +26,8 @@ def main() -> int:
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
-    recipe, started = load_recipe(options.recipe), time.monotonic()
+    recipe = load_recipe(options.recipe)
+    started = time.monotonic()
     from trainer.hub.push import check_hub
 
     try:
@@ -50,17 +51,22 @@ def _open_all(recipe: Recipe) -> None:
     from trainer.teaching import bases
     from trainer.teaching.families import family_of
 
-    dense = "" if recipe.student.init == "teacher" else recipe.student.init
-    for source in filter(None, (recipe.teacher.source, dense)):
-        load_teacher(source)
+    if recipe.teacher.source:
+        load_teacher(recipe.teacher.source)
+    if recipe.student.init not in ("", "teacher"):  # a dense ViT
+        load_teacher(recipe.student.init)
     if recipe.train.init:
         family_of(recipe).load(recipe.train.init)
-    modules = [artifact_name("distill", i) for i in range(recipe.modules)]
-    for source, names in ((recipe.meta.source, ["meta"]), (recipe.distill.source, modules)):
-        for files in [CheckpointFiles(source, folder=name) for name in names if source]:
-            for file in ("result.json", "config.yaml", bases.FILE):
-                files.find(file)
-            files.weights()
+    reused = []  # (run folder or hub id, artifact in it)
+    if recipe.meta.source:
+        reused.append((recipe.meta.source, "meta"))
+    if recipe.distill.source:
+        reused += [(recipe.distill.source, artifact_name("distill", i)) for i in range(recipe.modules)]
+    for source, name in reused:
+        files = CheckpointFiles(source, folder=name)
+        for file in ("result.json", "config.yaml", bases.FILE):
+            files.find(file)
+        files.weights()
     for split in ("train", "val"):
         open_source(recipe.data, split)
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from trainer.chain import slurm
 from trainer.chain.settings import ONLINE, STAGES, Settings
 from trainer.chain.submit import ROOT, Order, dependency, header, load, plan_orders, write_folder
-from trainer.config.recipe import Recipe
 from trainer.plan.cost import ASSUMED_FLOPS, measured_speed
 from trainer.request.stages import Stage, chain
 from trainer.tracking.console import table
@@ -33,37 +32,47 @@ def show(settings: Settings) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "scripts"
         orders = plan_orders(settings, recipe, folder)
-        finished = [stage.name for stage in chain(recipe) if stage.name not in {o.stage.name for o in orders}]
-        print(f"run folder {settings.run}" + (f"; complete already: {', '.join(finished)}" if finished else ""))
+        ordered = {order.stage.name for order in orders}
+        finished = [stage.name for stage in chain(recipe) if stage.name not in ordered]
+        complete = f"; complete already: {', '.join(finished)}" if finished else ""
+        print(f"run folder {settings.run}{complete}")
         if not orders:
             print("every stage is complete, nothing would be submitted")
             return 0
-        print("\n" + commands(settings, orders))
+        print(f"\n{commands(settings, orders)}")
         write_folder(settings, recipe, ds_values, folder, orders)
-        report = _dry_run(settings, recipe, folder)
-        print("\ncost\n" + cost(settings, orders, report["flops"], *speed(settings)))
+        report = _dry_run(settings, folder)
+        flops_per_second, source = speed(settings)
+        print(f"\ncost\n{cost(settings, orders, report['flops'], flops_per_second, source)}")
         print("\ndry run on this machine's CPU")
         for line in report["checks"]:
             print(f"  ok       {line}")
         for line in report["problems"]:
             print(f"  PROBLEM  {line}")
-        refused = _ask_scheduler(settings, orders)
-    return int(bool(report["problems"]) or refused)
+        refused = _ask_scheduler(orders)
+    return 1 if report["problems"] or refused else 0
 
 
 def commands(settings: Settings, orders: Sequence[Order]) -> str:
     """The sbatch calls as they would be made, ids written as $JOB_<stage>."""
     lines = []
     for order in orders:
-        flags = [*header(settings, order.stage), *order.flags]
+        stage = order.stage
         waits = dependency([f"$JOB_{name}" for name in order.after])
-        lines.append(" \\\n    ".join([f"JOB_{order.stage.name}=$(sbatch --parsable", *flags, *waits,
-                                      f"{settings.run}/slurm/N/{order.stage.name}.sbatch)"]))  # fmt: skip
-        run = f"srun {settings.srun_args} {settings.python} trainer/run.py --phase {order.stage.phase}"
-        run += f" {_element(order.stage)} {shlex.join(order.stage.arguments)}"
-        tasks = 1 if order.stage.phase in ONLINE else settings.nodes_of(order.stage.setting) * settings.ranks_per_node
-        if order.stage.phase != "download":
-            lines.append(f"#   runs, as {tasks} tasks: {' '.join(run.split())}")
+        sbatch = [
+            f"JOB_{stage.name}=$(sbatch --parsable",
+            *header(settings, stage),
+            *order.flags,
+            *waits,
+            f"{settings.run}/slurm/N/{stage.name}.sbatch)",
+        ]
+        lines.append(" \\\n    ".join(sbatch))
+        if stage.phase == "download":  # not of trainer/run.py
+            continue
+        srun = f"srun {settings.srun_args} {settings.python} trainer/run.py --phase {stage.phase}"
+        srun += f" {_element(stage)} {shlex.join(stage.arguments)}"
+        tasks = 1 if stage.phase in ONLINE else settings.nodes_of(stage.setting) * settings.ranks_per_node
+        lines.append(f"#   runs, as {tasks} tasks: {' '.join(srun.split())}")
     return "\n".join(lines)
 
 
@@ -72,71 +81,101 @@ def _element(stage: Stage) -> str:
     element = "SLURM_ARRAY_TASK_ID"
     if stage.experts:
         return f"--module $(({element} / {stage.experts})) --expert $(({element} % {stage.experts}))"
-    return f"--module ${element}" if stage.array else ""
+    if stage.array:
+        return f"--module ${element}"
+    return ""
 
 
 def cost(
     settings: Settings, orders: Sequence[Order], flops: Mapping[str, float], flops_per_second: float, source: str
 ) -> str:
-    """Table of GPU-hours: expected from FLOPs and the speed of one rank, and at most from the time limits."""
+    """Table of GPU-hours: expected from FLOPs and the speed of one rank, and at most from the time limits.
+
+    Args:
+        flops: of each artifact, all ranks together; what is not in it is not known.
+        flops_per_second: of one rank.
+        source: where that speed is from.
+    """
     unit = "GPU" if settings.gpus_per_node else "rank"
-    lines, expected, limit = [], 0.0, 0.0
+    rows = []
+    total_expected = 0.0
+    total_limit = 0.0
     for order in orders:
-        name = order.stage.name
-        nodes, time = settings.nodes_of(order.stage.setting), settings.time_of(order.stage.setting)
-        units = 0 if order.stage.phase in ONLINE else nodes * settings.ranks_per_node
-        needed = [flops.get(order.stage.artifacts[i]) for i in order.elements]
-        hours = sum(needed) / flops_per_second / 3600 if None not in needed else None
-        jobs = len(order.elements) if order.stage.array else 1
-        most = jobs * units * settings.hours_of(order.stage.setting)
-        expected, limit = expected + (hours or 0.0), limit + most
-        expected_here = "-" if hours is None else f"{hours:.3g}"
-        lines.append((name, str(jobs), str(nodes), str(units), time, expected_here, f"{most:.3g}"))
-    lines.append(("total", "", "", "", "", f"{expected:.3g}", f"{limit:.3g}"))
+        stage = order.stage
+        nodes = settings.nodes_of(stage.setting)
+        ranks = 0 if stage.phase in ONLINE else nodes * settings.ranks_per_node
+        jobs = len(order.elements) if stage.array else 1
+        # rank-hours expected = FLOPs of all elements / FLOP/s of a rank / 3600, however many ranks share them
+        stage_flops = [flops.get(stage.artifacts[element]) for element in order.elements]
+        expected_cell = "-"
+        if None not in stage_flops:
+            expected = sum(stage_flops) / flops_per_second / 3600
+            expected_cell = f"{expected:.3g}"
+            total_expected += expected
+        # rank-hours at most = jobs x ranks x time limit
+        limit = jobs * ranks * settings.hours_of(stage.setting)
+        total_limit += limit
+        time = settings.time_of(stage.setting)
+        rows.append((stage.name, str(jobs), str(nodes), str(ranks), time, expected_cell, f"{limit:.3g}"))
+    rows.append(("total", "", "", "", "", f"{total_expected:.3g}", f"{total_limit:.3g}"))
     head = ("stage", "jobs", "nodes", f"{unit}s", "time limit", f"{unit}-hours expected", "at most")
-    return table(head, lines) + f"\nexpected: {source}; start-up, evaluation and saving come on top"
+    return f"{table(head, rows)}\nexpected: {source}; start-up, evaluation and saving come on top"
 
 
 def speed(settings: Settings) -> tuple[float, str]:
     """FLOP/s of one rank and where the number is from: this run, --speed-from, or an assumption said to be one."""
-    folders = [settings.run, *([Path(settings.speed_from)] if settings.speed_from else [])]
-    return measured_speed(folders) or (
+    folders = [settings.run]
+    if settings.speed_from:
+        folders.append(Path(settings.speed_from))
+    assumed = (
         ASSUMED_FLOPS,
         f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s per GPU, an assumption (no stage of {settings.run} is finished; "
         "--speed-from FINISHED_RUN uses a measured one)",
     )
+    return measured_speed(folders) or assumed
 
 
-def _dry_run(settings: Settings, recipe: Recipe, folder: Path) -> dict:
-    """Run trainer.chain.dryrun in a process of its own: this one stays without torch."""
+def _dry_run(settings: Settings, folder: Path) -> dict:
+    """Run trainer.plan.rehearsal in a process of its own: this one stays without torch.
+
+    Returns:
+        Its report: "checks" and "problems" in words, "flops" of each artifact.
+    """
     report = folder / "report.json"
     ranks = {name: [settings.nodes_of(name), settings.ranks_per_node] for name in STAGES}
-    command = [sys.executable, "-m", "trainer.plan.rehearsal", "--recipe", str(folder / "recipe.yaml"), "--ds_config",
-               str(folder / "ds_config.json"), "--out", str(settings.run), "--report", str(report), "--ranks",
-               json.dumps(ranks)]  # fmt: skip
+    flags = {
+        "--recipe": str(folder / "recipe.yaml"),
+        "--ds_config": str(folder / "ds_config.json"),
+        "--out": str(settings.run),
+        "--report": str(report),
+        "--ranks": json.dumps(ranks),
+    }
+    command = [sys.executable, "-m", "trainer.plan.rehearsal"]
+    for flag, value in flags.items():
+        command += [flag, value]
     environ = slurm.clean_environ() | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     try:
         done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DRY_RUN_LIMIT)
     except subprocess.TimeoutExpired:
         return {"checks": [], "problems": [f"not finished after {DRY_RUN_LIMIT} s"], "flops": {}}
     if done.returncode:
-        words = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return {"checks": [], "problems": [f"ended with exit code {done.returncode}: {words}"], "flops": {}}
+        *_, last_line = ["no output", *done.stderr.strip().splitlines()]
+        return {"checks": [], "problems": [f"ended with exit code {done.returncode}: {last_line}"], "flops": {}}
     return json.loads(report.read_text())
 
 
-def _ask_scheduler(settings: Settings, orders: Sequence[Order]) -> bool:
+def _ask_scheduler(orders: Sequence[Order]) -> bool:
     """sbatch --test-only of every job; True when one is refused."""
     if not shutil.which("sbatch", path=os.environ.get("PATH")):
         print("\nscheduler: no sbatch on PATH here, so it was not asked (sbatch --test-only)")
         return False
     print("\nscheduler (sbatch --test-only)")
-    said: set[str] = set()
+    refusals: set[str] = set()
     for order in orders:
         try:
             print(f"  ok       {order.stage.name}: {slurm.test_only(order.flags, str(order.script))}")
         except slurm.SlurmError as error:
-            if str(error) not in said:  # usually the same for every job
+            if str(error) not in refusals:  # usually the same for every job
                 print(f"  PROBLEM  {order.stage.name}: {error}")
-            said.add(str(error))
-    return bool(said)
+            refusals.add(str(error))
+    return bool(refusals)

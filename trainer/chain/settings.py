@@ -55,13 +55,16 @@ class Settings:
 
     def __post_init__(self):
         for name in ("recipe", "ds_config", "out"):
-            require(getattr(self, name), name, getattr(self, name), f"a path: set {name.upper()} or --{_flag(name)}")
+            path = getattr(self, name)
+            require(path, name, path, f"a path: set {name.upper()} or --{_flag(name)}")
         require(self.level in ("", "module", "expert"), "level", self.level, "module or expert, or nothing")
         require(self.gpus_per_node >= 0, "gpus_per_node", self.gpus_per_node, "0 (CPU only) or more")
-        require(self.gpus_per_node > 0 or self.tasks_per_node > 0, "tasks_per_node", self.tasks_per_node,
-                "1 or more ranks per node when gpus_per_node is 0")  # fmt: skip
+        if self.gpus_per_node == 0:
+            expected = "1 or more ranks per node when gpus_per_node is 0"
+            require(self.tasks_per_node > 0, "tasks_per_node", self.tasks_per_node, expected)
         for name in ("cpus_per_task", "warn_seconds", "max_idle_requeues"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            value = getattr(self, name)
+            require(value >= 1, name, value, "1 or more")
         for stage in STAGES:
             require(self.nodes_of(stage) >= 1, "nodes", self.nodes, "1 or more")
             require(TIME.fullmatch(self.time_of(stage)), "time", self.time, "[days-]hours:minutes:seconds")
@@ -69,8 +72,15 @@ class Settings:
     @property
     def recipe_overrides(self) -> list[str]:
         """What changes the recipe, the later the stronger."""
-        level = [f"distill.level={self.level}"] if self.level else []
-        return [*level, *(word for word in self.overrides if not word.startswith("ds."))]
+        words = [word for word in self.overrides if not word.startswith("ds.")]
+        if self.level:
+            words.insert(0, f"distill.level={self.level}")
+        return words
+
+    @property
+    def ds_overrides(self) -> list[str]:
+        """What changes the DeepSpeed JSON."""
+        return [word for word in self.overrides if word.startswith("ds.")]
 
     @property
     def ranks_per_node(self) -> int:
@@ -95,11 +105,13 @@ class Settings:
     def hours_of(self, stage: str) -> float:
         """The same in hours."""
         days, _, clock = self.time_of(stage).rpartition("-")
-        parts = [int(p) for p in clock.split(":")]
+        parts = [int(part) for part in clock.split(":")]
         if days:  # days-hours[:minutes[:seconds]]
             hours, minutes, seconds = [*parts, 0, 0][:3]
-        else:  # minutes, minutes:seconds, or hours:minutes:seconds
-            hours, minutes, seconds = ([0] * (3 - len(parts)) + parts) if len(parts) != 1 else [0, parts[0], 0]
+        elif len(parts) == 1:  # minutes
+            hours, minutes, seconds = [0, *parts, 0]
+        else:  # [hours:]minutes:seconds
+            hours, minutes, seconds = [0, *parts][-3:]
         return int(days or 0) * 24 + hours + minutes / 60 + seconds / 3600
 
 
@@ -109,35 +121,43 @@ def read(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> t
     Raises:
         ValueError: a setting without a meaning; the message names it.
     """
-    fields = [f for f in dataclasses.fields(Settings) if f.name != "overrides"]
+    fields = [field for field in dataclasses.fields(Settings) if field.name != "overrides"]
     parser = argparse.ArgumentParser(
-        prog="slurm/m2mkd_vmoe.sh", allow_abbrev=False,
+        prog="slurm/m2mkd_vmoe.sh",
         epilog="section.key=value overrides the recipe, ds.section.key=value the DeepSpeed JSON.",
-    )  # fmt: skip
+        allow_abbrev=False,
+    )
     parser.add_argument("words", nargs="*", metavar="submit|plan|status|cancel [section.key=value ...]")
     for field in fields:
         parser.add_argument(f"--{_flag(field.name)}", dest=field.name, help=field.metadata["help"])
-    given = vars(parser.parse_intermixed_args(arguments))
-    words = given.pop("words")
-    command = words.pop(0) if words and "=" not in words[0] else "submit"
+    flags = vars(parser.parse_intermixed_args(arguments))
+    words = flags.pop("words")
+    command = "submit"
+    if words and "=" not in words[0]:
+        command = words.pop(0)
     require(command in COMMANDS, "command", command, "one of " + ", ".join(COMMANDS))
     values: dict[str, Any] = {}
     for field in fields:
-        text = given[field.name] if given[field.name] is not None else environ.get(field.name.upper())
-        if text is not None and text != "":
-            values[field.name] = _number(field.name, text) if isinstance(field.default, int) else text
-    overrides = environ.get("OVERRIDES", "").split() + words
-    return command, Settings(**values, overrides=tuple(overrides))
+        text = flags[field.name]
+        if text is None:
+            text = environ.get(field.name.upper(), "")
+        if text == "":
+            continue
+        values[field.name] = _number(field.name, text) if isinstance(field.default, int) else text
+    overrides = (*environ.get("OVERRIDES", "").split(), *words)
+    return command, Settings(**values, overrides=overrides)
 
 
 def _per_stage(name: str, text: str, stage: str) -> str:
-    default, *others = text.split(",")
+    """What `text` says for this stage: its first value, or that of the last stage=value."""
+    default, *exceptions = text.split(",")
     chosen = default.strip()
-    for other in others:
-        key, equals, value = other.strip().partition("=")
+    for exception in exceptions:
+        key, equals, value = exception.strip().partition("=")
         if not equals or key not in STAGES:
             raise ValueError(f"{name} is {text!r}: {key!r} is no stage. Stages are {', '.join(STAGES)}")
-        chosen = value if key == stage else chosen
+        if key == stage:
+            chosen = value
     return chosen
 
 

@@ -7,9 +7,31 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE",
-         "PREEMPTED", "REVOKED")  # fmt: skip
+# states of a job that neither waits nor runs
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+    "REVOKED",
+)
 TIMEOUT = 90  # seconds: with the controller down the clients try for about 30
+# part of what Slurm says -> what to do about it
+ADVICE = {
+    "invalid partition": "Partitions: sinfo -s; choose one with --partition",
+    "invalid job array": "The cluster's largest array: scontrol show config | grep MaxArraySize; use fewer modules or "
+    "student.moe.num_experts, or --level module",
+    "invalid account": "Accounts: sacctmgr show assoc user=$USER; choose one with --account",
+    "configuration source": "There is no Slurm configuration here: run this on a login node (or set SLURM_CONF)",
+    "unable to contact": "The controller does not answer (scontrol ping): submit when it is back",
+    "requested node configuration": "Nodes and GPUs of a partition: sinfo -o '%P %D %c %m %G'; see --nodes, "
+    "--gpus-per-node, --cpus-per-task and --mem",
+}
 
 
 class SlurmError(RuntimeError):
@@ -36,25 +58,25 @@ class Job:
 
 def submit(flags: Sequence[str], script: str) -> str:
     """sbatch; returns the job's id."""
-    text = call("sbatch", "--parsable", *flags, script)
-    return text.strip().splitlines()[-1].split(";")[0]  # "id;cluster" on federations
+    last_line = call("sbatch", "--parsable", *flags, script).strip().splitlines()[-1]
+    job, _, _ = last_line.partition(";")  # "id;cluster" on federations
+    return job
 
 
 def jobs(ids: Iterable[str]) -> list[Job]:
     """State of these jobs, one entry per array element. Jobs the controller has forgotten are left out."""
-    wanted = set(ids)
-    if not wanted:
+    asked_for = set(ids)
+    if not asked_for:
         return []
     # without -j: one unknown id among them would be an error
-    lines = call(
-        "squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i|%F|%K|%T|%r|%N|%M"
-    ).splitlines()
-    found = []
-    for line in lines:
-        name, array, element, state, reason, nodes, used = line.split("|")
-        if array in wanted:
-            found.append(Job(name, array, int(element) if element.isdigit() else None, state, reason, nodes, used))
-    return found
+    text = call("squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i|%F|%K|%T|%r|%N|%M")
+    known = []
+    for line in text.splitlines():
+        name, array, index, state, reason, nodes, used = line.split("|")
+        if array in asked_for:
+            element = int(index) if index.isdigit() else None  # N/A of a plain job
+            known.append(Job(name, array, element, state, reason, nodes, used))
+    return known
 
 
 def cancel(ids: Sequence[str]) -> None:
@@ -86,26 +108,24 @@ def call(program: str, *arguments: str, keep_stderr: bool = False) -> str:
             "before submitting again"
         ) from None
     if done.returncode:
-        words = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
+        said = done.stderr or done.stdout
+        words = " ".join(said.split()) or f"exit code {done.returncode}"
         raise SlurmError(f"{program} failed: {words}{_advice(words)}")
     return done.stdout + (done.stderr if keep_stderr else "")
 
 
 def clean_environ() -> dict[str, str]:
     """The environment without what the job we may be in was given: a new job must not inherit its nodes or memory."""
-    kept = ("SLURM_CONF",)
-    return {k: v for k, v in os.environ.items() if k in kept or not k.startswith(("SLURM_", "SLURMD_", "SRUN_"))}
+    environ = {}
+    for name, value in os.environ.items():
+        of_a_job = name.startswith(("SLURM_", "SLURMD_", "SRUN_")) and name != "SLURM_CONF"
+        if not of_a_job:
+            environ[name] = value
+    return environ
 
 
 def _advice(words: str) -> str:
-    known = {
-        "invalid partition": ". Partitions: sinfo -s; choose one with --partition",
-        "invalid job array": ". The cluster's largest array: scontrol show config | grep MaxArraySize; use fewer "
-        "modules or student.moe.num_experts, or --level module",
-        "invalid account": ". Accounts: sacctmgr show assoc user=$USER; choose one with --account",
-        "configuration source": ". There is no Slurm configuration here: run this on a login node (or set SLURM_CONF)",
-        "Unable to contact": ". The controller does not answer (scontrol ping): submit when it is back",
-        "Requested node configuration": ". Nodes and GPUs of a partition: sinfo -o '%P %D %c %m %G'; see --nodes, "
-        "--gpus-per-node, --cpus-per-task and --mem",
-    }
-    return next((advice for text, advice in known.items() if text.lower() in words.lower()), "")
+    for part, advice in ADVICE.items():
+        if part in words.lower():
+            return f". {advice}"
+    return ""

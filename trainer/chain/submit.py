@@ -66,7 +66,8 @@ def submit(settings: Settings) -> int:
     recipe, ds_values = load(settings)
     with _locked(settings.run):
         refuse_live(settings.run)
-        folder = settings.run / "slurm" / str(1 + len(list(settings.run.glob("slurm/[0-9]*"))))
+        submissions_before = list(settings.run.glob("slurm/[0-9]*"))
+        folder = settings.run / "slurm" / str(len(submissions_before) + 1)
         orders = plan_orders(settings, recipe, folder)
         if not orders:
             print(f"{settings.run}: every stage is complete, nothing to submit")
@@ -81,7 +82,7 @@ def submit(settings: Settings) -> int:
 def load(settings: Settings) -> tuple[Recipe, dict]:
     """Recipe and DeepSpeed JSON with the overrides, checked against the ranks of every stage. Without torch."""
     recipe = load_recipe(settings.recipe, settings.recipe_overrides)
-    ds_values = read_ds_config(settings.ds_config, [o for o in settings.overrides if o.startswith("ds.")])
+    ds_values = read_ds_config(settings.ds_config, settings.ds_overrides)
     for stage in chain(recipe):
         section = "" if stage.phase == DOWNLOAD else row_of(stage.phase).section
         if section:
@@ -102,12 +103,12 @@ def plan_orders(settings: Settings, recipe: Recipe, folder: Path) -> list[Order]
     orders: list[Order] = []
     for stage in chain(recipe):
         elements = missing(stage, settings.run, recipe)
-        again = [order.stage.name for order in orders if order.stage.name in stage.needs]
-        if again and stage.phase in FOLLOWING:
+        waits_for = [order.stage.name for order in orders if order.stage.name in stage.needs]
+        if waits_for and stage.phase in FOLLOWING:
             elements = [0]
         if elements:
             script = folder / f"{stage.name}.sbatch"
-            orders.append(Order(stage, elements, script, _element_flags(settings, stage, elements), again))
+            orders.append(Order(stage, elements, script, _element_flags(settings, stage, elements), waits_for))
     return orders
 
 
@@ -124,40 +125,59 @@ def write_folder(settings: Settings, recipe: Recipe, ds_values: dict, folder: Pa
 
 def render(settings: Settings, stage: Stage, folder: Path) -> str:
     """The job script: header, settings, and the one body slurm/phase.sbatch."""
-    body = (ROOT / "slurm/phase.sbatch").read_text().split("\n", 1)[1]
+    _, _, body = (ROOT / "slurm/phase.sbatch").read_text().partition("\n")  # behind its own #!/bin/bash
     arguments = ["--recipe", str(folder / "recipe.yaml"), "--out", str(settings.run)]
     if stage.phase != "download":
         arguments += ["--ds_config", str(folder / "ds_config.json"), "--phase", stage.phase, *stage.arguments]
-    values = {
-        "ROOT": str(ROOT), "RUN": str(settings.run), "STAGE": stage.name, "PHASE": stage.phase,
-        "ARTIFACTS": list(stage.artifacts), "INPUTS": list(stage.inputs), "TRAINER_ARGS": arguments,
+    variables = {
+        "ROOT": ROOT,
+        "RUN": settings.run,
+        "STAGE": stage.name,
+        "PHASE": stage.phase,
+        "ARTIFACTS": stage.artifacts,
+        "INPUTS": stage.inputs,
+        "TRAINER_ARGS": arguments,
         "EXPERTS": stage.experts,
-        "PYTHON": settings.python, "ENV_FILE": settings.env_file, "SRUN_ARGS": shlex.split(settings.srun_args),
-        "GPUS": 0 if stage.phase in ONLINE else settings.gpus_per_node, "WARN_SECONDS": settings.warn_seconds,
-        "MAX_REQUEUES": settings.max_requeues, "MAX_IDLE_REQUEUES": settings.max_idle_requeues,
-    }  # fmt: skip
-    lines = [f"#SBATCH {flag}" for flag in header(settings, stage)] + [""]
-    for name, value in values.items():
-        quoted = f"({shlex.join(value)})" if isinstance(value, list) else shlex.quote(str(value))
-        lines.append(f"{name}={quoted}")
-    return "#!/bin/bash\n" + "\n".join(lines) + "\n" + body
+        "PYTHON": settings.python,
+        "ENV_FILE": settings.env_file,
+        "SRUN_ARGS": shlex.split(settings.srun_args),
+        "GPUS": 0 if stage.phase in ONLINE else settings.gpus_per_node,
+        "WARN_SECONDS": settings.warn_seconds,
+        "MAX_REQUEUES": settings.max_requeues,
+        "MAX_IDLE_REQUEUES": settings.max_idle_requeues,
+    }
+    lines = ["#!/bin/bash"]
+    lines += [f"#SBATCH {flag}" for flag in header(settings, stage)]
+    lines.append("")
+    for name, value in variables.items():
+        if isinstance(value, list | tuple):
+            lines.append(f"{name}=({shlex.join(value)})")
+        else:
+            lines.append(f"{name}={shlex.quote(str(value))}")
+    return "\n".join([*lines, body])
 
 
 def header(settings: Settings, stage: Stage) -> list[str]:
     """The sbatch flags of a stage that do not depend on what is missing."""
-    log = settings.run / "logs" / f"{stage.name}-{'%A_%a' if stage.array else '%j'}.out"
-    cpu_only = stage.phase in ONLINE
+    job = "%A_%a" if stage.array else "%j"  # its id, as Slurm fills it in
+    ranks = settings.ranks_per_node
+    gpus = f"gpu:{settings.gpus_per_node}" if settings.gpus_per_node else ""
+    partition = settings.partition
+    if stage.phase in ONLINE:
+        ranks = 1
+        gpus = ""
+        partition = settings.download_partition or settings.partition
     flags = {
         "job-name": f"{settings.run.name}-{stage.name}",
-        "output": str(log),
+        "output": str(settings.run / "logs" / f"{stage.name}-{job}.out"),
         "nodes": settings.nodes_of(stage.setting),
-        "ntasks-per-node": 1 if cpu_only else settings.ranks_per_node,
+        "ntasks-per-node": ranks,
         "cpus-per-task": settings.cpus_per_task,
-        "gres": f"gpu:{settings.gpus_per_node}" if settings.gpus_per_node and not cpu_only else "",
+        "gres": gpus,
         "mem": settings.mem,
         "time": settings.time_of(stage.setting),
         "signal": f"B:USR1@{settings.warn_seconds}",
-        "partition": (settings.download_partition or settings.partition) if cpu_only else settings.partition,
+        "partition": partition,
         "account": settings.account,
         "qos": settings.qos,
         "constraint": settings.constraint,
@@ -165,28 +185,33 @@ def header(settings: Settings, stage: Stage) -> list[str]:
         "mail-user": settings.mail,
         "mail-type": "END,FAIL,REQUEUE" if settings.mail else "",
     }
-    lines = [f"--{name}={shlex.quote(str(value))}" for name, value in flags.items() if value != ""]
-    return ["--requeue", "--open-mode=append", *lines, *shlex.split(settings.sbatch_args)]
+    set_flags = [f"--{name}={shlex.quote(str(value))}" for name, value in flags.items() if value != ""]
+    return ["--requeue", "--open-mode=append", *set_flags, *shlex.split(settings.sbatch_args)]
 
 
 def rows(run: Path) -> list[Row]:
     """What was submitted for this run, oldest first."""
     path = run / "jobs.tsv"
-    lines = path.read_text().splitlines()[1:] if path.is_file() else []
-    return [Row(*line.split("\t")) for line in lines if line.count("\t") == len(COLUMNS) - 1]
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines()[1:]  # below COLUMNS
+    cells = [line.split("\t") for line in lines]
+    return [Row(*row) for row in cells if len(row) == len(COLUMNS)]  # not a line that a crash cut off
 
 
 def refuse_live(run: Path) -> None:
     """Raise ValueError when jobs of this run still wait or run: two chains would write the same folders."""
-    live = [job for job in slurm.jobs(row.job for row in rows(run)) if job.live]
+    live = _live_jobs(run)
     if live:
-        shown = ", ".join(f"{job.id} {job.state}" for job in live[:6]) + (" ..." if len(live) > 6 else "")
+        shown = ", ".join(f"{job.id} {job.state}" for job in live[:6])
+        if len(live) > 6:
+            shown += " ..."
         raise ValueError(f"jobs of {run} are still live ({shown}): wait for them, or stop them with `cancel`")
 
 
 def cancel(run: Path) -> int:
     """Cancel every live job of the run and wait until none is left."""
-    live = [job for job in slurm.jobs(row.job for row in rows(run)) if job.live]
+    live = _live_jobs(run)
     if not live:
         print(f"{run}: no live jobs")
         return 0
@@ -199,6 +224,10 @@ def cancel(run: Path) -> int:
     return 0
 
 
+def _live_jobs(run: Path) -> list[slurm.Job]:
+    return [job for job in slurm.jobs(row.job for row in rows(run)) if job.live]
+
+
 def _element_flags(settings: Settings, stage: Stage, elements: list[int]) -> list[str]:
     if not stage.array:
         return []
@@ -208,37 +237,46 @@ def _element_flags(settings: Settings, stage: Stage, elements: list[int]) -> lis
 
 def _submit_all(run: Path, orders: Sequence[Order]) -> None:
     ids: dict[str, str] = {}
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a driver job that is cancelled half-way
+    handler_before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a driver job cancelled half-way
     try:
         for order in orders:
-            parents = [ids[name] for name in order.after]
-            flags = [*order.flags, *dependency(parents)]
-            ids[order.stage.name] = slurm.submit(flags, str(order.script))
-            shown = ",".join(map(str, order.elements)) if order.stage.array else "-"
-            _record(run, Row(time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), order.stage.name, shown,
-                             ids[order.stage.name], ":".join(parents) or "-", str(order.script)))  # fmt: skip
+            name = order.stage.name
+            parents = [ids[parent] for parent in order.after]
+            ids[name] = slurm.submit([*order.flags, *dependency(parents)], str(order.script))
+            elements = ",".join(map(str, order.elements))
+            row = Row(
+                submitted=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                stage=name,
+                array=elements if order.stage.array else "-",
+                job=ids[name],
+                depends=":".join(parents) or "-",
+                script=str(order.script),
+            )
+            _record(run, row)
+            array = f" [{elements}]" if order.stage.array else ""
             after = f" after {', '.join(order.after)}" if order.after else ""
-            print(f"{order.stage.name}{f' [{shown}]' if order.stage.array else ''}: job {ids[order.stage.name]}{after}",
-                  flush=True)  # fmt: skip
+            print(f"{name}{array}: job {ids[name]}{after}", flush=True)
     except BaseException:
         if ids:
             print(f"cancelling what was submitted before: {', '.join(ids.values())}", flush=True)
             slurm.cancel(list(ids.values()))
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, handler_before)
 
 
 def dependency(parents: Sequence[str]) -> list[str]:
     """Flags that let a job start only when all parents ended well, and end it when one cannot."""
-    return [f"--dependency=afterok:{':'.join(parents)}", "--kill-on-invalid-dep=yes"] if parents else []
+    if not parents:
+        return []
+    return [f"--dependency=afterok:{':'.join(parents)}", "--kill-on-invalid-dep=yes"]
 
 
 def _record(run: Path, row: Row) -> None:
     path = run / "jobs.tsv"
-    new = not path.exists()
+    is_new = not path.exists()
     with path.open("a") as f:
-        if new:
+        if is_new:
             f.write("\t".join(COLUMNS) + "\n")
         f.write("\t".join(asdict(row).values()) + "\n")
         f.flush()

@@ -12,11 +12,13 @@ from typing import Any, NoReturn
 from trainer.cli import manual
 from trainer.cli.replay import Saved, read_saved
 from trainer.config.ds_config import ds_origins, read_ds_config
-from trainer.config.load import all_keys, load_recipe, origins
+from trainer.config.load import all_keys, close, load_recipe, origins
 from trainer.request.graph import phase_help
 from trainer.request.job import Job
 
-IMPORT_SETTINGS = ("heads", "k")
+# flags that a command needs; others have no meaning for it
+COMMAND_FLAGS = {"inspect": (), "export": ("out",), "import": ("layout", "out")}
+IMPORT_SETTINGS = ("heads", "k")  # whole numbers behind the path
 NEEDED = "--recipe, --ds_config and --phase are needed (or --config OUT/PHASE/config.yaml, or OUT, to repeat a run)"
 
 
@@ -65,8 +67,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options, unknown = flags.parse_known_intermixed_args(arguments)  # overrides may stand between the flags
     if unknown:
         known = [flag for action in flags._actions for flag in action.option_strings]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        flags.error(f"unknown flag {unknown[0]}. " + (f"Did you mean {near[0]}?" if near else "See --help"))
+        name, _, _ = unknown[0].partition("=")
+        flags.error(f"unknown flag {unknown[0]}. {close(name, known, otherwise='See --help', most=1)}")
     return options
 
 
@@ -76,8 +78,10 @@ def answer(options: argparse.Namespace) -> str | None:
     Raises:
         ValueError: a section that does not exist, or a recipe that cannot be resolved.
     """
-    if options.help is not None:
-        return manual.section(options.help) if options.help else parser().format_help()
+    if options.help:
+        return manual.section(options.help)
+    if options.help is not None:  # without a section
+        return parser().format_help()
     if options.print_recipe:
         return _resolved(options)
     return None
@@ -90,23 +94,28 @@ def read_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         ValueError: something missing, contradictory or unknown.
     """
     words = [word for word in options.words if "=" not in word]
-    if words and words[0] not in phase_help() and (near := difflib.get_close_matches(words[0], manual.COMMANDS, n=1)):
-        raise ValueError(f"there is no command {words[0]}. Did you mean {near[0]}?")
+    if words and words[0] not in phase_help():
+        near = difflib.get_close_matches(words[0], manual.COMMANDS, n=1)
+        if near:
+            raise ValueError(f"there is no command {words[0]}. Did you mean {near[0]}?")
     if not options.out:
         raise ValueError("--out is missing: give the folder of the run, e.g. --out runs/demo")
     if options.layout:
         raise ValueError("--layout has no meaning for a phase: it belongs to the command import")
-    command = shlex.join(["trainer/run.py", *(a for a in arguments if not a.startswith("--local_rank"))])
+    typed = [argument for argument in arguments if not argument.startswith("--local_rank")]
+    command = shlex.join(["trainer/run.py", *typed])
     out = Path(options.out)
     if options.config:
         saved = _saved(options)
+        phase = options.phase or saved.phase
         module = saved.module if options.module is None else options.module
         expert = saved.expert if options.expert is None else options.expert
-        return Job.checked(saved.recipe, saved.ds_values, options.phase or saved.phase, module, out, command, expert)
+        return Job.checked(saved.recipe, saved.ds_values, phase, module, out, command, expert)
     if not (options.recipe and options.ds_config and options.phase):
         raise ValueError(NEEDED)
     recipe_words, ds_words = _overrides(options)
-    recipe, ds_values = load_recipe(options.recipe, recipe_words), read_ds_config(options.ds_config, ds_words)
+    recipe = load_recipe(options.recipe, recipe_words)
+    ds_values = read_ds_config(options.ds_config, ds_words)
     return Job.checked(recipe, ds_values, options.phase, options.module, out, command, options.expert)
 
 
@@ -118,34 +127,39 @@ def read_command(options: argparse.Namespace) -> tuple[str, Path, Path | None, d
     Raises:
         ValueError: no path, no --out where files are written, or words that mean nothing here.
     """
-    given = options.words
+    words = options.words
+    flags = vars(options)
     if options.phase in manual.COMMANDS:  # --phase inspect PATH says the same as inspect PATH
-        given, options = [options.phase, *given], argparse.Namespace(**vars(options) | {"phase": None})
-    if not given or given[0] not in manual.COMMANDS:
+        words = [options.phase, *words]
+        flags = flags | {"phase": None}
+    if not words or words[0] not in manual.COMMANDS:
         return None
-    name, *words = given
-    usage = manual.COMMANDS[name][0]
+    name, *words = words
+    usage, _ = manual.COMMANDS[name]
     if not words:
         raise ValueError(f"{name} needs a path: {usage}")
-    wanted = {"inspect": [], "export": ["out"], "import": ["layout", "out"]}[name]
+    path, *settings = words
     for flag in ("recipe", "ds_config", "phase", "module", "expert", "config", "dry_run", "layout", "out"):
-        if flag in wanted and not getattr(options, flag):
+        needed = flag in COMMAND_FLAGS[name]
+        if needed and not flags[flag]:
             raise ValueError(f"--{flag} is missing: {usage}")
-        if flag not in wanted and getattr(options, flag):
+        if flags[flag] and not needed:
             raise ValueError(f"--{flag.replace('dry_run', 'dry-run')} has no meaning for {name}: {usage}")
-    settings = {"layout": options.layout} if name == "import" else {}
-    for word in words[1:]:
-        key, _, _ = word.partition("=")
-        if name != "import" or key not in IMPORT_SETTINGS or not word.removeprefix(f"{key}=").isdecimal():
-            raise ValueError(f"{word!r} behind the path means nothing: {usage}")
-        settings[key] = int(word.removeprefix(f"{key}="))
-    return name, Path(words[0]), Path(options.out) if options.out else None, settings
+    import_arguments = {"layout": options.layout} if name == "import" else {}
+    for setting in settings:
+        key, _, number = setting.partition("=")
+        if name != "import" or key not in IMPORT_SETTINGS or not number.isdecimal():
+            raise ValueError(f"{setting!r} behind the path means nothing: {usage}")
+        import_arguments[key] = int(number)
+    out = Path(options.out) if options.out else None
+    return name, Path(path), out, import_arguments
 
 
 def _overrides(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Those of the recipe and those of the DeepSpeed JSON."""
-    ours = [text for text in options.words if not text.startswith("ds.")]
-    return ours, [text for text in options.words if text.startswith("ds.")]
+    recipe_words = [text for text in options.words if not text.startswith("ds.")]
+    ds_words = [text for text in options.words if text.startswith("ds.")]
+    return recipe_words, ds_words
 
 
 def _saved(options: argparse.Namespace) -> Saved:
@@ -158,16 +172,19 @@ def _resolved(options: argparse.Namespace) -> str:
     """The recipe, and the DeepSpeed JSON when one is given, with the origin of each value."""
     if options.config:
         saved = _saved(options)
-        name = saved.path.name
-        ds_from = ds_origins(saved.ds_values, name, [])
-        return manual.resolved(saved.recipe, dict.fromkeys(all_keys(), name), saved.ds_values, ds_from)
+        file = saved.path.name
+        recipe_from = dict.fromkeys(all_keys(), file)
+        ds_from = ds_origins(saved.ds_values, file, [])
+        return manual.resolved(saved.recipe, recipe_from, saved.ds_values, ds_from)
     if not options.recipe:
         raise ValueError("--print-recipe needs --recipe (or --config)")
-    words, ds_words = _overrides(options)
+    recipe_words, ds_words = _overrides(options)
     if ds_words and not options.ds_config:
         raise ValueError(f"{ds_words[0]} changes the DeepSpeed JSON, but --ds_config is missing")
-    recipe, ds_values = load_recipe(options.recipe, words), None
-    if options.ds_config:
-        ds_values = read_ds_config(options.ds_config, ds_words)
-    ds_from = ds_origins(ds_values or {}, Path(options.ds_config or "").name, ds_words)
-    return manual.resolved(recipe, origins(options.recipe, words), ds_values, ds_from)
+    recipe = load_recipe(options.recipe, recipe_words)
+    recipe_from = origins(options.recipe, recipe_words)
+    if not options.ds_config:
+        return manual.resolved(recipe, recipe_from)
+    ds_values = read_ds_config(options.ds_config, ds_words)
+    ds_from = ds_origins(ds_values, Path(options.ds_config).name, ds_words)
+    return manual.resolved(recipe, recipe_from, ds_values, ds_from)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import textwrap
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from trainer.config.ds_config import PASSED_ON, REFUSED, TRAINER_KEYS
 from trainer.config.load import all_keys, close, describe, to_dict
 from trainer.config.recipe import Recipe
 from trainer.request.job import EXIT_CODES
+from trainer.tracking.console import table
 
 COMMANDS = {
     "inspect": ("trainer/run.py inspect PATH", "what a checkpoint or result holds, and whether it is whole"),
@@ -36,45 +38,49 @@ class Key:
 
 def sections() -> dict[str, type]:
     """Name -> dataclass of every section of a recipe, nested ones by their full name."""
-    found = {TOP: Recipe}
+    return {TOP: Recipe} | _sections_in(Recipe)
 
-    def add(cls: type, where: str) -> None:
-        for name, hint in typing.get_type_hints(cls).items():
-            if dataclasses.is_dataclass(hint):
-                found[where + name] = hint
-                add(hint, f"{where}{name}.")
 
-    add(Recipe, "")
-    return found
+def _sections_in(cls: type, where: str = "") -> dict[str, type]:
+    inner = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            inner[where + name] = hint
+            inner |= _sections_in(hint, f"{where}{name}.")
+    return inner
 
 
 def keys(section: str) -> list[Key]:
     """The keys of a section, without those of the sections in it, with the defaults a recipe has."""
     cls = sections()[section]
     where = "" if section == TOP else section + "."
+    # of a whole recipe: the section alone may have others (student.variant)
     defaults = to_dict(Recipe())
-    for part in where.split(".")[:-1]:
-        defaults = defaults[part]
+    if section != TOP:
+        for part in section.split("."):
+            defaults = defaults[part]
     hints = typing.get_type_hints(cls)
-    return [
-        Key(where + item.name, describe(hints[item.name]), defaults[item.name], item.metadata["help"])
-        for item in dataclasses.fields(cls)
-        if not dataclasses.is_dataclass(hints[item.name])
-    ]
+    section_keys = []
+    for item in dataclasses.fields(cls):
+        hint = hints[item.name]
+        if not dataclasses.is_dataclass(hint):
+            key = Key(where + item.name, describe(hint), defaults[item.name], item.metadata["help"])
+            section_keys.append(key)
+    return section_keys
 
 
 def overview() -> str:
     """What stands below the flags in --help."""
-    lines = ["commands (no recipe needed):"]
-    lines += [f"  {usage}\n      {what}" for usage, what in COMMANDS.values()]
-    lines += ["", "overrides: section.key=value changes the recipe, ds.section.key=value the DeepSpeed JSON."]
-    lines += [
-        "every key with its type and default: --help SECTION, one of",
-        f"  {', '.join([*sections(), DS])}, all",
-    ]
-    lines += ["", "exit codes:"]
-    lines += [f"  {code:<4}{meaning}" for code, meaning in EXIT_CODES.items()]
-    return "\n".join(lines)
+    commands = "".join(f"  {usage}\n      {what}\n" for usage, what in COMMANDS.values())
+    exit_codes = "\n".join(f"  {code:<4}{meaning}" for code, meaning in EXIT_CODES.items())
+    return f"""commands (no recipe needed):
+{commands}
+overrides: section.key=value changes the recipe, ds.section.key=value the DeepSpeed JSON.
+every key with its type and default: --help SECTION, one of
+  {", ".join([*sections(), DS])}, all
+
+exit codes:
+{exit_codes}"""
 
 
 def section(name: str) -> str:
@@ -83,34 +89,44 @@ def section(name: str) -> str:
     Raises:
         ValueError: no such section or key; the close ones are named.
     """
-    known = [*sections(), DS]
+    known = sections()
+    names = [*known, DS]
     if name == "all":
-        return "\n".join(section(each) for each in known).rstrip("\n")
+        return "\n".join(section(each) for each in names).rstrip("\n")
     if name == DS:
         return _ds_section()
-    if name in sections():
-        return f"{name}: {sections()[name].__doc__}\n{_table(keys(name))}\n"
-    found = [key for each in sections() for key in keys(each) if key.name == name]
-    if not found:
-        hint = close(name, [*known, "all", *all_keys()], f"Sections: {', '.join(known)}, all")
+    if name in known:
+        return f"{name}: {known[name].__doc__}\n{_table(keys(name))}\n"
+    if name not in all_keys():
+        hint = close(name, [*names, "all", *all_keys()], f"Sections: {', '.join(names)}, all")
         raise ValueError(f"there is no section {name}. {hint}")
-    return _table(found)
+    owner = name.rpartition(".")[0] or TOP
+    return _table([key for key in keys(owner) if key.name == name])
 
 
-def resolved(recipe: Recipe, origins: Mapping[str, str], ds_values: Mapping[str, Any] | None,
-             ds_origins: Mapping[str, str]) -> str:  # fmt: skip
-    """The recipe as YAML, a valid recipe itself, each value with its origin; the DeepSpeed JSON as comments below."""
+def resolved(
+    recipe: Recipe,
+    origins: Mapping[str, str],
+    ds_values: Mapping[str, Any] | None = None,
+    ds_origins: Mapping[str, str] | None = None,
+) -> str:
+    """The recipe as YAML, a valid recipe itself, each value with its origin; the DeepSpeed JSON as comments below.
+
+    Args:
+        origins, ds_origins: dotted key -> where its value is from; of the JSON only where there is one.
+    """
     lines = list(_yaml_lines(to_dict(recipe), origins))
     if ds_values is not None:
-        lines += ["# DeepSpeed JSON"] + [f"#   {line}" for line in _yaml_lines(ds_values, ds_origins)]
+        assert ds_origins is not None
+        lines.append("# DeepSpeed JSON")
+        lines += [f"#   {line}" for line in _yaml_lines(ds_values, ds_origins)]
     return "\n".join(lines)
 
 
 def plain(value: Any) -> str:
     """A value as YAML in one line, as an override takes it."""
-    text = (
-        yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("\n...\n").strip()
-    )
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    text = text.removesuffix("\n...\n").strip()  # the end of a document that is a scalar
     return json.dumps(value) if "\n" in text else text
 
 
@@ -124,18 +140,18 @@ def _yaml_lines(values: Mapping[str, Any], origins: Mapping[str, str], where: st
             yield f"{indent}{key}: {plain(value)}  # {origins[where + key]}"
 
 
-def _table(found: list[Key]) -> str:
+def _table(section_keys: list[Key]) -> str:
     """key=default, type and help in columns."""
-    cells = [(f"{key.name}={plain(key.default)}", key.type, key.help) for key in found]
-    wide = [max(len(cell[i]) for cell in cells) for i in range(2)]
-    return "\n".join(f"  {name.ljust(wide[0])}  {kind.ljust(wide[1])}  {text}" for name, kind, text in cells)
+    return _columns([(f"{key.name}={plain(key.default)}", key.type, key.help) for key in section_keys])
 
 
 def _ds_section() -> str:
     rows = [(f"ds.trainer.{key}", text) for key, text in TRAINER_KEYS.items()]
     rows += [(f"ds.{key}", "as in DeepSpeed's documentation") for key in PASSED_ON]
     rows += [(f"ds.{key}", f"refused: {why}") for key, why in REFUSED.items()]
-    wide = max(len(name) for name, _ in rows)
-    lines = [f"  {name.ljust(wide)}  {text}" for name, text in rows]
-    head = 'ds: The DeepSpeed JSON; where it says "auto" the recipe decides.'
-    return "\n".join([head, *lines]) + "\n"
+    return f'ds: The DeepSpeed JSON; where it says "auto" the recipe decides.\n{_columns(rows)}\n'
+
+
+def _columns(rows: list[tuple[str, ...]]) -> str:
+    first, *others = rows
+    return textwrap.indent(table(first, others), "  ")

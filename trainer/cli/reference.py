@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import trainer
-from trainer.cli import flags as cli
-from trainer.cli import manual
+from trainer.cli import flags, manual
 from trainer.config.ds_config import PASSED_ON, REFUSED, TRAINER_KEYS
 from trainer.request.graph import phase_help
 from trainer.request.job import EXIT_CODES
@@ -32,29 +31,26 @@ def text() -> str:
 
 
 def _command_line() -> list[str]:
-    flags = [action for action in cli.parser()._actions if action.help != argparse.SUPPRESS]
     lines = ["## Command line", "", "| flag | meaning |", "|---|---|"]
-    lines += [_row(f"`{', '.join(action.option_strings)}`", action.help) for action in flags]
+    for action in flags.parser()._actions:
+        if action.help != argparse.SUPPRESS:
+            lines.append(_row(f"`{', '.join(action.option_strings)}`", action.help))
     lines += ["", "| phase | what it does |", "|---|---|"]
     lines += [_row(f"`--phase {name}`", what) for name, what in phase_help().items()]
     lines += ["", "| command | what it does |", "|---|---|"]
     lines += [_row(f"`{usage}`", what) for usage, what in manual.COMMANDS.values()]
     lines += ["", "| exit code | meaning |", "|---|---|"]
-    return [*lines, *(_row(str(code), what) for code, what in EXIT_CODES.items()), ""]
+    lines += [_row(str(code), meaning) for code, meaning in EXIT_CODES.items()]
+    return [*lines, ""]
 
 
 def _recipe() -> list[str]:
     lines = ["## Recipe", ""]
     for name, cls in manual.sections().items():
-        lines += [
-            f"### {name}",
-            "",
-            inspect.cleandoc(cls.__doc__),
-            "",
-            "| key | default | type | meaning |",
-            "|---|---|---|---|",
-        ]
-        lines += [_row(f"`{k.name}`", f"`{manual.plain(k.default)}`", k.type, k.help) for k in manual.keys(name)]
+        lines += [f"### {name}", "", inspect.cleandoc(cls.__doc__), ""]
+        lines += ["| key | default | type | meaning |", "|---|---|---|---|"]
+        for key in manual.keys(name):
+            lines.append(_row(f"`{key.name}`", f"`{manual.plain(key.default)}`", key.type, key.help))
         lines.append("")
     return lines
 
@@ -63,8 +59,10 @@ def _deepspeed() -> list[str]:
     lines = ["## DeepSpeed JSON", "", 'Where a value is `"auto"` the recipe\'s phase fills it in. Our own section:', ""]
     lines += ["| key | meaning |", "|---|---|"]
     lines += [_row(f"`trainer.{key}`", what) for key, what in TRAINER_KEYS.items()]
-    lines += ["", f"Passed on to DeepSpeed: {', '.join(f'`{key}`' for key in PASSED_ON)}.", "", "Refused:", ""]
-    return [*lines, *(f"- `{key}`: {why}" for key, why in REFUSED.items()), ""]
+    passed_on = ", ".join(f"`{key}`" for key in PASSED_ON)
+    lines += ["", f"Passed on to DeepSpeed: {passed_on}.", "", "Refused:", ""]
+    lines += [f"- `{key}`: {why}" for key, why in REFUSED.items()]
+    return [*lines, ""]
 
 
 def _python() -> list[str]:
@@ -76,26 +74,26 @@ def _python() -> list[str]:
     for name in trainer.__all__:
         lines += _documented(f"trainer.{name}", getattr(trainer, name))
     lines += ["Models need no trainer and no DeepSpeed:", ""]
-    for name, item in (
-        ("VMoE.from_pretrained", model.VMoE.from_pretrained),
-        ("VMoE.save_pretrained", model.VMoE.save_pretrained),
-        ("load_expert_parallel", model.load_expert_parallel),
-    ):
-        lines += _documented(f"models.vmoe.{name}", item)
+    lines += _documented("models.vmoe.VMoE.from_pretrained", model.VMoE.from_pretrained)
+    lines += _documented("models.vmoe.VMoE.save_pretrained", model.VMoE.save_pretrained)
+    lines += _documented("models.vmoe.load_expert_parallel", model.load_expert_parallel)
     lines += _documented("models.teacher.load_teacher", load_teacher)
-    return lines + _documented("models.vmoe.importers.import_checkpoint", import_checkpoint)
+    lines += _documented("models.vmoe.importers.import_checkpoint", import_checkpoint)
+    return lines
 
 
 def _documented(name: str, item: Any) -> list[str]:
     """Signature and docstring of a function, or the docstring of a class."""
     arguments = "" if inspect.isclass(item) else str(inspect.signature(item))
     arguments = re.sub(r"""(: |-> )(['"])(.*?)\2""", r"\1\3", arguments)  # annotations that are kept as text
-    arguments = re.sub(r"\b(\w+\.)+(?=[A-Z])", "", arguments)
+    arguments = re.sub(r"\b(\w+\.)+(?=[A-Z])", "", arguments)  # classes without their modules
     return [f"### {name}", "", "```text", name.split(".")[-1] + arguments, "", inspect.getdoc(item), "```", ""]
 
 
 def _row(*cells: str) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    """One row of a Markdown table."""
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ class Saved:
     ds_values: dict[str, Any]
     phase: str
     module: int | str | None
-    command: str
-    path: Path
+    command: str  # as it was typed
+    path: Path  # of this config.yaml
     expert: int | str | None = None
 
 
@@ -34,24 +34,32 @@ def read_saved(path: Path) -> Saved:
     """
     if not path.is_dir():
         return _read(path)
-    found = [_read(file) for file in sorted(path.glob("*/config.yaml"))]
-    if not found:
+    artifacts = [_read(file) for file in sorted(path.glob("*/config.yaml"))]
+    if not artifacts:
         raise ValueError(f"no saved configuration below {path}: expected OUT/PHASE/config.yaml of an earlier run")
-    first = found[0]  # train_scratch, with its own start as train.start, stands behind the others
-    for saved in found:
-        for what, ours, theirs in (
-            ("recipe", _without_start(first.recipe), _without_start(saved.recipe)),
-            ("ds_config", first.ds_values, saved.ds_values),
-        ):
-            if different := first_difference(theirs, ours):
-                raise ValueError(
-                    f"{saved.path} and {first.path} are of different runs ({what}: {different}): repeat one phase with "
-                    f"--config {saved.path}"
-                )
-    asked_for_all = any("--phase all" in saved.command.replace("=", " ") for saved in found)
-    if asked_for_all or len({saved.phase for saved in found}) > 1:
+    first = artifacts[0]  # train_scratch, with its own start as train.start, stands behind the others
+    for saved in artifacts:
+        _refuse_other_run(saved, first)
+    phases = {saved.phase for saved in artifacts}
+    asked_for_all = any("--phase all" in saved.command.replace("=", " ") for saved in artifacts)
+    if asked_for_all or len(phases) > 1:
         return replace(first, phase="all", module=None, expert=None)
-    return first if len(found) == 1 else replace(first, module=None, expert=None)
+    if len(artifacts) > 1:  # several modules or experts
+        return replace(first, module=None, expert=None)
+    return first
+
+
+def _refuse_other_run(saved: Saved, first: Saved) -> None:
+    difference = first_difference(_without_start(saved.recipe), _without_start(first.recipe))
+    what = "recipe"
+    if not difference:
+        difference = first_difference(saved.ds_values, first.ds_values)
+        what = "ds_config"
+    if difference:
+        raise ValueError(
+            f"{saved.path} and {first.path} are of different runs ({what}: {difference}): repeat one phase with "
+            f"--config {saved.path}"
+        )
 
 
 def _read(path: Path) -> Saved:
@@ -65,12 +73,19 @@ def _read(path: Path) -> Saved:
         raise ValueError(f"{path} is not a saved configuration: expected phase, recipe and ds_config, as a run writes")
     if not isinstance(saved["ds_config"], dict):
         raise ValueError(f"{path} is not a saved configuration: its ds_config is not a section")
-    recipe, ds_values = build(Recipe, saved["recipe"]), read_ds_config(saved["ds_config"])
-    command, expert = str(saved.get("command", "")), saved.get("expert")
-    return Saved(recipe, ds_values, str(saved["phase"]), saved.get("module"), command, path, expert)
+    return Saved(
+        recipe=build(Recipe, saved["recipe"]),
+        ds_values=read_ds_config(saved["ds_config"]),
+        phase=str(saved["phase"]),
+        module=saved.get("module"),
+        command=str(saved.get("command", "")),
+        path=path,
+        expert=saved.get("expert"),
+    )
 
 
 def _without_start(recipe: Recipe) -> dict[str, Any]:
+    """Trainings of one run differ in train.start."""
     values = to_dict(recipe)
     del values["train"]["start"]
     return values

@@ -24,8 +24,9 @@ class FractalConfig:
         require(2 <= self.classes <= 10_000, "data.fractals.classes", self.classes, "2 to 10,000")
         require(16 <= self.size <= 512, "data.fractals.size", self.size, "16 to 512 pixels")
         for name in ("train_images", "val_images"):
-            value, expected = getattr(self, name), f"a multiple of data.fractals.classes={self.classes}"
-            require(value >= self.classes and value % self.classes == 0, f"data.fractals.{name}", value, expected)
+            images = getattr(self, name)
+            even = images >= self.classes and images % self.classes == 0
+            require(even, f"data.fractals.{name}", images, f"a multiple of data.fractals.classes={self.classes}")
         require(0 <= self.difficulty <= 1, "data.fractals.difficulty", self.difficulty, "0 to 1")
 
 
@@ -73,7 +74,9 @@ class AugmentConfig:
 
     def __post_init__(self):
         for name in ("hflip", "random_erasing", "switch_prob", "label_smoothing"):
-            require(0 <= getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "a value from 0 to 1")
+            share = getattr(self, name)
+            require(0 <= share <= 1, f"augment.{name}", share, "a value from 0 to 1")
         for name in ("color_jitter", "mixup", "cutmix"):
-            require(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "0 (off) or more")
+            strength = getattr(self, name)
+            require(strength >= 0, f"augment.{name}", strength, "0 (off) or more")
         require(self.repeats >= 1, "augment.repeats", self.repeats, "1 or more")

@@ -15,17 +15,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config.load import COMMAND_LINE, close, parse_override
+from trainer.config.load import COMMAND_LINE, close, first_repeated, parse_override
 from trainer.config.phases import ScheduleConfig
 
 # What this trainer passes on; DeepSpeed itself ignores a misspelt key without a word.
 PASSED_ON = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-    "zero_optimization", "bf16", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state", "flops_profiler", "comms_logger",
-    "tensorboard", "csv_monitor", "wandb", "aio", "checkpoint", "data_types", "seq_parallel_communication_data_type",
-    "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer",
-)  # fmt: skip
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization",
+    "bf16",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "flops_profiler",
+    "comms_logger",
+    "tensorboard",
+    "csv_monitor",
+    "wandb",
+    "aio",
+    "checkpoint",
+    "data_types",
+    "seq_parallel_communication_data_type",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+)
 REFUSED = {
     "optimizer": 'the recipe owns the optimizer (train.optimizer, train.lr, ...): delete the section "optimizer"',
     "scheduler": 'the recipe owns the schedule (train.lr, train.warmup_epochs, ...): delete the section "scheduler"',
@@ -39,6 +58,7 @@ TRAINER_KEYS = {
     "ep_size": "ranks an MoE layer's experts are spread over; auto = the most that divide ranks of a node and experts",
     "activation_checkpointing": "true = keep only each block's input and compute the rest again in the backward pass",
 }
+# keys that hold a section, each with an example of one
 SECTIONS = {
     "zero_optimization": '{"stage": 1}',
     "bf16": '{"enabled": true}',
@@ -72,37 +92,45 @@ def read_ds_config(source: str | Path | Mapping[str, Any], overrides: Sequence[s
         ValueError: no such file, invalid JSON, or a key this trainer does not pass on.
     """
     if isinstance(source, Mapping):
-        name, values = "the DeepSpeed config", copy.deepcopy(dict(source))
+        name = "the DeepSpeed config"
+        values = copy.deepcopy(dict(source))
     else:
-        name, values = str(source), _read_json(Path(source))
+        name = str(source)
+        values = _read_json(Path(source))
     for text in overrides:
         keys, value = parse_override(text)
-        place = values
-        for key in keys[1:-1]:
-            place = place.setdefault(key, {})
-            if not isinstance(place, dict):
+        section = values
+        for key in keys[1:-1]:  # the first one is "ds"
+            section = section.setdefault(key, {})
+            if not isinstance(section, dict):
                 raise ValueError(f"override {text!r}: {key} is a value in {name}, not a section")
-        place[keys[-1]] = value
+        section[keys[-1]] = value
     _check_keys(values, name)
     return values
 
 
 def ds_origins(values: Mapping[str, Any], file: str, overrides: Sequence[str], where: str = "") -> dict[str, str]:
     """Where each dotted key of a DeepSpeed JSON as read gets its value: `file`, or "command line"."""
-    changed = {".".join(parse_override(text)[0][1:]) for text in overrides}
-    found = {}
+    overridden = set()
+    for text in overrides:
+        keys, _ = parse_override(text)
+        overridden.add(".".join(keys[1:]))  # without "ds"
+    origin = {}
     for key, value in values.items():
-        if isinstance(value, dict) and where + key not in changed:
-            found |= ds_origins(value, file, overrides, f"{where}{key}.")
+        name = where + key
+        if name in overridden:
+            origin[name] = COMMAND_LINE
+        elif isinstance(value, dict):
+            origin |= ds_origins(value, file, overrides, f"{name}.")
         else:
-            found[where + key] = COMMAND_LINE if where + key in changed else file
-    return found
+            origin[name] = file
+    return origin
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        raise ValueError(f"no DeepSpeed config at {path}. There are: {', '.join(there) or 'none'}")
+        configs = sorted(file.name for file in path.parent.glob("*.json"))
+        raise ValueError(f"no DeepSpeed config at {path}. There are: {', '.join(configs) or 'none'}")
     try:
         values = json.loads(path.read_text(), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
@@ -113,14 +141,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise ValueError(f'"{twice[0]}" is given twice')
+    repeated = first_repeated([key for key, _ in pairs])
+    if repeated is not None:
+        raise ValueError(f'"{repeated}" is given twice')
     return dict(pairs)
 
 
-def resolve(values: dict[str, Any], schedule: ScheduleConfig, *, world: int, local_world: int, num_experts: int,
-            phase: str) -> Settings:  # fmt: skip
+def resolve(
+    values: dict[str, Any],
+    schedule: ScheduleConfig,
+    *,
+    world: int,
+    local_world: int,
+    num_experts: int,
+    phase: str,
+) -> Settings:
     """Fill in every "auto", check the result, and return what DeepSpeed gets and what the phase needs.
 
     Args:
@@ -135,17 +170,17 @@ def resolve(values: dict[str, Any], schedule: ScheduleConfig, *, world: int, loc
     """
     config = {key: value for key, value in values.items() if key in PASSED_ON and value != "auto"}
     ours = values.get("trainer", {})
-    micro, accumulation, total = _batches(config, schedule, world, phase)
+    micro_batch, accumulation, global_batch = _batches(config, schedule, world, phase)
     clip = _one_value(config, "gradient_clipping", schedule.clip, f"{phase}.clip", otherwise=0.0)
-    bf16 = bool(config.get("bf16", {}).get("enabled", False))
-    if config.get("bf16", {}).get("check_grad_overflow", True) is not True:
+    bf16 = config.get("bf16", {})
+    if bf16.get("check_grad_overflow", True) is not True:
         raise ValueError(
             '"bf16.check_grad_overflow" off would let a gradient that is not finite into the weights: delete it'
         )
     zero = _zero(config)
     config |= {
-        "train_batch_size": total,
-        "train_micro_batch_size_per_gpu": micro,
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": float(clip),  # DeepSpeed's default is 1.0, so it is always written
         "zero_optimization": zero,
@@ -157,20 +192,20 @@ def resolve(values: dict[str, Any], schedule: ScheduleConfig, *, world: int, loc
     _check_monitors(config)
     return Settings(
         config=config,
-        micro_batch=micro,
+        micro_batch=micro_batch,
         accumulation=accumulation,
-        global_batch=total,
+        global_batch=global_batch,
         clip=float(clip),
         ep_size=_ep_size(ours.get("ep_size", "auto"), world, local_world, num_experts),
         activation_checkpointing=bool(ours.get("activation_checkpointing", False)),
-        bf16=bf16,
+        bf16=bool(bf16.get("enabled", False)),
     )
 
 
 def _batches(config: dict, schedule: ScheduleConfig, world: int, phase: str) -> tuple[int, int, int]:
     """(micro-batch, accumulation, global batch): whatever is given fixes the rest; a contradiction names all three."""
-    wanted = schedule.global_batch
-    total = _one_value(config, "train_batch_size", wanted, f"{phase}.global_batch", otherwise=None)
+    recipe_batch = schedule.global_batch
+    total = _one_value(config, "train_batch_size", recipe_batch, f"{phase}.global_batch", otherwise=None)
     micro = _number(config, "train_micro_batch_size_per_gpu", whole=True)
     accumulation = _number(config, "gradient_accumulation_steps", whole=True)
     if total is None and micro is None:
@@ -178,11 +213,14 @@ def _batches(config: dict, schedule: ScheduleConfig, world: int, phase: str) -> 
             f'the batch is open: set {phase}.global_batch in the recipe, or a number for "train_batch_size" or '
             '"train_micro_batch_size_per_gpu" in the DeepSpeed JSON'
         )
+    # global batch = micro-batch x accumulation x world, solved for what is open; one accumulation where two are
     if micro is None:
-        accumulation = 1 if accumulation is None else accumulation
+        accumulation = accumulation or 1
         micro = total // (world * accumulation)
+    elif accumulation is None and total is not None:
+        accumulation = max(1, total // (world * micro))
     elif accumulation is None:
-        accumulation = 1 if total is None else max(1, total // (world * micro))
+        accumulation = 1
     product = micro * accumulation * world
     if micro < 1 or (total is not None and product != total):
         raise ValueError(
@@ -200,29 +238,38 @@ def _one_value(config: dict, key: str, recipe: Any, recipe_name: str, otherwise:
             f'two values for one thing: {recipe_name} is {recipe} in the recipe and "{key}" is {value} in the '
             'DeepSpeed JSON. Write "auto" in the JSON or delete it from the recipe'
         )
-    value = recipe if value is None else value
-    return otherwise if value is None else value
+    if value is not None:
+        return value
+    return otherwise if recipe is None else recipe
 
 
 def _number(config: dict, key: str, whole: bool = False) -> Any:
+    """The JSON's number, a whole one from 1 or any from 0; None where it says "auto" or nothing."""
     value = config.get(key)
     if value is None:
         return None
-    right = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not right or not whole <= value < math.inf:  # nan is neither
-        expected = "a whole number from 1" if whole else "a number from 0"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if whole:
+        fits = is_number and isinstance(value, int) and value >= 1
+        expected = "a whole number from 1"
+    else:
+        fits = is_number and 0 <= value < math.inf  # nan is not
+        expected = "a number from 0"
+    if not fits:
         raise ValueError(f'"{key}" is {value!r} in the DeepSpeed JSON, expected {expected} or "auto"')
     return value
 
 
 def _zero(config: dict) -> dict[str, Any]:
+    """The section zero_optimization without its "auto", refused where it does not work with MoE or loses an error."""
     zero = dict(config.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
     if not isinstance(stage, int) or stage not in (1, 2):
-        why = {
-            0: "without ZeRO DeepSpeed leaves experts out of the clipping norm",
-            3: "ZeRO-3 refuses DeepSpeed's MoE layer",
-        }.get(stage if isinstance(stage, int) else -1, "there is no such stage")
+        why = "there is no such stage"
+        if isinstance(stage, int) and stage == 0:
+            why = "without ZeRO DeepSpeed leaves experts out of the clipping norm"
+        elif isinstance(stage, int) and stage == 3:
+            why = "ZeRO-3 refuses DeepSpeed's MoE layer"
         raise ValueError(f'"zero_optimization.stage" is {stage!r}, expected 1 or 2: {why}')
     if zero.get("round_robin_gradients", False) is not False:
         raise ValueError(
@@ -239,21 +286,21 @@ def _zero(config: dict) -> dict[str, Any]:
     return {key: value for key, value in zero.items() if value != "auto"}
 
 
-def _ep_size(wanted: Any, world: int, local_world: int, num_experts: int) -> int:
+def _ep_size(ep_size: Any, world: int, local_world: int, num_experts: int) -> int:
     """Check the expert-parallel size; "auto" = the largest that divides the ranks of a node and the experts."""
     if num_experts == 0:
         return 1
-    if wanted == "auto":
+    if ep_size == "auto":
         return math.gcd(local_world, num_experts)
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-        raise ValueError(f'"trainer.ep_size" is {wanted!r}, expected a whole number from 1 or "auto"')
+    if isinstance(ep_size, bool) or not isinstance(ep_size, int) or ep_size < 1:
+        raise ValueError(f'"trainer.ep_size" is {ep_size!r}, expected a whole number from 1 or "auto"')
     for count, name in ((world, "ranks"), (num_experts, "experts")):
-        if count % wanted:
-            good = [n for n in range(1, world + 1) if world % n == 0 and num_experts % n == 0]
+        if count % ep_size:
+            possible = [size for size in range(1, world + 1) if world % size == 0 and num_experts % size == 0]
             raise ValueError(
-                f'"trainer.ep_size" is {wanted}, which does not divide {count} {name}: possible here are {good}'
+                f'"trainer.ep_size" is {ep_size}, which does not divide {count} {name}: possible here are {possible}'
             )
-    return wanted
+    return ep_size
 
 
 def _check_keys(values: dict[str, Any], name: str) -> None:
@@ -268,7 +315,8 @@ def _check_keys(values: dict[str, Any], name: str) -> None:
         if key not in TRAINER_KEYS:
             raise ValueError(f'{name}: unknown key "trainer.{key}". Known: {", ".join(TRAINER_KEYS)}')
     for section, key in (("bf16", "enabled"), ("trainer", "activation_checkpointing")):
-        if not isinstance(value := values.get(section, {}).get(key, False), bool):
+        value = values.get(section, {}).get(key, False)
+        if not isinstance(value, bool):
             raise ValueError(f'{name}: "{section}.{key}" is {value!r}, expected true or false')
 
 
@@ -278,6 +326,7 @@ def _disabled(value: Any) -> bool:
 
 def _check_monitors(config: dict[str, Any]) -> None:
     """A monitor that is not installed makes rank 0 raise while the others hang, so it is refused here."""
-    for section, package in (("tensorboard", "tensorboard"), ("wandb", "wandb")):
-        if config.get(section, {}).get("enabled") and importlib.util.find_spec(package) is None:
-            raise ValueError(f'"{section}" is enabled in the DeepSpeed JSON but not installed: pip install {package}')
+    for monitor in ("tensorboard", "wandb"):  # a section and a package of that name
+        is_enabled = config.get(monitor, {}).get("enabled")
+        if is_enabled and importlib.util.find_spec(monitor) is None:
+            raise ValueError(f'"{monitor}" is enabled in the DeepSpeed JSON but not installed: pip install {monitor}')

@@ -1,6 +1,7 @@
-"""What a recipe can say: one dataclass per section, every knob with its type, default and one line of help.
+"""Sections of the phases that train: teacher, meta, distill, refine, train, and the experimental incubate to expert.
 
-Values are checked here, before torch is imported and before any GPU is taken. Reading YAML is trainer/config/load.py.
+Each is a dataclass: the optimiser and schedule that all of them have, then what is its own; every knob with its type,
+default and one line of help. Values are checked here, before torch is imported and before any GPU is taken.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class ScheduleConfig:
         least = 0 if name in MAY_BE_OFF else 1
         require(self.epochs >= least, f"{name}.epochs", self.epochs, f"{least} or more")
         require(self.lr > 0, f"{name}.lr", self.lr, "a positive learning rate")
-        fits = 0 <= self.warmup_epochs <= (self.epochs or self.warmup_epochs)  # any of a phase that is off
-        require(fits, f"{name}.warmup_epochs", self.warmup_epochs, "0 to epochs")
+        longest = self.epochs or self.warmup_epochs  # a phase that is off may have any
+        require(0 <= self.warmup_epochs <= longest, f"{name}.warmup_epochs", self.warmup_epochs, "0 to epochs")
         require(self.weight_decay >= 0, f"{name}.weight_decay", self.weight_decay, "0 or more")
         require(0 <= self.drop_path < 1, f"{name}.drop_path", self.drop_path, "0 to below 1")
         require(self.global_batch is None or self.global_batch >= 1, f"{name}.global_batch", self.global_batch, ">= 1")
@@ -46,11 +47,13 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig(ScheduleConfig):
-    """The monolithic teacher: one from the hub or a folder, a small ViT trained by phase `teacher`, or a grown one."""
+    """The monolithic teacher: of the hub or a folder, a small ViT of phase `teacher`, or (experimental) a grown one."""
 
     source: str = knob("", "hub id[@revision] or directory; empty = train one with phase teacher")
     grown: bool = knob(
-        False, "grow it inside the meta model: phases meta, incubate and assemble in place of phase teacher"
+        False,
+        "experimental, in no study yet: grow it inside the meta model, phases meta, incubate and assemble in place of "
+        "phase teacher",
     )
     depths: tuple[int, ...] = knob((), "blocks per module; empty = as equal as possible over `modules`")
     image_size: int = knob(32, "of a trained teacher, pixels")
@@ -84,18 +87,21 @@ class MetaConfig(ScheduleConfig):
     def __post_init__(self):
         super().__post_init__()
         require(self.blocks_per_module >= 0, "meta.blocks_per_module", self.blocks_per_module, "0 (teacher) or more")
-        require(self.blocks_per_module or self.init == "teacher", "meta.init", self.init,
-                "teacher with meta.blocks_per_module=0, where the teacher is its own meta model")  # fmt: skip
+        if self.blocks_per_module == 0:
+            expected = "teacher with meta.blocks_per_module=0, where the teacher is its own meta model"
+            require(self.init == "teacher", "meta.init", self.init, expected)
         for name in ("label_weight", "kl_weight", "free_weight", "forced_weight"):
-            require(getattr(self, name) >= 0, f"meta.{name}", getattr(self, name), "0 (off) or more")
-        require(self.kl_weight or self.label_weight or self.objective == "labels", "meta.kl_weight", self.kl_weight,
-                "a positive weight here or in meta.label_weight: else the last stage learns nothing")  # fmt: skip
+            weight = getattr(self, name)
+            require(weight >= 0, f"meta.{name}", weight, "0 (off) or more")
+        if self.objective != "labels" and not self.label_weight:
+            expected = "a positive weight here or in meta.label_weight: else the last stage learns nothing"
+            require(self.kl_weight > 0, "meta.kl_weight", self.kl_weight, expected)
         require(0 < self.replace_rate <= 1, "meta.replace_rate", self.replace_rate, "above 0, at most 1")
 
 
 @dataclass(frozen=True)
 class IncubateConfig(ScheduleConfig):
-    """Growing a teacher (teacher.grown): each module is trained in its place in the frozen meta model, on labels."""
+    """Experimental, growing a teacher (teacher.grown): each module learns labels in its place in the meta model."""
 
     epochs: int = knob(100, "passes over the training images")
     warmup_epochs: float = knob(20.0, "linear warm-up from warmup_lr, in epochs")
@@ -104,7 +110,7 @@ class IncubateConfig(ScheduleConfig):
 
 @dataclass(frozen=True)
 class AssembleConfig(ScheduleConfig):
-    """Growing a teacher (teacher.grown): the incubated modules are put together and fine-tuned, on labels."""
+    """Experimental, growing a teacher (teacher.grown): the incubated modules together, fine-tuned on labels."""
 
     epochs: int = knob(100, "passes over the training images")
     drop_path: float = knob(0.1, "stochastic depth of the teacher's blocks, rising linearly to this rate")
@@ -136,22 +142,30 @@ class DistillConfig(ScheduleConfig):
     )
     input_noise: float = knob(0.0, "Gaussian noise on a module's input, relative to the input's standard deviation")
     level: Literal["module", "expert"] = knob(
-        "module", "teach modules whole; or their experts one by one first (section expert), then tune the module"
+        "module",
+        "teach modules whole; or (experimental: more epochs gain more for less in docs/studies.md) their experts one "
+        "by one first (section expert), then tune the module",
     )
-    routing_weight: float = knob(0.0, "weight of teacher-guided routing: KL from a teacher router to each MoE router")
+    routing_weight: float = knob(
+        0.0,
+        "experimental, no gain by itself in docs/studies.md: weight of teacher-guided routing, the KL from a teacher "
+        "router to each MoE router",
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        for key in ("alpha", "alpha_end"):
-            value = getattr(self, key)
-            require(value is None or 0 <= value <= 1, f"distill.{key}", value, "0 to 1")
-        for key in ("tau", "tau_end"):
-            value = getattr(self, key)
-            require(value is None or value > 0, f"distill.{key}", value, "a positive temperature")
-        for key in ("logit_weight", "border_weight", "input_noise", "routing_weight"):
-            require(getattr(self, key) >= 0, f"distill.{key}", getattr(self, key), "0 (off) or more")
-        require(self.logit_weight or self.border != "none", "distill.logit_weight", self.logit_weight,
-                "a positive weight, or distill.border to learn from")  # fmt: skip
+        for name in ("alpha", "alpha_end"):
+            alpha = getattr(self, name)
+            require(alpha is None or 0 <= alpha <= 1, f"distill.{name}", alpha, "0 to 1")
+        for name in ("tau", "tau_end"):
+            tau = getattr(self, name)
+            require(tau is None or tau > 0, f"distill.{name}", tau, "a positive temperature")
+        for name in ("logit_weight", "border_weight", "input_noise", "routing_weight"):
+            weight = getattr(self, name)
+            require(weight >= 0, f"distill.{name}", weight, "0 (off) or more")
+        if self.border == "none":
+            expected = "a positive weight, or distill.border to learn from"
+            require(self.logit_weight > 0, "distill.logit_weight", self.logit_weight, expected)
 
 
 @dataclass(frozen=True)
@@ -167,7 +181,7 @@ class RefineConfig(ScheduleConfig):
 
 @dataclass(frozen=True)
 class ExpertConfig(ScheduleConfig):
-    """Per-expert distillation (distill.level=expert): each expert of a module is taught alone, as a dense module."""
+    """Experimental, per-expert distillation (distill.level=expert): each expert is taught alone, as a dense module."""
 
     assign: Literal["image", "token"] = knob(
         "image", "an expert learns from the images of its cluster; or from all images, on the tokens of its cluster"
@@ -198,7 +212,11 @@ class TrainConfig(ScheduleConfig):
     kd_tau: float = knob(1.0, "temperature of that KL")
     border_weight: float = knob(0.0, "weight of matching the teacher's border states, fading out to 0")
     border_epochs: float = knob(5.0, "epochs after which the border states no longer count")
-    routing_weight: float = knob(0.0, "weight of teacher-guided routing, fading out to 0 with border_epochs")
+    routing_weight: float = knob(
+        0.0,
+        "experimental, 0.3 points for 1.4 times the cost in docs/studies.md: weight of teacher-guided routing, fading "
+        "out to 0 with border_epochs",
+    )
     ema: float = knob(0.0, "decay of an average of the weights, per step, which is evaluated and published; 0 = off")
     layer_decay: float = knob(1.0, "learning rate of a block relative to the block after it")
 
@@ -210,6 +228,7 @@ class TrainConfig(ScheduleConfig):
         require(0 <= self.kd_weight <= 1, "train.kd_weight", self.kd_weight, "0 (off) to 1")
         require(self.kd_tau > 0, "train.kd_tau", self.kd_tau, "a positive temperature")
         for name in ("border_weight", "border_epochs", "routing_weight"):
-            require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 (off) or more")
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name}", value, "0 (off) or more")
         require(0 <= self.ema < 1, "train.ema", self.ema, "0 (off) to below 1")
         require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "above 0, at most 1")

@@ -1,4 +1,4 @@
-"""The recipe: all sections together, and what only two of them can get wrong."""
+"""The recipe: all sections together, and the mistakes that only two of them can make."""
 
 from __future__ import annotations
 
@@ -42,24 +42,38 @@ class Recipe:
 
     def __post_init__(self):
         require(self.modules >= 1, "modules", self.modules, "1 or more")
-        require(self.distill.epochs or self.refine.epochs or self.distill.source, "distill.epochs", 0,
-                "1 or more, or refine.epochs above 0: nothing would be taught")  # fmt: skip
-        train, stitches = self.train, self.distill.stitches
-        if train.border_weight and train.start == "distilled" and not train.init and stitches != "tied":
+        taught = self.distill.epochs or self.refine.epochs or self.distill.source
+        require(taught, "distill.epochs", 0, "1 or more, or refine.epochs above 0: nothing would be taught")
+        self._check_borders()
+        if self.teacher.grown:
+            self._check_grown()
+        starts = (self.train.start, *self.train.baselines)
+        if "upcycled" in starts and not self.student.init:
+            raise ValueError(
+                "train.start or train.baselines say upcycled, but student.init is empty: set student.init=teacher, or "
+                "name a dense ViT (hub id or folder)"
+            )
+        for name, depths in (("teacher", self.teacher.depths), ("student", self.student.depths)):
+            if depths and len(depths) != self.modules:
+                raise ValueError(
+                    f"{name}.depths has {len(depths)} entries {depths} but modules is {self.modules}: give one depth "
+                    "per module"
+                )
+
+    def _check_borders(self) -> None:
+        """A student of distilled modules has its states in the teacher's basis only where tied stitches put them."""
+        from_modules = self.train.start == "distilled" and not self.train.init
+        stitches = self.distill.stitches
+        if self.train.border_weight and from_modules and stitches != "tied":
             raise ValueError(
                 f"train.border_weight compares states in the basis of tied stitches; distill.stitches is {stitches!r}: "
                 "set distill.stitches=tied, or train.border_weight=0"
             )
-        if self.teacher.grown:  # nothing to copy, to match or to reuse: the teacher comes after the meta model
-            wanted = {"teacher.source": "", "meta.source": "", "meta.init": "scratch", "meta.objective": "labels"}
-            for key, value in wanted.items():
-                part, name = key.split(".")
-                found = getattr(getattr(self, part), name)
-                require(found == value, key, found, f"{value!r} with teacher.grown=true")
-        if "upcycled" in (self.train.start, *self.train.baselines) and not self.student.init:
-            raise ValueError("train.start or train.baselines say upcycled, but student.init is empty: set "
-                             "student.init=teacher, or name a dense ViT (hub id or folder)")  # fmt: skip
-        for owner, name in ((self.teacher, "teacher"), (self.student, "student")):
-            if owner.depths and len(owner.depths) != self.modules:
-                raise ValueError(f"{name}.depths has {len(owner.depths)} entries {owner.depths} but modules is "
-                                 f"{self.modules}: give one depth per module")  # fmt: skip
+
+    def _check_grown(self) -> None:
+        """A grown teacher comes after the meta model, which so has nothing to copy, to match or to reuse."""
+        expected = {"teacher.source": "", "meta.source": "", "meta.init": "scratch", "meta.objective": "labels"}
+        for key, value in expected.items():
+            section_name, name = key.split(".")
+            actual = getattr(getattr(self, section_name), name)
+            require(actual == value, key, actual, f"{value!r} with teacher.grown=true")

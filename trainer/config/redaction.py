@@ -9,22 +9,25 @@ from collections.abc import Iterable
 # tokens of the hub and of trackers by their shape, and user:password@ or token@ of an address
 PATTERN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}|(?<=://)[^/\s@]+(?=@)")
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")
+SHORTEST = 8  # characters; a shorter secret would blank words it has nothing to do with
 BLANK = "***"
 
 
 def redact(text: str) -> str:
     """`text` with everything that is or looks like a secret blanked."""
     for name in VARIABLES:
-        if len(value := os.environ.get(name, "")) >= 8:  # a shorter one would blank words it has nothing to do with
-            text = text.replace(value, BLANK)
+        secret = os.environ.get(name, "")
+        if len(secret) >= SHORTEST:
+            text = text.replace(secret, BLANK)
     return PATTERN.sub(BLANK, text)
 
 
 def refuse_secrets(texts: Iterable[str], where: str) -> None:
     """Raise a ValueError for the first text that holds a secret: it would end up in logs and config.yaml."""
     for text in texts:
-        if (shown := redact(text)) != text:
+        redacted = redact(text)
+        if redacted != text:
             raise ValueError(
-                f"{where} holds a token or password ({shown[:100]!r}): it would be kept with the results. Give it as "
-                f"{VARIABLES[0]} in the environment or log in with hf auth login, and take it out."
+                f"{where} holds a token or password ({redacted[:100]!r}): it would be kept with the results. Give it "
+                f"as {VARIABLES[0]} in the environment or log in with hf auth login, and take it out."
             )

@@ -41,7 +41,8 @@ class RunConfig:
 
     def __post_init__(self):
         for name in ("log_every", "eval_every", "save_every", "save_epochs", "keep"):
-            require(getattr(self, name) >= 1, f"run.{name}", getattr(self, name), "1 or more")
+            value = getattr(self, name)
+            require(value >= 1, f"run.{name}", value, "1 or more")
         require(self.keep_every >= 0, "run.keep_every", self.keep_every, "0 (none) or a number of steps")
         require(self.hang_seconds >= 0, "run.hang_seconds", self.hang_seconds, "0 (never) or seconds")
         require(self.max_nonfinite >= 0, "run.max_nonfinite", self.max_nonfinite, "0 or more")

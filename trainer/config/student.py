@@ -32,11 +32,11 @@ class MoEConfig:
         require(1 <= self.k <= self.num_experts, "student.moe.k", self.k, f"1 to num_experts={self.num_experts}")
         for name in ("capacity_factor", "eval_capacity_factor"):
             factor = getattr(self, name)
-            require(
-                factor is None or factor > 0, f"student.moe.{name}", factor, "a positive number, or null (no drops)"
-            )
+            drops_none = factor is None
+            require(drops_none or factor > 0, f"student.moe.{name}", factor, "a positive number, or null (no drops)")
         for name in ("noise_std", "images_per_group"):
-            require(getattr(self, name) >= 0, f"student.moe.{name}", getattr(self, name), "0 or more")
+            value = getattr(self, name)
+            require(value >= 0, f"student.moe.{name}", value, "0 or more")
         require(self.capacity_multiple >= 1, "student.moe.capacity_multiple", self.capacity_multiple, "1 or more")
         require(0 <= self.dropout < 1, "student.moe.dropout", self.dropout, "0 to below 1")
 
@@ -59,7 +59,9 @@ class StudentConfig:
         "", "start of the blocks: empty = new, teacher = the teacher's layers, or a dense ViT (hub id, folder)"
     )
     experts: Literal["copy", "clusters"] = knob(
-        "copy", "with init: experts are copies of the MLP, or cut from it by clusters of its inputs, router included"
+        "copy",
+        "with init: experts are copies of the MLP, or (experimental: ends below copies in docs/studies.md) cut from it "
+        "by clusters of its inputs, router included",
     )
     expert_noise: float = knob(0.0, "with init: noise on each expert, relative to the standard deviation of a weight")
     reg_tokens: int | None = knob(None, "prefix tokens beside the class token; null = as many as the teacher has")
@@ -72,14 +74,18 @@ class StudentConfig:
         return "vmoe"
 
     def __post_init__(self):
-        sizes = ("patch_size", "width", "depth", "heads", "mlp_dim")
-        missing = [name for name in sizes if getattr(self, name) is None]
-        for name in set(sizes) - set(missing):
-            require(1 <= getattr(self, name) <= 100_000, f"student.{name}", getattr(self, name), "1 to 100,000")
-        if not self.variant and missing:
-            raise ValueError(f"student.variant is empty and student.{missing[0]} is not set: set one of them")
+        open_sizes = []  # left to the variant
+        for name in ("patch_size", "width", "depth", "heads", "mlp_dim"):
+            size = getattr(self, name)
+            if size is None:
+                open_sizes.append(name)
+            else:
+                require(1 <= size <= 100_000, f"student.{name}", size, "1 to 100,000")
+        if open_sizes and not self.variant:
+            raise ValueError(f"student.variant is empty and student.{open_sizes[0]} is not set: set one of them")
         require(self.expert_noise >= 0, "student.expert_noise", self.expert_noise, "0 (off) or more")
         if not self.init:
             for name, off in (("experts", "copy"), ("expert_noise", 0.0)):
+                value = getattr(self, name)
                 expected = f"{off} where student.init is empty: set student.init=teacher, or name a dense ViT"
-                require(getattr(self, name) == off, f"student.{name}", getattr(self, name), expected)
+                require(value == off, f"student.{name}", value, expected)
