@@ -103,7 +103,10 @@ def truncated(weight: Tensor, inputs: Iterable[Tensor]) -> tuple[Tensor, int]:
     # share of the r largest ones in the whole, and the least r that reaches ENERGY
     share = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
     rank = int((share < ENERGY).sum()) + 1
+    assert rank <= len(values)  # the last share is 1
     # U U^T R with U the first r directions
     leading = vectors.flip(1)[:, :rank].to(weight)
     projected = leading @ (leading.T @ reduced)
-    return (projected if basis is None else basis @ projected), rank
+    if basis is not None:
+        projected = basis @ projected
+    return projected, rank

@@ -123,11 +123,14 @@ def _check_sizes(student: VMoE, dense: Teacher) -> None:
     eps = norm_eps(model)
     if eps != (config.norm_eps or student.norm.eps):
         raise ValueError(f"the student's norm_eps is {student.norm.eps} and that of {dense.source} is {eps}.")
+    mlp_dim = None
+    if isinstance(block.mlp, Mlp):
+        mlp_dim = block.mlp.fc1.out_features
     # size -> (the student's, the dense model's; None where its blocks have no such number: refused by _check_parts)
     pairs = {
         "width": (config.width, model.embed_dim),
         "heads": (config.heads, getattr(block.attn, "num_heads", None)),
-        "mlp_dim": (config.mlp_dim, block.mlp.fc1.out_features if isinstance(block.mlp, Mlp) else None),
+        "mlp_dim": (config.mlp_dim, mlp_dim),
         "patch_size": (config.patch_size, model.patch_embed.patch_size[0]),
         "in_chans": (config.in_chans, model.patch_embed.proj.in_channels),
         "image_size": (config.image_size, model.patch_embed.img_size[0]),
@@ -225,7 +228,9 @@ def _check_head(student: VMoE, dense: Teacher, own_classes: bool) -> list[str]:
         raise ValueError(
             f"the student's pool is {config.pool!r} and that of {dense.source} is {pool!r}: set student.pool={pool}."
         )
-    return ["the head on its distillation token"] if hasattr(model, "head_dist") else []
+    if hasattr(model, "head_dist"):
+        return ["the head on its distillation token"]
+    return []
 
 
 def _start_embedding(student: VMoE, model: VisionTransformer, ours: Preprocessing, theirs: Preprocessing) -> None:
@@ -285,6 +290,7 @@ def _noise(relative: float, seed: int, block: int, expert: int, name: str, weigh
 
 def _copy(target: nn.Module, source: nn.Module, scale: nn.Module | None = None) -> None:
     """Weight and bias of a Linear or LayerNorm; a LayerScale behind it goes into both."""
+    assert target.weight.shape == source.weight.shape  # sizes were compared; copy_ would repeat a smaller one
     if not isinstance(scale, LayerScale):
         target.weight.copy_(source.weight)
         _set(target.bias, source.bias)

@@ -62,8 +62,12 @@ class CheckpointFiles:
     def __str__(self) -> str:
         """The source with the commit it resolved to, or else the revision asked for."""
         version = self.commit or self.revision
-        where = f"{self.name}@{version}" if version else self.name
-        return f"{where}/{self.folder}" if self.folder else where
+        text = self.name
+        if version:
+            text += f"@{version}"
+        if self.folder:
+            text += f"/{self.folder}"
+        return text
 
     def find(self, filename: str) -> Path | None:
         """Local path of a file, downloaded if need be; None when the checkpoint has no such file.
@@ -71,7 +75,8 @@ class CheckpointFiles:
         Raises:
             ValueError: the hub does not give it: no such repository or revision, no access, no network.
         """
-        filename = f"{self.folder}/{filename}" if self.folder else filename
+        if self.folder:
+            filename = f"{self.folder}/{filename}"
         if self.directory is not None:
             path = self.directory / filename
             return path if path.is_file() else None
@@ -206,14 +211,18 @@ class Weights:
 
 
 def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    if len(names) == 1:
+        return ""
+    return f" (and {len(names) - 1} more)"
 
 
 def _explain(name: str, revision: str | None, filename: str, error: Exception) -> str:
     """What the hub's client says, in one line, and the next step."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = f"HTTP {status}" if status else " ".join(str(error).split())[:200]
-    at = f" at revision {revision!r}" if revision else ""
+    source = repr(name)
+    if revision:
+        source += f" at revision {revision!r}"
     login = "log in with huggingface-cli login (hf auth login) or set HF_TOKEN"
     if isinstance(error, GatedRepoError):
         step = f"It is gated: ask for access on https://huggingface.co/{name}, then {login}."
@@ -226,4 +235,4 @@ def _explain(name: str, revision: str | None, filename: str, error: Exception) -
             "Without internet, download it once on a machine that has it (hf download NAME), share HF_HOME and set "
             f"HF_HUB_OFFLINE=1; if it is private, {login}."
         )
-    return f"cannot read {filename} of {name!r}{at} from the Hugging Face hub: {type(error).__name__}, {reason}. {step}"
+    return f"cannot read {filename} of {source} from the Hugging Face hub: {type(error).__name__}, {reason}. {step}"

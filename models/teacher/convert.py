@@ -69,7 +69,8 @@ def to_timm(original: nn.Module) -> VisionTransformer:
     )
     state = {_renamed(name): value for name, value in original.state_dict().items()}
     if "embeddings.distillation_token" in state:
-        state["dist_token" if distilled else "reg_token"] = state.pop("embeddings.distillation_token")
+        timm_name = "dist_token" if distilled else "reg_token"
+        state[timm_name] = state.pop("embeddings.distillation_token")
     model.load_state_dict(_fuse_qkv(state))
     _check_same_logits(original, model.eval())
     return model
@@ -184,10 +185,15 @@ def from_processor(processor, model: VisionTransformer) -> Preprocessing:
     names = {number: name for name, number in INTERPOLATIONS.items()}
     if resample not in names:
         raise ValueError(f"the image processor's resample is {resample}, expected one of {INTERPOLATIONS}.")
+    mean = (0.0,) * in_chans
+    std = (1.0,) * in_chans
+    if processor.do_normalize:
+        mean = processor.image_mean
+        std = processor.image_std
     return Preprocessing(
         image_size=image_size,
-        mean=processor.image_mean if processor.do_normalize else (0.0,) * in_chans,
-        std=processor.image_std if processor.do_normalize else (1.0,) * in_chans,
+        mean=mean,
+        std=std,
         interpolation=names[resample],
         crop_pct=crop_pct,
         crop_mode=crop_mode,
@@ -202,9 +208,10 @@ def to_processor(preprocessing: Preprocessing):
     image_size = preprocessing.image_size
     resize = preprocessing.resize_size
     squash = preprocessing.crop_mode == "squash"
+    size = {"height": resize, "width": resize} if squash else {"shortest_edge": resize}
     return ViTImageProcessor(
         do_resize=True,
-        size={"height": resize, "width": resize} if squash else {"shortest_edge": resize},
+        size=size,
         resample=INTERPOLATIONS[preprocessing.interpolation],
         do_center_crop=not squash or resize != image_size,
         crop_size={"height": image_size, "width": image_size},

@@ -101,23 +101,18 @@ class VMoEConfig:
         Raises:
             ValueError: naming the first setting that differs, and both its values.
         """
-        uncompared = {*FREE, *KEPT, "moe", "moe_blocks"}
-        compared = [f.name for f in fields(self) if f.name not in uncompared]
-        # a setting of KEPT is compared only where something is asked for: else it stays as saved
-        compared += [name for name in KEPT if getattr(self, name)]
-        # (setting, its value in the saved model, the value asked for)
-        pairs = [(name, getattr(saved, name), getattr(self, name)) for name in compared]
+        for f in fields(self):
+            if f.name not in (*FREE, *KEPT, "moe", "moe_blocks"):
+                _check_equal(source, f.name, getattr(saved, f.name), getattr(self, f.name))
+        for name in KEPT:
+            if getattr(self, name):  # else it stays as saved
+                _check_equal(source, name, getattr(saved, name), getattr(self, name))
         # block numbers, not their spelling: "every-2" of 4 blocks is "1,3"
-        saved_blocks = moe_numbers(saved.moe_blocks, saved.depth)
-        wanted_blocks = moe_numbers(self.moe_blocks, self.depth)
-        pairs.append(("moe_blocks", saved_blocks, wanted_blocks))
-        if saved_blocks or wanted_blocks:
-            pairs += [(f"moe.{name}", getattr(saved.moe, name), getattr(self.moe, name)) for name in MOE_FIXED]
-        for name, saved_value, wanted_value in pairs:
-            if saved_value != wanted_value:
-                raise ValueError(
-                    f"{source} has {name} {saved_value!r}, but {wanted_value!r} is asked for. Make them equal."
-                )
+        blocks = moe_numbers(self.moe_blocks, self.depth)
+        _check_equal(source, "moe_blocks", moe_numbers(saved.moe_blocks, saved.depth), blocks)
+        if blocks:
+            for name in MOE_FIXED:
+                _check_equal(source, f"moe.{name}", getattr(saved.moe, name), getattr(self.moe, name))
         return replace(self, **{name: getattr(saved, name) for name in KEPT})
 
 
@@ -160,6 +155,11 @@ def decode_variant(name: str) -> dict[str, Any]:
     if name.startswith("m2mkd-"):
         values |= {"moe_blocks": "all", "moe": paper(num_experts=8, k=2), "gelu": "erf"}
     return values
+
+
+def _check_equal(source: str, name: str, saved: Any, asked_for: Any) -> None:
+    if saved != asked_for:
+        raise ValueError(f"{source} has {name} {saved!r}, but {asked_for!r} is asked for. Make them equal.")
 
 
 def _check_keys(kind: type, values: Mapping[str, Any]) -> None:

@@ -74,6 +74,7 @@ def write(
     for name, content in json_files.items():
         temporary[name] = directory / f"{name}.tmp"
         temporary[name].write_text(json.dumps(content, indent=2) + "\n")
+    assert list(temporary)[-1] == "config.json"
     for path in temporary.values():
         _flush(path)
     (directory / "config.json").unlink(missing_ok=True)

@@ -155,9 +155,11 @@ def _load(path: Path) -> dict:
 
 def _whole(path: Path) -> State:
     """The state dict of a whole model, with the copy under stages.* taken out."""
-    saved = _load(path)
-    saved = saved.get("model", saved) if isinstance(saved, dict) else {}
-    state = {name: value for name, value in saved.items() if isinstance(value, Tensor)}
+    content = _load(path)
+    state: State = {}
+    if isinstance(content, dict):
+        saved = content.get("model", content)
+        state = {name: value for name, value in saved.items() if isinstance(value, Tensor)}
     if not any(name.startswith("blocks.") for name in state):
         raise ValueError(f"{path} holds no state dict with blocks.*: expected what the repository's main.py saves.")
     return {name: value for name, value in state.items() if not name.startswith("stages.")}
@@ -199,7 +201,9 @@ def _vmoe_config(
         raise ValueError(f"{source} has no MoE block: it is a dense ViT.")
     moe_block, router = next(iter(routers.items()))
     class_token = "cls_token" in state
-    representation_size = len(state["pre_logits.weight"]) if "pre_logits.weight" in state else 0
+    representation_size = 0
+    if "pre_logits.weight" in state:
+        representation_size = len(state["pre_logits.weight"])
     # kept stitches: the post-stitch's Linear (D_t, D_s) shows the teacher's width
     stitch_blocks = {}
     for block in range(depth):
