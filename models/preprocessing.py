@@ -17,6 +17,12 @@ INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box"
 
 @dataclass(frozen=True)
 class Preprocessing:
+    """Image settings of a model, checked.
+
+    Raises:
+        ValueError: naming the setting that is out of range, its value, and what is expected.
+    """
+
     image_size: int  # side of the square image the model sees, pixels
     mean: tuple[float, ...]  # per channel, of values in 0..1
     std: tuple[float, ...]
@@ -43,14 +49,15 @@ class Preprocessing:
                 f"preprocessing needs {self.in_chans} values of mean and std (in_chans), "
                 f"got mean {self.mean} and std {self.std}."
             )
-        if not all(math.isfinite(value) for value in self.mean + self.std) or min(self.std) <= 0:
+        finite = all(math.isfinite(value) for value in self.mean + self.std)
+        if not finite or min(self.std) <= 0:
             raise ValueError(
                 f"preprocessing has mean {self.mean} and std {self.std}, expected finite values and std above 0."
             )
 
     @property
     def resize_size(self) -> int:
-        """Side in pixels before the crop, as timm computes it."""
+        """Side in pixels before the crop, as timm computes it: floor(image_size / crop_pct)."""
         return math.floor(self.image_size / self.crop_pct)
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,15 +66,26 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Preprocessing":
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: unknown keys, or settings out of range.
+        """
         known = {field.name for field in fields(cls)}
-        if unknown := set(values) - known:
+        unknown = set(values) - known
+        if unknown:
             raise ValueError(f"unknown preprocessing keys {sorted(unknown)}; known: {sorted(known)}.")
         return cls(**values)
 
 
 def crop_pct_of(image_size: int, resize_size: int) -> float:
-    """The crop_pct whose floored resize is exactly `resize_size` (image_size / resize_size may miss it by rounding)."""
+    """The crop_pct whose floored resize is exactly `resize_size` (image_size / resize_size may miss it by rounding).
+
+    Args:
+        image_size, resize_size: sides in pixels after and before the crop.
+    """
     crop_pct = image_size / resize_size
+    # the next smaller floats, until floor(image_size / crop_pct) is large enough
     while math.floor(image_size / crop_pct) < resize_size:
         crop_pct = math.nextafter(crop_pct, 0.0)
     return crop_pct

@@ -39,11 +39,17 @@ VARIANTS = {
     "vmoe_m2mkd_huge_patch14_224": "m2mkd-H/14",
     ARCHITECTURE: "B/16",  # what saved models are built by: their config.json has all the arguments
 }
-IMAGES = {"input_size": (3, 224, 224), "fixed_input_size": True, "crop_pct": 0.9, "interpolation": "bicubic",
-          "mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD}  # fmt: skip
-default_cfgs = generate_default_cfgs(
-    {name: {"first_conv": "patch_embed.proj", "classifier": "head", **IMAGES} for name in VARIANTS}
-)
+DEFAULT_CFG = {
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+    "input_size": (3, 224, 224),
+    "fixed_input_size": True,
+    "crop_pct": 0.9,
+    "interpolation": "bicubic",
+    "mean": IMAGENET_INCEPTION_MEAN,
+    "std": IMAGENET_INCEPTION_STD,
+}
+default_cfgs = generate_default_cfgs({name: dict(DEFAULT_CFG) for name in VARIANTS})
 
 
 def _register(name: str, variant: str) -> None:
@@ -84,13 +90,18 @@ def _create(
 
 def _saved(cfg: Any, cache_dir: str | Path | None) -> CheckpointFiles | None:
     """The files timm was pointed to, when save_pretrained wrote them."""
-    cfg = cfg if isinstance(cfg, Mapping) else {}
-    source = {"hf-hub": cfg.get("hf_hub_id"), "local-dir": cfg.get("file")}.get(cfg.get("source"))
+    if not isinstance(cfg, Mapping):
+        return None
+    # timm: "source" says where weights lie, another key which ones
+    sources = {"hf-hub": cfg.get("hf_hub_id"), "local-dir": cfg.get("file")}
+    source = sources.get(cfg.get("source"))
     if source is None:
         return None
     files = CheckpointFiles(source, cache_dir=cache_dir)
     path = files.find("config.json")
-    return files if path and json.loads(path.read_text()).get("model_type") == MODEL_TYPE else None
+    if not path or json.loads(path.read_text()).get("model_type") != MODEL_TYPE:
+        return None
+    return files
 
 
 def _model(variant: str, files: CheckpointFiles | None, drop_rate: float = 0.0, **options: Any) -> VMoE:
@@ -102,35 +113,47 @@ def _model(variant: str, files: CheckpointFiles | None, drop_rate: float = 0.0, 
 
 
 def _config(variant: str, options: Mapping[str, Any]) -> VMoEConfig:
-    ours = {timm_name: name for name, timm_name in TIMM_NAMES.items()}
-    values = {"image_size": 224, "num_classes": 1000, "gelu": "tanh", "moe": official(), **decode_variant(variant)}
+    """The variant's configuration with timm's `options` in place of its fields.
+
+    Raises:
+        ValueError: an unknown option, or a value that makes no model.
+    """
     known = {TIMM_NAMES.get(f.name, f.name) for f in fields(VMoEConfig)}
-    if unknown := sorted(set(options) - known):
+    unknown = sorted(set(options) - known)
+    if unknown:
         raise ValueError(f"options {unknown} are not known; known: {', '.join(sorted(known | {'drop_rate'}))}.")
-    given = {ours.get(name, name): value for name, value in options.items()}
-    given["moe"] = asdict(values["moe"]) | dict(given.get("moe", {}))
-    if "image_size" in given:
-        height, width = to_2tuple(given["image_size"])
+    defaults = {"image_size": 224, "num_classes": 1000, "gelu": "tanh", "moe": official(), **decode_variant(variant)}
+    our_names = {timm_name: name for name, timm_name in TIMM_NAMES.items()}
+    changes = {our_names.get(name, name): value for name, value in options.items()}
+    # single settings of the routing may be given: the others stay the variant's
+    routing = asdict(defaults["moe"])
+    routing.update(changes.get("moe", {}))
+    changes["moe"] = routing
+    if "image_size" in changes:
+        height, width = to_2tuple(changes["image_size"])
         if height != width:
             raise ValueError(f"img_size must be square, got {height}x{width}; dynamic_img_size=True takes any image.")
-        given["image_size"] = height
-    if "pool" in given:
-        pools = {timm_name: name for name, timm_name in POOLS.items()}
-        if given["pool"] not in pools:
-            raise ValueError(f"global_pool {given['pool']!r} is not known; use one of {', '.join(map(repr, pools))}.")
-        given["pool"] = pools[given["pool"]]
-    return VMoEConfig(**values | given)
+        changes["image_size"] = height
+    if "pool" in changes:
+        pool = changes["pool"]
+        our_pools = {timm_name: name for name, timm_name in POOLS.items()}
+        if pool not in our_pools:
+            raise ValueError(f"global_pool {pool!r} is not known; use one of {', '.join(map(repr, our_pools))}.")
+        changes["pool"] = our_pools[pool]
+    return VMoEConfig(**{**defaults, **changes})
 
 
 def _adapted(files: CheckpointFiles, config: VMoEConfig) -> VMoE:
     """The saved model with the head, pooling, image size and channels of `config`, as timm adapts its own."""
     saved, *_ = read(files)
-    same = {name: getattr(saved, name) for name in ("image_size", "patch_size", "in_chans", "num_classes", "pool")}
-    model = VMoE.from_pretrained(files, config=replace(config, **same))
+    # load as it was saved in what is adapted below, or the weights would not fit
+    adapted = ("image_size", "patch_size", "in_chans", "num_classes", "pool")
+    as_saved = {name: getattr(saved, name) for name in adapted}
+    model = VMoE.from_pretrained(files, config=replace(config, **as_saved))
     if (config.num_classes, config.pool) != (saved.num_classes, saved.pool):
         head = model.head
         model.reset_classifier(config.num_classes, POOLS[config.pool])
-        if config.num_classes == saved.num_classes:
+        if config.num_classes == saved.num_classes:  # only the pooling changed: the head stays
             model.head = head
     if (config.image_size, config.patch_size) != (saved.image_size, saved.patch_size):
         model.set_input_size(config.image_size, config.patch_size)
@@ -141,13 +164,15 @@ def _adapted(files: CheckpointFiles, config: VMoEConfig) -> VMoE:
 
 def _set_in_chans(model: VMoE, in_chans: int) -> None:
     """Images of another number of channels: the patch kernels are summed or repeated, as timm does."""
-    old = model.patch_embed.proj
-    new = nn.Conv2d(in_chans, old.out_channels, old.kernel_size, old.stride, bias=old.bias is not None)
+    saved = model.patch_embed.proj
+    adapted = nn.Conv2d(in_chans, saved.out_channels, saved.kernel_size, saved.stride, bias=saved.bias is not None)
     with torch.no_grad():
-        new.weight = nn.Parameter(adapt_input_conv(in_chans, old.weight, base_chans=model.in_chans))
-        new.bias = old.bias
-    model.patch_embed.proj, model.in_chans = new, in_chans
-    model.config, model.preprocessing = replace(model.config, in_chans=in_chans), None
+        adapted.weight = nn.Parameter(adapt_input_conv(in_chans, saved.weight, base_chans=model.in_chans))
+        adapted.bias = saved.bias
+    model.patch_embed.proj = adapted
+    model.in_chans = in_chans
+    model.config = replace(model.config, in_chans=in_chans)
+    model.preprocessing = None  # mean and std were those of the other channels
 
 
 for _name, _variant in VARIANTS.items():

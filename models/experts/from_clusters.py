@@ -29,8 +29,11 @@ class Clustered:
     ranks: list[tuple[int, int]]  # of fc1 and fc2
 
     def __str__(self) -> str:
-        ranks = [f"{min(found)}..{max(found)}" for found in zip(*self.ranks)]
-        return f"clusters of {min(self.tokens)}..{max(self.tokens)} tokens, ranks {ranks[0]} (fc1), {ranks[1]} (fc2)"
+        fc1_ranks, fc2_ranks = zip(*self.ranks)
+        return (
+            f"clusters of {min(self.tokens)}..{max(self.tokens)} tokens, "
+            f"ranks {min(fc1_ranks)}..{max(fc1_ranks)} (fc1), {min(fc2_ranks)}..{max(fc2_ranks)} (fc2)"
+        )
 
 
 @torch.no_grad()
@@ -45,21 +48,27 @@ def cluster_experts(moe: MoE, x_ND: Tensor, seed: int) -> Clustered:
     Raises:
         ValueError: tokens that do not fill a cluster for every expert; the empty clusters are named.
     """
-    centroid_ED, cluster_N = spherical_kmeans(x_ND, len(moe.experts), seed=seed)
-    ranks, tokens = [], torch.bincount(cluster_N, minlength=len(moe.experts)).tolist()
+    num_experts = len(moe.experts)
+    centroid_ED, cluster_N = spherical_kmeans(x_ND, num_experts, seed=seed)
+    tokens = torch.bincount(cluster_N, minlength=num_experts).tolist()
+    ranks = []
     for number, expert in enumerate(moe.experts):
         chunks = x_ND[cluster_N == number].split(CHUNK)
-        fc1, fc2 = expert["fc1"], expert["fc2"]
-        weight, bias = fc1.weight.to(x_ND), fc1.bias.to(x_ND)
-        hidden = (F.gelu(F.linear(x, weight, bias), approximate=GELU[moe.act]) for x in chunks)
-        second, rank2 = truncated(fc2.weight.to(x_ND), hidden)
-        first, rank1 = truncated(weight, chunks)
-        fc1.weight.copy_(first)
-        fc2.weight.copy_(second)
-        ranks.append((rank1, rank2))
-    # scaled so that a token's logits spread over the experts like those of a fresh router: standard deviation 1
-    spread = torch.cat([(rows @ centroid_ED.T).std(1) for rows in x_ND.split(CHUNK)]).mean()
-    moe.router.weight.copy_(centroid_ED / spread)
+        fc1 = expert["fc1"]
+        fc2 = expert["fc2"]
+        weight_HD = fc1.weight.to(x_ND)
+        bias_H = fc1.bias.to(x_ND)
+        # what reaches fc2 of the dense MLP, gelu(W1 x + b1), chunk by chunk; before fc1 is cut below
+        hidden = (F.gelu(F.linear(x, weight_HD, bias_H), approximate=GELU[moe.act]) for x in chunks)
+        fc2_weight, fc2_rank = truncated(fc2.weight.to(x_ND), hidden)
+        fc1_weight, fc1_rank = truncated(weight_HD, chunks)
+        fc1.weight.copy_(fc1_weight)
+        fc2.weight.copy_(fc2_weight)
+        ranks.append((fc1_rank, fc2_rank))
+    # router row e = c_e / s, with s the mean over tokens of the deviation of x . c_e over the experts: a token's logits
+    # then spread like those of a fresh router, with standard deviation 1
+    spreads = [(rows @ centroid_ED.T).std(1) for rows in x_ND.split(CHUNK)]
+    moe.router.weight.copy_(centroid_ED / torch.cat(spreads).mean())
     if moe.router.bias is not None:
         moe.router.bias.zero_()
     return Clustered(tokens, ranks)
@@ -73,14 +82,31 @@ def truncated(weight: Tensor, inputs: Iterable[Tensor]) -> tuple[Tensor, int]:
     nor its inverse, which few tokens would make singular, is needed.
 
     Args:
-        weight: (O, I).
-        inputs: chunks (n, I), n tokens in all.
+        weight: W, (O, I).
+        inputs: chunks of x, (n, I) each; read once.
+
+    Returns:
+        (the matrix (O, I), its rank).
     """
-    basis, small = (None, weight) if weight.shape[0] <= weight.shape[1] else torch.linalg.qr(weight)
-    moment = sum((z := (x @ small.T).double()).T @ z for x in inputs)  # of the outputs, in `basis` where O > I
+    # W = Q R where O > I: outputs then lie in the I columns of Q, and R x are their coordinates; else W itself
+    basis = None
+    reduced = weight
+    if weight.shape[0] > weight.shape[1]:
+        basis, reduced = torch.linalg.qr(weight)
+    # sum of y y^T over the outputs y = R x, in float64
+    moment = 0
+    for x in inputs:
+        y = (x @ reduced.T).double()
+        moment = moment + y.T @ y
+    # eigenvalues, rising: what each principal direction of the outputs holds of their square
     values, vectors = torch.linalg.eigh(moment)
+    # share of the r largest ones in the whole, and the least r that reaches ENERGY
     share = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
     rank = int((share < ENERGY).sum()) + 1
+    assert rank <= len(values)  # the last share is 1
+    # U U^T R with U the first r directions
     leading = vectors.flip(1)[:, :rank].to(weight)
-    small = leading @ (leading.T @ small)
-    return (small if basis is None else basis @ small), rank
+    projected = leading @ (leading.T @ reduced)
+    if basis is not None:
+        projected = basis @ projected
+    return projected, rank

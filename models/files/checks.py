@@ -21,7 +21,14 @@ REASON_SHOWN = 300  # characters of what a library says
 
 
 def read_object(path: Path, files: CheckpointFiles) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError for anything else, naming the file."""
+    """The object in a JSON file.
+
+    Args:
+        files: the checkpoint it belongs to, for messages.
+
+    Raises:
+        ValueError: not JSON, or no object; the file is named.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -42,11 +49,17 @@ def checked_weights(files: CheckpointFiles, config: Mapping[str, Any], keys: Map
         ValueError: naming the setting or the tensor that is wrong.
     """
     weights = _opened(files)
-    sizes = {name: config[key] for name, key in keys.items() if config.get(key) is not None}
-    # libraries allow [224, 224]; sides that differ are refused by name later
-    sizes = {name: value[0] if isinstance(value, list) and value else value for name, value in sizes.items()}
+    sizes = {}
+    for name, key in keys.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        if isinstance(value, list) and value:  # libraries allow [224, 224]; sides that differ are refused by name later
+            value = value[0]
+        sizes[name] = value
     for name, value in sizes.items():
-        if type(value) is not int or value < (name != "num_classes"):
+        smallest = 0 if name == "num_classes" else 1
+        if type(value) is not int or value < smallest:
             raise ValueError(
                 f"config.json of {files} has {keys[name]}={reprlib.repr(value)}, expected a whole number of at least 1."
             )
@@ -85,24 +98,37 @@ def _opened(files: CheckpointFiles) -> Weights:
 
 def _check_counts(files: CheckpointFiles, sizes: Mapping[str, int], keys: Mapping[str, str], weights: Weights) -> None:
     """Refuse sizes that take more weights than there are; what is not given counts as 1, or not at all."""
-    width, patch = sizes.get("width", 1), sizes.get("patch_size", 1)
+    width = sizes.get("width", 1)
+    patch = sizes.get("patch_size", 1)
+    # numbers that a model of this size holds at the very least
     at_least = {
+        # attention of one block: query, key, value and output, D x D each
         "width": 4 * width**2,
+        # attention and both layers of the MLP, D x H each, in every block
         "depth": sizes.get("depth", 0) * (4 * width**2 + 2 * width * sizes.get("mlp_dim", 0)),
+        # the head, classes x D
         "num_classes": sizes.get("num_classes", 0) * width,
+        # the patch embedding, D kernels of channels x patch x patch
         "in_chans": sizes.get("in_chans", 0) * patch**2 * width,
+        # position embeddings, D for each of (image / patch)^2 patches
         "image_size": (sizes.get("image_size", 0) // patch) ** 2 * width,
     }
     held = sum(math.prod(weights.shape(name)) for name in weights.names())
-    blocks = len({int(found[1]) for name in weights.names() if (found := BLOCK.search(name))})
-    wrong = {name: f"{held:,} weights" for name, count in at_least.items() if name in sizes and count > held}
+    numbered = (BLOCK.search(name) for name in weights.names())
+    blocks = len({int(match[1]) for match in numbered if match})
+    too_large = [name for name, count in at_least.items() if name in sizes and count > held]
     if blocks and sizes.get("depth", blocks) != blocks:
-        wrong = {"depth": f"{blocks} blocks"}
-    for name, there in wrong.items():
-        raise ValueError(
-            f"config.json of {files} has {keys[name]}={sizes[name]}, which does not fit the {there} there are. "
-            f"Take the config.json that was saved with these weights."
-        )
+        setting = "depth"
+        available = f"{blocks} blocks"
+    elif too_large:
+        setting = too_large[0]
+        available = f"{held:,} weights"
+    else:
+        return
+    raise ValueError(
+        f"config.json of {files} has {keys[setting]}={sizes[setting]}, which does not fit the {available} there are. "
+        f"Take the config.json that was saved with these weights."
+    )
 
 
 def one_line(error: Exception) -> str:
@@ -110,4 +136,6 @@ def one_line(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "nested too deeply"
     text = " ".join(str(error).split())
-    return f"{text[:REASON_SHOWN]} ..." if len(text) > REASON_SHOWN else text
+    if len(text) > REASON_SHOWN:
+        return f"{text[:REASON_SHOWN]} ..."
+    return text

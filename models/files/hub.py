@@ -21,7 +21,8 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types weights may have
 
 
@@ -39,10 +40,12 @@ class CheckpointFiles:
     def __init__(
         self, source: str, revision: str | None = None, *, folder: str = "", cache_dir: str | Path | None = None
     ) -> None:
-        name = source.removeprefix("local-dir:")
-        self.directory = Path(name).expanduser() if Path(name).expanduser().is_dir() else None
+        name = source.removeprefix("local-dir:")  # timm's prefix
+        directory = Path(name).expanduser()
+        self.directory = directory if directory.is_dir() else None
         self.commit: str | None = None  # of the hub's files, known after the first one
-        if self.directory is None and (name != source or name.startswith(("/", ".", "~"))):
+        meant_as_path = name != source or name.startswith(("/", ".", "~"))
+        if self.directory is None and meant_as_path:
             raise ValueError(f"{source!r} is not a directory. Give an existing directory or a hub id (owner/name).")
         if self.directory is None:
             name, _, suffix = name.removeprefix("hf-hub:").partition("@")
@@ -51,18 +54,29 @@ class CheckpointFiles:
             revision = suffix or revision
         elif revision:
             raise ValueError(f"{source!r} is a directory and has no revision {revision!r}. Leave the revision out.")
-        self.name, self.revision, self.folder = name, revision, folder
+        self.name = name
+        self.revision = revision
+        self.folder = folder
         self.options = {} if cache_dir is None else {"cache_dir": cache_dir}
 
     def __str__(self) -> str:
         """The source with the commit it resolved to, or else the revision asked for."""
         version = self.commit or self.revision
-        where = f"{self.name}@{version}" if version else self.name
-        return f"{where}/{self.folder}" if self.folder else where
+        text = self.name
+        if version:
+            text += f"@{version}"
+        if self.folder:
+            text += f"/{self.folder}"
+        return text
 
     def find(self, filename: str) -> Path | None:
-        """Local path of a file, downloaded if need be; None when the checkpoint has no such file."""
-        filename = f"{self.folder}/{filename}" if self.folder else filename
+        """Local path of a file, downloaded if need be; None when the checkpoint has no such file.
+
+        Raises:
+            ValueError: the hub does not give it: no such repository or revision, no access, no network.
+        """
+        if self.folder:
+            filename = f"{self.folder}/{filename}"
         if self.directory is not None:
             path = self.directory / filename
             return path if path.is_file() else None
@@ -85,12 +99,15 @@ class CheckpointFiles:
         Raises:
             ValueError: none there (pickled weights can run code and are not read), or a shard is missing.
         """
-        if path := self.find(WEIGHTS):
-            return [path]
-        if index := self.find(INDEX):
+        single = self.find(WEIGHTS)
+        if single:
+            return [single]
+        index = self.find(INDEX)
+        if index:
             names = sorted(set(self.weight_map(index).values()))
             shards = {name: self.find(name) for name in names}
-            if missing := [name for name, path in shards.items() if path is None]:
+            missing = [name for name, path in shards.items() if path is None]
+            if missing:
                 raise ValueError(f"{self}: shards {missing} of {INDEX} are missing.")
             return [index, *shards.values()]
         raise ValueError(
@@ -126,16 +143,22 @@ class Weights:
         self.bytes_read = 0
         self._holders = {}  # name of a tensor -> its opened file
         paths = files.weights()
-        index = files.weight_map(paths[0]) if paths[0].name == INDEX else None
-        for path in paths[index is not None :]:
+        index = None
+        if paths[0].name == INDEX:
+            index = files.weight_map(paths.pop(0))
+        for path in paths:
             try:
                 file = safe_open(path, "pt")
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{files}: {path.name} is truncated or no safetensors file ({error}).") from None
-            promised = file.keys() if index is None else [name for name, shard in index.items() if shard == path.name]
-            if absent := sorted(set(promised) - set(file.keys())):
+            if index is None:
+                names = list(file.keys())
+            else:
+                names = [name for name, shard in index.items() if shard == path.name]
+            absent = sorted(set(names) - set(file.keys()))
+            if absent:
                 raise ValueError(f"{files}: {INDEX} has {absent[0]} in {path.name}, which does not hold it.")
-            self._holders.update(dict.fromkeys(promised, file))
+            self._holders.update(dict.fromkeys(names, file))
 
     def names(self) -> KeysView[str]:
         """Names of all tensors."""
@@ -151,22 +174,26 @@ class Weights:
         Raises:
             ValueError: naming the first tensor that is missing, left over or of another shape or type, and both sides.
         """
-        if missing := [name for name in expected if name not in self._holders]:
+        missing = [name for name in expected if name not in self._holders]
+        if missing:
             raise ValueError(
                 f"{self.files} lacks {missing[0]}{_and_more(missing)}: the model expects it with shape "
                 f"{tuple(expected[missing[0]].shape)}."
             )
-        if unexpected := sorted(set(self._holders) - set(expected)):
+        unexpected = sorted(set(self._holders) - set(expected))
+        if unexpected:
             raise ValueError(
                 f"{self.files} has {unexpected[0]}{_and_more(unexpected)} of shape {self.shape(unexpected[0])}, which "
                 f"the model does not have."
             )
         for name, tensor in expected.items():
-            if (shape := self.shape(name)) != tuple(tensor.shape):
+            shape = self.shape(name)
+            if shape != tuple(tensor.shape):
                 raise ValueError(
                     f"{self.files} has {name} with shape {shape}, but the model has it with {tuple(tensor.shape)}."
                 )
-            if (dtype := self._holders[name].get_slice(name).get_dtype()) not in FLOATS:
+            dtype = self._holders[name].get_slice(name).get_dtype()
+            if dtype not in FLOATS:
                 raise ValueError(f"{self.files} has {name} as {dtype}; weights must be one of {', '.join(FLOATS)}.")
 
     def read(self, name: str) -> Tensor:
@@ -177,19 +204,25 @@ class Weights:
         """
         tensor = self._holders[name].get_tensor(name)
         self.bytes_read += tensor.nbytes
-        if bad := int((~tensor.isfinite()).sum()):
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
             raise ValueError(f"{self.files} has {bad} values in {name} that are NaN or infinite.")
         return tensor
 
 
 def _and_more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+    if len(names) == 1:
+        return ""
+    return f" (and {len(names) - 1} more)"
 
 
 def _explain(name: str, revision: str | None, filename: str, error: Exception) -> str:
+    """What the hub's client says, in one line, and the next step."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = f"HTTP {status}" if status else " ".join(str(error).split())[:200]
-    at = f" at revision {revision!r}" if revision else ""
+    source = repr(name)
+    if revision:
+        source += f" at revision {revision!r}"
     login = "log in with huggingface-cli login (hf auth login) or set HF_TOKEN"
     if isinstance(error, GatedRepoError):
         step = f"It is gated: ask for access on https://huggingface.co/{name}, then {login}."
@@ -202,4 +235,4 @@ def _explain(name: str, revision: str | None, filename: str, error: Exception) -
             "Without internet, download it once on a machine that has it (hf download NAME), share HF_HOME and set "
             f"HF_HUB_OFFLINE=1; if it is private, {login}."
         )
-    return f"cannot read {filename} of {name!r}{at} from the Hugging Face hub: {type(error).__name__}, {reason}. {step}"
+    return f"cannot read {filename} of {source} from the Hugging Face hub: {type(error).__name__}, {reason}. {step}"

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+PARTS = ("mean", "directions", "variance")  # of a Basis
+
 
 @dataclass(frozen=True)
 class Basis:
@@ -36,7 +38,7 @@ class Basis:
         return self.mean, self.directions[:, :width]
 
     def explained(self, width: int) -> float:
-        """Share of the variance in the first `width` directions."""
+        """Share of the variance in the first `width` directions, 0 to 1."""
         return float(self.variance[:width].sum() / self.variance.sum())
 
 
@@ -54,35 +56,54 @@ def check_width(teacher_width: int, student_width: int) -> None:
 
 
 def basis_of(count: Tensor, total: Tensor, products: Tensor) -> Basis:
-    """The basis of vectors known by their number, sum (D,) and sum of outer products (D, D), in float64."""
+    """The basis of vectors h known by their number n (a scalar), their sum (D,) and their sum of h h^T (D, D).
+
+    All three in float64: the covariance is a difference of numbers far larger than itself.
+    """
+    # mean = sum h / n
     mean = total / count
+    # covariance = sum h h^T / n - mean mean^T
     covariance = products / count - mean.outer(mean)
+    # covariance = U diag(variance) U^T; eigh gives the variances rising, a basis has them falling
     variance, directions = torch.linalg.eigh(covariance)
-    directions, variance = directions.flip(1), variance.flip(0).clamp_min(0)
-    # a direction's sign is free: fixed here, so that every machine makes the same basis
-    signs = directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()
+    directions = directions.flip(1)
+    variance = variance.flip(0).clamp_min(0)  # rounding may leave one just below 0
+    # a direction's sign is free: its largest entry made positive, so that every machine makes the same basis
+    largest_1D = directions.abs().argmax(0, keepdim=True)
+    signs = directions.gather(0, largest_1D).sign()
     return Basis(mean.float(), (directions * signs).float().contiguous(), variance.float())
 
 
 def to_tensors(bases: Sequence[Basis]) -> dict[str, Tensor]:
-    """For a safetensors file."""
-    return {f"{b}.{name}": getattr(basis, name) for b, basis in enumerate(bases)
-            for name in ("mean", "directions", "variance")}  # fmt: skip
+    """For a safetensors file: "{border}.{part}" for every part of the basis of every border."""
+    tensors = {}
+    for border, basis in enumerate(bases):
+        for part in PARTS:
+            tensors[f"{border}.{part}"] = getattr(basis, part)
+    return tensors
 
 
 def from_tensors(tensors: dict[str, Tensor], borders: int, width: int) -> list[Basis]:
     """What to_tensors wrote.
 
+    Args:
+        borders: number of bases.
+        width: D_t.
+
     Raises:
         ValueError: a tensor is missing, of another shape, or not finite.
     """
     shapes = {"mean": (width,), "directions": (width, width), "variance": (width,)}
-    for b in range(borders):
-        for name, shape in shapes.items():
-            tensor = tensors.get(f"{b}.{name}")
+    bases = []
+    for border in range(borders):
+        parts = {}
+        for part, shape in shapes.items():
+            tensor = tensors.get(f"{border}.{part}")
             if tensor is None or tuple(tensor.shape) != shape or not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{b}.{name} is missing, not of shape {shape}, or not finite")
-    return [Basis(*(tensors[f"{b}.{name}"] for name in shapes)) for b in range(borders)]
+                raise ValueError(f"{border}.{part} is missing, not of shape {shape}, or not finite")
+            parts[part] = tensor
+        bases.append(Basis(**parts))
+    return bases
 
 
 class Project(nn.Module):
@@ -96,7 +117,8 @@ class Project(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         # float32: DeepSpeed leaves buffers as they are under bf16, and a border's mean is far larger than its spread
-        return ((h.float() - self.mean.float()) @ self.directions.float()).to(h.dtype)
+        centred = h.float() - self.mean.float()
+        return (centred @ self.directions.float()).to(h.dtype)
 
 
 class Embed(nn.Module):

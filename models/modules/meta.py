@@ -16,6 +16,8 @@ INITS = ("teacher", "scratch")
 
 
 class MetaModel(nn.Module):
+    """Stages of the teacher's width in a row; each may be replaced by a module that is taught."""
+
     def __init__(self, stages: Sequence[Stage]) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
@@ -58,8 +60,10 @@ class MetaModel(nn.Module):
                 f"({min(teacher_depths)} blocks of {list(teacher_depths)}), or be 0."
             )
         depths = [blocks_per_module or depth for depth in teacher_depths]
-        stages = split(teacher_model, teacher_depths)
-        blocks = [block for stage, depth in zip(stages, depths) for block in list(stage.blocks.values())[:depth]]
+        # the first blocks of each teacher module
+        blocks = []
+        for stage, depth in zip(split(teacher_model, teacher_depths), depths):
+            blocks += list(stage.blocks.values())[:depth]
         model = copy.deepcopy(with_blocks(teacher_model, blocks))
         model.requires_grad_(True).train()
         if init == "scratch":
@@ -68,6 +72,7 @@ class MetaModel(nn.Module):
 
     @property
     def num_modules(self) -> int:
+        """N, the number of stages."""
         return len(self.stages)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,13 +82,21 @@ class MetaModel(nn.Module):
         return x
 
     def front(self, x: Tensor, i: int) -> Tensor:
-        """What module i is fed: the stages before i applied to images; the images themselves when i is 0."""
+        """What module i is fed, (B, T, D): the stages before i applied to images; the images themselves when i is 0.
+
+        Raises:
+            ValueError: a module that does not exist.
+        """
         for stage in self.stages[: self._checked(i)]:
             x = stage(x)
         return x
 
     def back(self, h: Tensor, i: int) -> Tensor:
-        """Logits from the output of module i: the stages after i; h itself when i is the last module."""
+        """Logits (B, C) from the output of module i (B, T, D): the stages after i; h itself when i is the last module.
+
+        Raises:
+            ValueError: a module that does not exist.
+        """
         for stage in self.stages[self._checked(i) + 1 :]:
             h = stage(h)
         return h
@@ -97,6 +110,7 @@ class MetaModel(nn.Module):
         return states
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in backward instead of keeping them, or keep them again."""
         for stage in self.stages:
             stage.set_grad_checkpointing(enable)
 
@@ -112,7 +126,8 @@ def check_pair(teacher_model: VisionTransformer, student_model: VisionTransforme
     Raises:
         ValueError: naming both token counts and the settings that change the student's.
     """
-    teacher, student = _token_counts(teacher_model), _token_counts(student_model)
+    teacher = _token_counts(teacher_model)
+    student = _token_counts(student_model)
     if teacher == student:
         return
     raise ValueError(
@@ -123,6 +138,7 @@ def check_pair(teacher_model: VisionTransformer, student_model: VisionTransforme
 
 
 def _initialise(model: VisionTransformer, seed: int) -> None:
+    """timm's initial values anew, in place; the caller's random state stays as it was."""
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         torch.manual_seed(seed)
         # a model built with weight_init="skip" remembers "reset", which is torch's initialisation and not the ViT's
@@ -131,10 +147,12 @@ def _initialise(model: VisionTransformer, seed: int) -> None:
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    return sorted({p.device for p in model.parameters() if p.device.type == "cuda"}, key=str)
+    devices = {parameter.device for parameter in model.parameters()}
+    return sorted((device for device in devices if device.type == "cuda"), key=str)
 
 
 def _token_counts(model: VisionTransformer) -> tuple[tuple[int, int], int]:
+    """(patches down, patches across), prefix tokens."""
     return tuple(model.patch_embed.grid_size), model.num_prefix_tokens
 
 

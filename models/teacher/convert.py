@@ -51,7 +51,8 @@ def to_timm(original: nn.Module) -> VisionTransformer:
     if not (isinstance(config.image_size, int) and isinstance(config.patch_size, int)):
         raise ValueError(f"images and patches must be square, got {config.image_size} and {config.patch_size}.")
     distilled = hasattr(original, "distillation_classifier")
-    model = (VisionTransformerDistilled if distilled else VisionTransformer)(
+    model_class = VisionTransformerDistilled if distilled else VisionTransformer
+    model = model_class(
         img_size=config.image_size,
         patch_size=config.patch_size,
         in_chans=config.num_channels,
@@ -68,7 +69,8 @@ def to_timm(original: nn.Module) -> VisionTransformer:
     )
     state = {_renamed(name): value for name, value in original.state_dict().items()}
     if "embeddings.distillation_token" in state:
-        state["dist_token" if distilled else "reg_token"] = state.pop("embeddings.distillation_token")
+        timm_name = "dist_token" if distilled else "reg_token"
+        state[timm_name] = state.pop("embeddings.distillation_token")
     model.load_state_dict(_fuse_qkv(state))
     _check_same_logits(original, model.eval())
     return model
@@ -80,24 +82,29 @@ def back_to_transformers(model: VisionTransformer, original: nn.Module) -> None:
     Raises:
         RuntimeError: the logits of both differ.
     """
-    state, result = model.state_dict(), {}
+    timm_state = model.state_dict()
+    state = {}
     for name in original.state_dict():
-        place = _renamed(name)
-        if part := re.search(r"\.attn\.([qkv])\.", place):
-            result[name] = state[place.replace(part[0], ".attn.qkv.")].chunk(3)["qkv".index(part[1])]
+        timm_name = _renamed(name)
+        part = re.search(r"\.attn\.([qkv])\.", timm_name)
+        if part:
+            fused = timm_state[timm_name.replace(part[0], ".attn.qkv.")]
+            state[name] = fused.chunk(3)["qkv".index(part[1])]
         else:
-            result[name] = state[place]
-    original.load_state_dict(result)
+            state[name] = timm_state[timm_name]
+    original.load_state_dict(state)
     _check_same_logits(original, model.eval())
 
 
 def _renamed(name: str) -> str:
+    """timm's name, but query, key and value still apart: blocks.0.attn.q.weight."""
     for pattern, replacement in RENAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def _fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value of each block (D, D) under one another as timm's qkv (3 D, D); biases likewise."""
     parts = {name: value for name, value in state.items() if re.search(r"\.attn\.[qkv]\.", name)}
     fused = {name: value for name, value in state.items() if name not in parts}
     for name in parts:
@@ -109,13 +116,15 @@ def _fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _check_same_logits(original: nn.Module, model: VisionTransformer) -> None:
-    size = (2, original.config.num_channels, original.config.image_size, original.config.image_size)
-    images = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    config = original.config
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, config.num_channels, config.image_size, config.image_size, generator=generator)
     expected = original.eval()(pixel_values=images).logits
     if not expected.isfinite().all():
         raise ValueError("its logits are not finite: check layer_norm_eps and the other settings of config.json.")
     difference = (model(images) - expected).abs().max().item()
-    if not difference <= TOLERANCE * max(1.0, expected.abs().max().item()):
+    allowed = TOLERANCE * max(1.0, expected.abs().max().item())
+    if not difference <= allowed:  # a difference that is no number is refused too
         raise RuntimeError(
             f"the converted teacher's logits differ from the original's by {difference:.2g} (at most {TOLERANCE} "
             f"expected): timm {timm.__version__} and this release of transformers do not compute the same model."
@@ -149,14 +158,18 @@ def from_processor(processor, model: VisionTransformer) -> Preprocessing:
     Raises:
         ValueError: steps other than resize, centre crop, rescale by 1/255 and normalise, or not the model's image size.
     """
-    image_size, in_chans = model.patch_embed.img_size[0], model.in_chans
-    size, crop = processor.size, processor.crop_size if processor.do_center_crop else None
+    image_size = model.patch_embed.img_size[0]
+    in_chans = model.in_chans
+    size = processor.size
+    crop = processor.crop_size if processor.do_center_crop else None
     if not (processor.do_resize and processor.do_rescale and abs(processor.rescale_factor * 255 - 1) < 1e-6):
         raise ValueError("the image processor must resize and rescale by 1/255; it is set to do something else.")
     if size.height and size.height == size.width:
-        resize, crop_mode = size.height, "squash"
+        resize = size.height
+        crop_mode = "squash"
     elif size.shortest_edge and not size.longest_edge and crop:
-        resize, crop_mode = size.shortest_edge, "center"
+        resize = size.shortest_edge
+        crop_mode = "center"
     else:
         raise ValueError(f"the image processor's size {size} gives no square images (crop_size {crop}).")
     output = (crop.height, crop.width) if crop else (resize, resize)
@@ -165,18 +178,23 @@ def from_processor(processor, model: VisionTransformer) -> Preprocessing:
             f"the image processor gives {output[0]}x{output[1]} images (resized to {resize}), "
             f"the model takes {image_size}x{image_size}."
         )
-    normalise = processor.do_normalize
     crop_pct = getattr(processor, "crop_pct", None)  # written by to_processor
     if crop_pct is None or math.floor(image_size / crop_pct) != resize:
         crop_pct = crop_pct_of(image_size, resize)
     resample = int(processor.resample)
-    if resample not in INTERPOLATIONS.values():
+    names = {number: name for name, number in INTERPOLATIONS.items()}
+    if resample not in names:
         raise ValueError(f"the image processor's resample is {resample}, expected one of {INTERPOLATIONS}.")
+    mean = (0.0,) * in_chans
+    std = (1.0,) * in_chans
+    if processor.do_normalize:
+        mean = processor.image_mean
+        std = processor.image_std
     return Preprocessing(
         image_size=image_size,
-        mean=processor.image_mean if normalise else (0.0,) * in_chans,
-        std=processor.image_std if normalise else (1.0,) * in_chans,
-        interpolation={number: name for name, number in INTERPOLATIONS.items()}[resample],
+        mean=mean,
+        std=std,
+        interpolation=names[resample],
         crop_pct=crop_pct,
         crop_mode=crop_mode,
         in_chans=in_chans,
@@ -187,15 +205,16 @@ def to_processor(preprocessing: Preprocessing):
     """The ViTImageProcessor that `from_processor` reads back as an equal Preprocessing."""
     from transformers import ViTImageProcessor
 
-    square = {"height": preprocessing.image_size, "width": preprocessing.image_size}
+    image_size = preprocessing.image_size
     resize = preprocessing.resize_size
     squash = preprocessing.crop_mode == "squash"
+    size = {"height": resize, "width": resize} if squash else {"shortest_edge": resize}
     return ViTImageProcessor(
         do_resize=True,
-        size={"height": resize, "width": resize} if squash else {"shortest_edge": resize},
+        size=size,
         resample=INTERPOLATIONS[preprocessing.interpolation],
-        do_center_crop=not squash or resize != preprocessing.image_size,
-        crop_size=square,
+        do_center_crop=not squash or resize != image_size,
+        crop_size={"height": image_size, "width": image_size},
         do_rescale=True,
         rescale_factor=1 / 255,
         do_normalize=True,

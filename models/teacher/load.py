@@ -66,6 +66,8 @@ REFUSED = {
 
 @dataclass
 class Teacher:
+    """A teacher as `load_teacher` gives it."""
+
     model: VisionTransformer  # evaluation mode, frozen
     preprocessing: Preprocessing
     source: str  # hub id with the commit it resolved to, or the directory
@@ -94,8 +96,11 @@ def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
     if config_path is None:
         raise ValueError(f"{files} has no config.json: it is neither a transformers nor a timm checkpoint. {SUPPORTED}")
     config = read_object(config_path, files)
-    load = next((LOADERS[key] for key in LOADERS if key in config), None)
-    if load is None:
+    if "architecture" in config:
+        load = _load_timm
+    elif "model_type" in config:
+        load = _load_transformers
+    else:
         raise ValueError(
             f"config.json of {files} names no transformers model_type and no timm architecture. {SUPPORTED}"
         )
@@ -144,21 +149,24 @@ def _load_transformers(
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{files} has odd settings in its JSON files: {error!r}. {DAMAGED}") from error
     _check_labels(files, labels)
-    named = labels != [f"LABEL_{i}" for i in range(len(labels))]
-    return model, preprocessing, labels if named else None
+    if labels == [f"LABEL_{i}" for i in range(len(labels))]:  # transformers' own words where nobody gave names
+        labels = None
+    return model, preprocessing, labels
 
 
 def _check_labels(files: CheckpointFiles, labels: Sequence[Any] | None) -> None:
-    if odd := [label for label in labels or () if not isinstance(label, str)]:
-        raise ValueError(f"config.json of {files} names a class {odd[0]!r}, expected text.")
+    for label in labels or ():
+        if not isinstance(label, str):
+            raise ValueError(f"config.json of {files} names a class {label!r}, expected text.")
 
 
 def _check_loaded(files: CheckpointFiles, config: dict[str, Any], report: dict[str, Any]) -> None:
     """transformers only warns about a part it starts at random (a distilled DeiT read as a plain one: its head)."""
-    if mismatched := sorted(report["mismatched_keys"]):
-        name, there, wanted = mismatched[0]
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, saved_shape, model_shape = mismatched[0]
         raise ValueError(
-            f"{files} has {name} with shape {tuple(there)}, but its config asks for {tuple(wanted)}. "
+            f"{files} has {name} with shape {tuple(saved_shape)}, but its config asks for {tuple(model_shape)}. "
             f"Take the config.json that was saved with these weights."
         )
     missing = sorted(report["missing_keys"])
@@ -167,7 +175,8 @@ def _check_loaded(files: CheckpointFiles, config: dict[str, Any], report: dict[s
     if not missing and not unexpected:
         return
     saved_as = ", ".join(config.get("architectures") or ["unknown"])
-    if missing and all("classifier" in key for key in missing) and not unexpected:
+    only_head_missing = all("classifier" in key for key in missing) and not unexpected
+    if missing and only_head_missing:
         raise ValueError(
             f"{files} (saved as {saved_as}) has no classification head: {', '.join(missing)} are missing. "
             f"Take a checkpoint fine-tuned for classification."
@@ -191,7 +200,8 @@ def _load_timm(
     arguments = config.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise ValueError(f"config.json of {files} has model_args={arguments!r}, expected an object of settings.")
-    weights = checked_weights(files, {"num_classes": config.get("num_classes"), **arguments}, TIMM_SIZES)
+    sizes = {"num_classes": config.get("num_classes"), **arguments}
+    weights = checked_weights(files, sizes, TIMM_SIZES)
     try:
         # pretrained=True: local-dir without it builds a random model and says nothing
         model = timm.create_model(f"local-dir:{directory}", pretrained=True)
@@ -215,27 +225,30 @@ def _check_head(files: CheckpointFiles, model: VisionTransformer, weights: Weigh
     """timm drops a head, without an error, when the config's numbers of classes contradict each other."""
     if model.num_classes == 0:
         return
-    saved = weights.read("head.weight") if "head.weight" in weights.names() else None
-    if saved is None or not torch.equal(saved.to(model.head.weight.dtype), model.head.weight):
-        raise ValueError(
-            f"{files}: the head of {model.num_classes} classes that config.json asks for is not the one in the weights "
-            f"({'none' if saved is None else f'{len(saved)} classes'}). Correct num_classes in config.json."
-        )
+    in_weights = "none"
+    if "head.weight" in weights.names():
+        saved = weights.read("head.weight")
+        if torch.equal(saved.to(model.head.weight.dtype), model.head.weight):
+            return
+        in_weights = f"{len(saved)} classes"
+    raise ValueError(
+        f"{files}: the head of {model.num_classes} classes that config.json asks for is not the one in the weights "
+        f"({in_weights}). Correct num_classes in config.json."
+    )
 
 
 def _label_list(names: Any, num_classes: int) -> list[str] | None:
     """timm stores names as a list, or as a dict from class index to name."""
     if isinstance(names, dict):
         names = [names.get(i, names.get(str(i))) for i in range(num_classes)]
-    return list(names) if names and len(names) == num_classes and None not in names else None
+    if not names or len(names) != num_classes or None in names:
+        return None
+    return list(names)
 
 
 def _refusal(files: CheckpointFiles, what: str, family: str) -> str:
     reason = REFUSED.get(family, "not a plain vision transformer")
     return f"{files} ({what}) cannot be split into modules. {reason[0].upper()}{reason[1:]}. {SUPPORTED}"
-
-
-LOADERS = {"architecture": _load_timm, "model_type": _load_transformers}  # by the key of config.json that tells
 
 
 class TransformersTeacher(nn.Module):
@@ -261,6 +274,11 @@ def new_teacher(
     preprocessing: Preprocessing,
 ) -> TransformersTeacher:
     """A transformers ViTForImageClassification with random weights, to be trained and saved by `save_teacher`.
+
+    Args:
+        image_size, patch_size: pixels.
+        depth: blocks.
+        labels: names of the classes, one per output.
 
     Raises:
         ValueError: sizes that do not divide, or an image size other than the preprocessing's.
@@ -295,10 +313,18 @@ def save_teacher(model: TransformersTeacher, directory: str | Path, preprocessin
 
 
 def fingerprint(dense: Teacher) -> dict[str, Any]:
-    """What tells a dense model from others, wherever it lies: its sizes and the SHA-256 of its weights (on the CPU)."""
+    """What tells a dense model from others, wherever it lies: its sizes and the SHA-256 of its weights (on the CPU).
+
+    Returns:
+        source, width, blocks and sha256, as plain values.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(dense.model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
-    sizes = {"width": dense.model.embed_dim, "blocks": len(dense.model.blocks)}
-    return {"source": dense.source, **sizes, "sha256": digest.hexdigest()}
+    return {
+        "source": dense.source,
+        "width": dense.model.embed_dim,
+        "blocks": len(dense.model.blocks),
+        "sha256": digest.hexdigest(),
+    }

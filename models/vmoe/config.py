@@ -24,6 +24,12 @@ KEPT = ("stitch_blocks", "representation_size", "norm_eps")  # as they were save
 
 @dataclass(frozen=True, kw_only=True)
 class VMoEConfig:
+    """Sizes, routing, and regularisation of one V-MoE; plain values, as config.json has them.
+
+    Raises:
+        ValueError: naming the field that makes no model, its value, and what is expected.
+    """
+
     image_size: int  # pixels
     patch_size: int  # pixels
     in_chans: int = 3
@@ -50,7 +56,8 @@ class VMoEConfig:
         if isinstance(self.moe, Mapping):  # from JSON
             object.__setattr__(self, "moe", MoEConfig(**self.moe))
         for name in SIZES:
-            if type(value := getattr(self, name)) is not int or not 1 <= value <= 100_000:
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= 100_000:
                 raise ValueError(f"{name} must be a whole number from 1 to 100,000, got {value!r}.")
         if type(self.num_classes) is not int or self.num_classes < 0:
             raise ValueError(f"num_classes must be a whole number (0 = no head), got {self.num_classes!r}.")
@@ -65,17 +72,24 @@ class VMoEConfig:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(known)}.")
         if self.pool == "token" and not self.class_token:
             raise ValueError("pool 'token' needs class_token; use pool 'mean' without it.")
-        if strange := [block for block in self.stitch_blocks or () if block not in map(str, range(1, self.depth))]:
-            raise ValueError(f"stitch_blocks {strange} are not inner blocks '1'..'{self.depth - 1}'.")
+        inner_blocks = {str(number) for number in range(1, self.depth)}
+        unknown_blocks = [block for block in self.stitch_blocks or () if block not in inner_blocks]
+        if unknown_blocks:
+            raise ValueError(f"stitch_blocks {unknown_blocks} are not inner blocks '1'..'{self.depth - 1}'.")
         moe_numbers(self.moe_blocks, self.depth)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VMoEConfig":
-        for kind, given in ((cls, values), (MoEConfig, values.get("moe", {}))):
-            if unknown := sorted(set(given) - {f.name for f in fields(kind)}):
-                raise ValueError(f"unknown keys {unknown} in a {kind.__name__}; was it saved by a newer version?")
-        needed = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
-        if missing := [name for name in needed if name not in values]:
+        """The configuration of plain values, as JSON gives them.
+
+        Raises:
+            ValueError: unknown keys, missing ones, or values that make no model.
+        """
+        _check_keys(cls, values)
+        _check_keys(MoEConfig, values.get("moe", {}))
+        required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
+        missing = [name for name in required if name not in values]
+        if missing:
             raise ValueError(f"keys {missing} are missing in a {cls.__name__}.")
         return cls(**values)
 
@@ -87,16 +101,18 @@ class VMoEConfig:
         Raises:
             ValueError: naming the first setting that differs, and both its values.
         """
-        pairs = [(f.name, getattr(saved, f.name), getattr(self, f.name)) for f in fields(self)
-                 if f.name not in (*FREE, *KEPT, "moe", "moe_blocks")]  # fmt: skip
-        pairs += [(name, getattr(saved, name), value) for name in KEPT if (value := getattr(self, name))]
-        blocks = [moe_numbers(config.moe_blocks, config.depth) for config in (saved, self)]
-        pairs += [("moe_blocks", *blocks)]
-        if any(blocks):
-            pairs += [(f"moe.{name}", getattr(saved.moe, name), getattr(self.moe, name)) for name in MOE_FIXED]
-        for name, theirs, ours in pairs:
-            if theirs != ours:
-                raise ValueError(f"{source} has {name} {theirs!r}, but {ours!r} is asked for. Make them equal.")
+        for f in fields(self):
+            if f.name not in (*FREE, *KEPT, "moe", "moe_blocks"):
+                _check_equal(source, f.name, getattr(saved, f.name), getattr(self, f.name))
+        for name in KEPT:
+            if getattr(self, name):  # else it stays as saved
+                _check_equal(source, name, getattr(saved, name), getattr(self, name))
+        # block numbers, not their spelling: "every-2" of 4 blocks is "1,3"
+        blocks = moe_numbers(self.moe_blocks, self.depth)
+        _check_equal(source, "moe_blocks", moe_numbers(saved.moe_blocks, saved.depth), blocks)
+        if blocks:
+            for name in MOE_FIXED:
+                _check_equal(source, f"moe.{name}", getattr(saved.moe, name), getattr(self.moe, name))
         return replace(self, **{name: getattr(saved, name) for name in KEPT})
 
 
@@ -106,14 +122,19 @@ def moe_numbers(spec: str, depth: int) -> tuple[int, ...]:
     Raises:
         ValueError: a spec that is not understood, or blocks the model does not have.
     """
+    if spec == "all":
+        return tuple(range(depth))
+    if spec == "none":
+        return ()
     kind, _, count = spec.partition("-")
-    if spec in ("all", "none"):
-        return tuple(range(depth)) if spec == "all" else ()
     if kind in ("every", "last") and count.isdigit() and 1 <= int(count) <= depth:
         n = int(count)
-        return tuple(range(n - 1, depth, n) if kind == "every" else range(1, depth, 2)[-n:])
-    numbers = [int(part) for part in spec.split(",") if part.strip().isdigit()]
-    if len(numbers) != len(spec.split(",")) or len(set(numbers)) < len(numbers) or max(numbers) >= depth:
+        if kind == "every":  # blocks n-1, 2n-1, ...
+            return tuple(range(n - 1, depth, n))
+        return tuple(range(1, depth, 2)[-n:])  # the last n of blocks 1, 3, 5, ...
+    parts = spec.split(",")
+    numbers = [int(part) for part in parts if part.strip().isdigit()]
+    if len(numbers) != len(parts) or len(set(numbers)) < len(numbers) or max(numbers) >= depth:
         raise ValueError(
             f"moe_blocks {spec!r} is not understood for {depth} blocks: use all, none, every-2, last-2 or different "
             f"block numbers below {depth} as 1,3."
@@ -130,7 +151,18 @@ def decode_variant(name: str) -> dict[str, Any]:
     size, _, patch = name.removeprefix("m2mkd-").partition("/")
     if size not in VARIANTS or not patch.isdigit() or int(patch) < 1:
         raise ValueError(f"variant {name!r} is not known: use one of {', '.join(VARIANTS)} with a patch size, as B/16.")
-    fields_ = {**VARIANTS[size], "patch_size": int(patch)}
+    values = {**VARIANTS[size], "patch_size": int(patch)}
     if name.startswith("m2mkd-"):
-        fields_ |= {"moe_blocks": "all", "moe": paper(num_experts=8, k=2), "gelu": "erf"}
-    return fields_
+        values |= {"moe_blocks": "all", "moe": paper(num_experts=8, k=2), "gelu": "erf"}
+    return values
+
+
+def _check_equal(source: str, name: str, saved: Any, asked_for: Any) -> None:
+    if saved != asked_for:
+        raise ValueError(f"{source} has {name} {saved!r}, but {asked_for!r} is asked for. Make them equal.")
+
+
+def _check_keys(kind: type, values: Mapping[str, Any]) -> None:
+    unknown = sorted(set(values) - {f.name for f in fields(kind)})
+    if unknown:
+        raise ValueError(f"unknown keys {unknown} in a {kind.__name__}; was it saved by a newer version?")

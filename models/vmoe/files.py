@@ -23,11 +23,19 @@ from ..preprocessing import Preprocessing
 from .config import MODEL_TYPE, POOLS, VMoEConfig, moe_numbers
 
 ARCHITECTURE = "vmoe"  # timm's name of a V-MoE that is built from its arguments alone
-TIMM_NAMES = {"image_size": "img_size", "width": "embed_dim", "heads": "num_heads", "pool": "global_pool",
-              "drop_rate": "proj_drop_rate"}  # our name -> timm's  # fmt: skip
+TIMM_NAMES = {  # our name -> timm's
+    "image_size": "img_size",
+    "width": "embed_dim",
+    "heads": "num_heads",
+    "pool": "global_pool",
+    "drop_rate": "proj_drop_rate",
+}
 # in config.json for timm or written by transformers' configuration; nothing of it changes what the model computes
-FOR_OTHERS = ("architecture", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg",
-              "architectures", "transformers_version", "dtype", "id2label", "label2id", "problem_type")  # fmt: skip
+FOR_TIMM = ("architecture", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg")
+FOR_TRANSFORMERS = ("architectures", "transformers_version", "dtype", "id2label", "label2id", "problem_type")
+FOR_OTHERS = (*FOR_TIMM, *FOR_TRANSFORMERS)
+# what timm's caller decides on, so that model_args leaves it out (num_classes stands in pretrained_cfg)
+TIMM_DECIDES = ("num_classes", "drop_path_rate", "drop_rate", "seed")
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?")
 
 
@@ -43,29 +51,37 @@ def write(
 
     Killed at any moment, what was there before still loads, or nothing does: config.json goes away before the first
     weight file changes and comes back last.
+
+    Args:
+        state: weights by the names of a V-MoE's state dict.
+        max_shard_size: bytes of one weights file, a number or text like "5GB".
     """
     directory.mkdir(parents=True, exist_ok=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # meta tensors: those of a flat buffer share its storage and would all be kept in one shard
     shapes = {name: torch.empty_like(value, device="meta") for name, value in weights.items()}
     split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
-    beside = {}
+    # everything is written under temporary names first, in the order in which it gets its own: config.json last
+    temporary: dict[str, Path] = {}
     for name, tensors in split.filename_to_tensors.items():
-        beside[name] = directory / f"{name}.tmp"
-        save_file({tensor: weights[tensor] for tensor in tensors}, beside[name], metadata={"format": "pt"})
-    texts = {"config.json": _content(config, preprocessing, labels)}
+        temporary[name] = directory / f"{name}.tmp"
+        shard = {tensor: weights[tensor] for tensor in tensors}
+        save_file(shard, temporary[name], metadata={"format": "pt"})
+    json_files: dict[str, Any] = {}
     if split.is_sharded:
-        texts = {INDEX: {"metadata": split.metadata, "weight_map": split.tensor_to_filename}} | texts
-    for name, values in texts.items():
-        beside[name] = directory / f"{name}.tmp"
-        beside[name].write_text(json.dumps(values, indent=2) + "\n")
-    for path in beside.values():
+        json_files[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+    json_files["config.json"] = _content(config, preprocessing, labels)
+    for name, content in json_files.items():
+        temporary[name] = directory / f"{name}.tmp"
+        temporary[name].write_text(json.dumps(content, indent=2) + "\n")
+    assert list(temporary)[-1] == "config.json"
+    for path in temporary.values():
         _flush(path)
     (directory / "config.json").unlink(missing_ok=True)
     for path in directory.iterdir():
-        if WEIGHT_FILES.fullmatch(path.name) and path not in beside.values():
+        if WEIGHT_FILES.fullmatch(path.name) and path not in temporary.values():
             path.unlink()
-    for name, path in beside.items():
+    for name, path in temporary.items():
         path.replace(directory / name)
 
 
@@ -83,18 +99,23 @@ def read(files: CheckpointFiles) -> tuple[VMoEConfig, Preprocessing | None, list
     Raises:
         ValueError: there is none, it is not that of a V-MoE, or it makes no model.
     """
-    if (path := files.find("config.json")) is None:
+    path = files.find("config.json")
+    if path is None:
         raise ValueError(f"{files} has no config.json, so it is not a saved V-MoE.")
     try:
         content = dict(json.loads(path.read_text()))
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"config.json of {files} is truncated or not JSON.") from None
-    if (model_type := content.pop("model_type", None)) != MODEL_TYPE:
+    model_type = content.pop("model_type", None)
+    if model_type != MODEL_TYPE:
         raise ValueError(f"{files} is a {model_type!r}, not a {MODEL_TYPE!r}; load teachers with load_teacher.")
-    preprocessing, labels = content.pop("preprocessing", None), content.pop("labels", None)
+    images = content.pop("preprocessing", None)
+    labels = content.pop("labels", None)
+    values = {name: value for name, value in content.items() if name not in FOR_OTHERS}
     try:
-        config = VMoEConfig.from_dict({name: value for name, value in content.items() if name not in FOR_OTHERS})
-        return config, None if preprocessing is None else Preprocessing.from_dict(preprocessing), labels
+        config = VMoEConfig.from_dict(values)
+        preprocessing = None if images is None else Preprocessing.from_dict(images)
+        return config, preprocessing, labels
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"config.json of {files}: {error}") from error
 
@@ -102,12 +123,16 @@ def read(files: CheckpointFiles) -> tuple[VMoEConfig, Preprocessing | None, list
 def fill(model: nn.Module, weights: Weights, needed: Callable[[str], bool]) -> None:
     """Give the parameters of a model on the meta device the values of `weights`; those not needed stay as they are.
 
+    Args:
+        needed: whether the tensor of that name is read.
+
     Raises:
         ValueError: weights that do not fit the model, or are no finite floats.
     """
     expected = model.state_dict()
     weights.check(expected)
-    model.load_state_dict({name: weights.read(name) for name in expected if needed(name)}, strict=False, assign=True)
+    state = {name: weights.read(name) for name in expected if needed(name)}
+    model.load_state_dict(state, strict=False, assign=True)  # assign: mapped from the file, not copied
 
 
 def check_counts(config: VMoEConfig, weights: Weights) -> None:
@@ -116,10 +141,11 @@ def check_counts(config: VMoEConfig, weights: Weights) -> None:
     Raises:
         ValueError: naming the tensor of the last block or expert.
     """
-    last = [f"blocks.{config.depth - 1}.norm1.weight"]
-    if blocks := moe_numbers(config.moe_blocks, config.depth):
-        last.append(f"blocks.{blocks[-1]}.mlp.experts.{config.moe.num_experts - 1}.fc1.weight")
-    for name in last:
+    last_tensors = [f"blocks.{config.depth - 1}.norm1.weight"]
+    moe_blocks = moe_numbers(config.moe_blocks, config.depth)
+    if moe_blocks:
+        last_tensors.append(f"blocks.{moe_blocks[-1]}.mlp.experts.{config.moe.num_experts - 1}.fc1.weight")
+    for name in last_tensors:
         if name not in weights.names():
             raise ValueError(
                 f"{weights.files} lacks {name}: the configuration asks for {config.depth} blocks and "
@@ -130,11 +156,6 @@ def check_counts(config: VMoEConfig, weights: Weights) -> None:
 def _content(config: VMoEConfig, preprocessing: Preprocessing | None, labels: Sequence[str] | None) -> dict[str, Any]:
     """config.json, without what is not known."""
     values = asdict(config)
-    images = {"input_size": [config.in_chans, config.image_size, config.image_size]}
-    if preprocessing is not None:
-        kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-        images |= {name: value for name, value in preprocessing.to_dict().items() if name in kept}
-    given_by_others = ("num_classes", "drop_path_rate", "drop_rate", "seed")  # the caller of timm decides on the last 3
     content = {
         "model_type": MODEL_TYPE,
         "architectures": ["VMoEForImageClassification"],
@@ -145,12 +166,35 @@ def _content(config: VMoEConfig, preprocessing: Preprocessing | None, labels: Se
         "num_features": config.width,
         "global_pool": POOLS[config.pool],
         "label_names": labels and list(labels),
-        "model_args": {TIMM_NAMES.get(name, name): POOLS[value] if name == "pool" else value
-                       for name, value in values.items() if name not in given_by_others},
-        "pretrained_cfg": {"num_classes": config.num_classes, "fixed_input_size": not config.dynamic_img_size,
-                           "pool_size": None, "first_conv": "patch_embed.proj", "classifier": "head", **images},
-    }  # fmt: skip
+        "model_args": _timm_arguments(values),
+        "pretrained_cfg": _timm_pretrained_cfg(config, preprocessing),
+    }
+    # a field of VMoEConfig may be None; what others read is left out then
     return {name: value for name, value in content.items() if value is not None or name in values}
+
+
+def _timm_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a VMoEConfig as arguments of timm's create_model."""
+    arguments = {TIMM_NAMES.get(name, name): value for name, value in values.items() if name not in TIMM_DECIDES}
+    arguments["global_pool"] = POOLS[values["pool"]]
+    return arguments
+
+
+def _timm_pretrained_cfg(config: VMoEConfig, preprocessing: Preprocessing | None) -> dict[str, Any]:
+    """What timm takes from a checkpoint: its classes, the names of its first and last layer, and its images."""
+    pretrained_cfg = {
+        "num_classes": config.num_classes,
+        "fixed_input_size": not config.dynamic_img_size,
+        "pool_size": None,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "input_size": [config.in_chans, config.image_size, config.image_size],
+    }
+    if preprocessing is not None:
+        images = preprocessing.to_dict()
+        known_to_timm = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+        pretrained_cfg |= {name: value for name, value in images.items() if name in known_to_timm}
+    return pretrained_cfg
 
 
 def _flush(path: Path) -> None:

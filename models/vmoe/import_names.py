@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 State = dict[str, Tensor]
-FASTMOE = ("moe.experts.htoh4.", "moe.experts.h4toh.")  # fc1 and fc2 of all experts, stacked: (E, H, D) and (E, D, H)
+FASTMOE = {"htoh4": "fc1", "h4toh": "fc2"}  # weights (H, D) and (D, H) of an expert; stacked with a leading E
 GOOGLE_TOP = {
     "embedding/bias": "patch_embed.proj.bias",
     "Encoder/encoder_norm/scale": "norm.weight",
@@ -20,8 +20,13 @@ GOOGLE_TOP = {
     "head/kernel": "head.weight",
     "head/bias": "head.bias",
 }
-GOOGLE_NORMS = {"LayerNorm_0/scale": "norm1.weight", "LayerNorm_0/bias": "norm1.bias",
-                "LayerNorm_1/scale": "norm2.weight", "LayerNorm_1/bias": "norm2.bias"}  # fmt: skip
+GOOGLE_NORMS = {
+    "LayerNorm_0/scale": "norm1.weight",
+    "LayerNorm_0/bias": "norm1.bias",
+    "LayerNorm_1/scale": "norm2.weight",
+    "LayerNorm_1/bias": "norm2.bias",
+}
+GOOGLE_LEAVES = {"kernel": "weight", "bias": "bias"}
 # of a stage's and a whole model's names, to those transformers has on disk
 TO_TRANSFORMERS = (
     (r"^cls_token$", "vit.embeddings.cls_token"),
@@ -74,17 +79,19 @@ def m2mkd_state(saved: State) -> State:
     """
     state: State = {}
     for name, value in saved.items():
-        single = re.fullmatch(r"(blocks\.\d+)\.moe\.experts\.(\d+)\.(htoh4|h4toh)\.(weight|bias)", name)
-        kind = next((kind for kind in FASTMOE if kind in name), None)
-        if single:
-            linear = "fc1" if single[3] == "htoh4" else "fc2"
-            state[f"{single[1]}.mlp.experts.{single[2]}.{linear}.{single[4]}"] = value[0]
-        elif kind:
-            block, leaf = name.split(f".{kind}")
+        one_expert = re.fullmatch(r"(blocks\.\d+)\.moe\.experts\.(\d+)\.(htoh4|h4toh)\.(weight|bias)", name)
+        all_experts = re.search(r"\.moe\.experts\.(htoh4|h4toh)\.", name)
+        if one_expert:
+            block, number, linear, leaf = one_expert.groups()
+            state[f"{block}.mlp.experts.{number}.{FASTMOE[linear]}.{leaf}"] = value[0]
+        elif all_experts:
+            block, leaf = name.split(all_experts[0])
+            linear = FASTMOE[all_experts[1]]
             for e, expert in enumerate(value):
-                state[f"{block}.mlp.experts.{e}.fc{FASTMOE.index(kind) + 1}.{leaf}"] = expert
+                state[f"{block}.mlp.experts.{e}.{linear}.{leaf}"] = expert
         else:
-            state[_stitch_name(name.replace(".moe.gate.gate.", ".mlp.router."))] = value
+            router_name = name.replace(".moe.gate.gate.", ".mlp.router.")
+            state[_stitch_name(router_name)] = value
     return state
 
 
@@ -105,36 +112,46 @@ def transformers_state(state: State) -> State:
 def _google_block(flax: Mapping[str, Tensor], name: str, block: str, rest: str) -> State:
     """What one flax parameter of an encoder block becomes; query carries key and value with it."""
     value = flax[name]
-    layer, _, kind = rest.rpartition("/")
-    leaf = {"kernel": "weight", "bias": "bias"}.get(kind, "")
+    layer, _, flax_leaf = rest.rpartition("/")
+    leaf = GOOGLE_LEAVES.get(flax_leaf, "")
     mlp = re.fullmatch(r"(Moe/)?Mlp/Dense_([01])", layer)
     if rest in GOOGLE_NORMS:
         return {f"{block}.{GOOGLE_NORMS[rest]}": value}
     if layer == "SelfAttention/query":
         parts = [flax[name.replace("/query/", f"/{part}/")] for part in ("query", "key", "value")]
-        flat = [part.reshape(len(part), -1).T if leaf == "weight" else part.flatten() for part in parts]
-        return {f"{block}.attn.qkv.{leaf}": torch.cat(flat)}
+        # kernels (D, heads, D / heads) -> (D, D), biases (heads, D / heads) -> (D,); then one under the other
+        if leaf == "weight":
+            parts = [part.reshape(len(part), -1).T for part in parts]
+        else:
+            parts = [part.flatten() for part in parts]
+        return {f"{block}.attn.qkv.{leaf}": torch.cat(parts)}
     if layer in ("SelfAttention/key", "SelfAttention/value"):
         return {}
     if layer == "SelfAttention/out":
-        return {f"{block}.attn.proj.{leaf}": _linear(value.reshape(-1, value.shape[-1]) if leaf == "weight" else value)}
+        if leaf == "weight":  # (heads, D / heads, D) -> (D, D)
+            value = value.reshape(-1, value.shape[-1])
+        return {f"{block}.attn.proj.{leaf}": _linear(value)}
     if rest == "Moe/Router/dense/kernel":
         return {f"{block}.mlp.router.weight": value.T}
-    if mlp and mlp[1]:
-        linear = f"fc{int(mlp[2]) + 1}.{leaf}"
-        return {f"{block}.mlp.experts.{e}.{linear}": _linear(expert) for e, expert in enumerate(value)}
     if mlp:
-        return {f"{block}.mlp.fc{int(mlp[2]) + 1}.{leaf}": _linear(value)}
+        linear = f"fc{int(mlp[2]) + 1}.{leaf}"  # Dense_0 is fc1
+        if mlp[1]:  # of all experts, stacked
+            return {f"{block}.mlp.experts.{e}.{linear}": _linear(expert) for e, expert in enumerate(value)}
+        return {f"{block}.mlp.{linear}": _linear(value)}
     raise ValueError(f"the V-MoE parameter {name!r} is not supported (QK-norm, Soft MoE, experts-choice).")
 
 
 def _stitch_name(name: str) -> str:
     """post_stitch ends block b and pre_stitch begins b + 1 there; here both stand in front of block b + 1."""
-    found = re.fullmatch(r"blocks\.(\d+)\.(pre|post)_stitch\.(ln|fc)\.(weight|bias)", name)
-    if not found:
+    match = re.fullmatch(r"blocks\.(\d+)\.(pre|post)_stitch\.(ln|fc)\.(weight|bias)", name)
+    if match is None:
         return name
-    post = found[2] == "post"
-    return f"blocks.{int(found[1]) + post}.stitch.{1 - post}.{('ln', 'fc').index(found[3])}.{found[4]}"
+    block, side, part, leaf = match.groups()
+    number = int(block) + 1 if side == "post" else int(block)
+    # stitch.0 ends the module before (post), stitch.1 begins this one (pre); each is LayerNorm 0, Linear 1
+    place = {"post": 0, "pre": 1}[side]
+    layer = {"ln": 0, "fc": 1}[part]
+    return f"blocks.{number}.stitch.{place}.{layer}.{leaf}"
 
 
 def _linear(value: Tensor) -> Tensor:

@@ -30,7 +30,10 @@ from .import_names import State, google_state, m2mkd_state, transformers_state
 from .model import VARIANTS, VMoE, VMoEConfig
 
 GOOGLE_PREFIXES = ("params/", "target/", "opt/target/")  # what training states put in front of the names
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as both torch repositories normalise
+# of ImageNet, as both torch repositories normalise
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+GOOGLE_MEAN = GOOGLE_STD = (0.5, 0.5, 0.5)  # values in -1..1
 
 
 def import_checkpoint(
@@ -51,7 +54,8 @@ def import_checkpoint(
     Raises:
         ValueError: an unknown layout, a file that is not of that layout, or an `out` that is in use.
     """
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
     if layout not in LAYOUTS:
         raise ValueError(f"layout {layout!r} is not known: use one of {', '.join(LAYOUTS)}.")
     if not source.exists():
@@ -63,7 +67,11 @@ def import_checkpoint(
 
 
 def google_vmoe(source: Path, out: Path, heads: int | None, k: int) -> None:
-    """Google's V-MoE; routing as in its published recipe (models.moe.official)."""
+    """Google's V-MoE; routing as in its published recipe (models.moe.official).
+
+    Raises:
+        ValueError: not an npz of arrays, or a V-MoE without learned positions, without a head, or of other parts.
+    """
     try:
         with np.load(source, allow_pickle=False) as file:
             arrays = {name: torch.from_numpy(file[name]) for name in file.files}
@@ -72,26 +80,36 @@ def google_vmoe(source: Path, out: Path, heads: int | None, k: int) -> None:
             f"{source} is not an npz of arrays ({error}). Checkpoints in .index and .data files have to be saved as "
             f"npz with names joined by '/' first."
         ) from error
-    prefix = next((p for p in GOOGLE_PREFIXES if f"{p}cls" in arrays or f"{p}embedding/kernel" in arrays), "")
+    prefixes = [p for p in GOOGLE_PREFIXES if f"{p}cls" in arrays or f"{p}embedding/kernel" in arrays]
+    prefix = prefixes[0] if prefixes else ""
     state = google_state(arrays, prefix)
     if "pos_embed" not in state or "head.weight" not in state:
         raise ValueError(f"{source} has no learned position embedding or no head: only such V-MoEs are supported.")
-    query = arrays.get(f"{prefix}Encoder/encoderblock_0/SelfAttention/query/kernel")
-    config = _vmoe_config(state, source, query.shape[1] if heads is None else heads, "tanh",
-                          lambda experts: official(num_experts=experts, k=k))  # fmt: skip
-    # values in -1..1, TensorFlow's bilinear resize
-    _write_vmoe(config, state, out, (0.5,) * 3, (0.5,) * 3, "bilinear")
+    if heads is None:
+        query = arrays.get(f"{prefix}Encoder/encoderblock_0/SelfAttention/query/kernel")
+        heads = query.shape[1]  # (D, heads, D / heads)
+    config = _vmoe_config(state, source, heads, "tanh", lambda experts: official(num_experts=experts, k=k))
+    # TensorFlow's bilinear resize
+    _write_vmoe(config, state, out, GOOGLE_MEAN, GOOGLE_STD, "bilinear")
 
 
 def m2mkd_vmoe(source: Path, out: Path, heads: int | None, k: int) -> None:
-    """The paper's V-MoE, whole: {"model": state}; stitch layers it kept come along."""
+    """The paper's V-MoE, whole: {"model": state}; stitch layers it kept come along.
+
+    Raises:
+        ValueError: not a file of tensors, no whole model, or a dense one.
+    """
     state = m2mkd_state(_whole(source))
     config = _vmoe_config(state, source, heads, "erf", lambda experts: paper(num_experts=experts, k=k))
     _write_vmoe(config, state, out, MEAN, STD, "bicubic")
 
 
 def deep_incubation(source: Path, out: Path, heads: int | None, _k: int) -> None:
-    """A ViT of Deep Incubation, whole or as the stages that split_teacher.py writes, as a transformers directory."""
+    """A ViT of Deep Incubation, whole or as the stages that split_teacher.py writes, as a transformers directory.
+
+    Raises:
+        ValueError: not files of tensors, or not all parts of one model.
+    """
     state = _joined_stages(source) if source.is_dir() else _whole(source)
     if "patch_embed.proj.weight" not in state or "head.weight" not in state:
         raise ValueError(f"{source} has no patch embedding or no head: a whole model or all its stages are needed.")
@@ -101,14 +119,19 @@ def deep_incubation(source: Path, out: Path, heads: int | None, _k: int) -> None
     preprocessing = _preprocessing(state, patch, in_chans, MEAN, STD, "bicubic")
     qkv_bias = "blocks.0.attn.qkv.bias" in state
     config = ViTConfig(
-        image_size=preprocessing.image_size, patch_size=patch, num_channels=in_chans, hidden_size=width,
-        num_hidden_layers=_count(state, r"blocks\.(\d+)\."), num_attention_heads=_heads(width, heads),
-        intermediate_size=len(state["blocks.0.mlp.fc1.weight"]), num_labels=len(state["head.weight"]),
+        image_size=preprocessing.image_size,
+        patch_size=patch,
+        num_channels=in_chans,
+        hidden_size=width,
+        num_hidden_layers=_depth(state),
+        num_attention_heads=_heads(width, heads),
+        intermediate_size=len(state["blocks.0.mlp.fc1.weight"]),
+        num_labels=len(state["head.weight"]),
         qkv_bias=qkv_bias,
         # its ViT-H passes neither a bias nor a norm layer, and torch's LayerNorm has another eps than timm's
         layer_norm_eps=1e-6 if qkv_bias else 1e-5,
         architectures=["ViTForImageClassification"],
-    )  # fmt: skip
+    )
     out.mkdir(parents=True, exist_ok=True)
     save_file(transformers_state(state), out / "model.safetensors", metadata={"format": "pt"})
     to_processor(preprocessing).save_pretrained(out)
@@ -132,9 +155,11 @@ def _load(path: Path) -> dict:
 
 def _whole(path: Path) -> State:
     """The state dict of a whole model, with the copy under stages.* taken out."""
-    saved = _load(path)
-    saved = saved.get("model", saved) if isinstance(saved, dict) else {}
-    state = {name: value for name, value in saved.items() if isinstance(value, Tensor)}
+    content = _load(path)
+    state: State = {}
+    if isinstance(content, dict):
+        saved = content.get("model", content)
+        state = {name: value for name, value in saved.items() if isinstance(value, Tensor)}
     if not any(name.startswith("blocks.") for name in state):
         raise ValueError(f"{path} holds no state dict with blocks.*: expected what the repository's main.py saves.")
     return {name: value for name, value in state.items() if not name.startswith("stages.")}
@@ -142,19 +167,26 @@ def _whole(path: Path) -> State:
 
 def _joined_stages(folder: Path) -> State:
     """One state with global block numbers from the files of split_teacher.py, in whatever order they are named."""
-    parts = {}
+    stages: dict[int, dict] = {}  # by number
     for path in sorted(folder.glob("*.pth")):
-        part = _load(path)
-        if isinstance(part, dict) and {"block_index", "block_state_dict", "divided_depths"} <= part.keys():
-            parts[part["block_index"]] = part
-    depths = next(iter(parts.values()))["divided_depths"] if parts else []
-    if sorted(parts) != list(range(len(depths))) or not parts:
-        raise ValueError(f"{folder} holds stages {sorted(parts)} of {len(depths)}: all stages of one model are needed.")
+        stage = _load(path)
+        if isinstance(stage, dict) and {"block_index", "block_state_dict", "divided_depths"} <= stage.keys():
+            stages[stage["block_index"]] = stage
+    depths: list[int] = []  # blocks of each stage; every file has those of all
+    if stages:
+        depths = next(iter(stages.values()))["divided_depths"]
+    if sorted(stages) != list(range(len(depths))) or not stages:
+        raise ValueError(
+            f"{folder} holds stages {sorted(stages)} of {len(depths)}: all stages of one model are needed."
+        )
     state: State = {}
-    for index, part in parts.items():
-        start = sum(depths[:index])
-        for name, value in part["block_state_dict"].items():
-            state[re.sub(r"^blocks\.(\d+)", lambda m: f"blocks.{int(m[1]) + start}", name)] = value  # noqa: B023
+    for index, stage in stages.items():
+        first_block = sum(depths[:index])
+        for name, value in stage["block_state_dict"].items():
+            block = re.match(r"blocks\.(\d+)", name)
+            if block:
+                name = f"blocks.{int(block[1]) + first_block}{name[block.end() :]}"
+            state[name] = value
     return state
 
 
@@ -163,24 +195,38 @@ def _vmoe_config(
 ) -> VMoEConfig:
     """The V-MoE whose weights these are; `routing` gives the MoEConfig for a number of experts."""
     width, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
-    depth = _count(state, r"blocks\.(\d+)\.")
+    depth = _depth(state)
     routers = {int(name.split(".")[1]): value for name, value in state.items() if name.endswith(".mlp.router.weight")}
     if not routers:
         raise ValueError(f"{source} has no MoE block: it is a dense ViT.")
-    block, router = next(iter(routers.items()))
+    moe_block, router = next(iter(routers.items()))
     class_token = "cls_token" in state
-    stitches = {
-        str(i): len(state[f"blocks.{i}.stitch.0.1.weight"]) for i in range(depth)
-        if f"blocks.{i}.stitch.0.1.weight" in state
-    }  # fmt: skip
+    representation_size = 0
+    if "pre_logits.weight" in state:
+        representation_size = len(state["pre_logits.weight"])
+    # kept stitches: the post-stitch's Linear (D_t, D_s) shows the teacher's width
+    stitch_blocks = {}
+    for block in range(depth):
+        post_stitch = state.get(f"blocks.{block}.stitch.0.1.weight")
+        if post_stitch is not None:
+            stitch_blocks[str(block)] = len(post_stitch)
     return VMoEConfig(
-        image_size=_grid(state, class_token) * patch, patch_size=patch, in_chans=in_chans, width=width, depth=depth,
-        heads=_heads(width, heads), mlp_dim=len(state[f"blocks.{block}.mlp.experts.0.fc1.weight"]),
-        num_classes=len(state["head.weight"]), moe_blocks=",".join(map(str, sorted(routers))),
-        moe=routing(len(router)), gelu=gelu, pool="token" if class_token else "mean", class_token=class_token,
-        representation_size=len(state["pre_logits.weight"]) if "pre_logits.weight" in state else 0,
-        stitch_blocks=stitches or None,
-    )  # fmt: skip
+        image_size=_grid(state, class_token) * patch,
+        patch_size=patch,
+        in_chans=in_chans,
+        width=width,
+        depth=depth,
+        heads=_heads(width, heads),
+        mlp_dim=len(state[f"blocks.{moe_block}.mlp.experts.0.fc1.weight"]),
+        num_classes=len(state["head.weight"]),
+        moe_blocks=",".join(map(str, sorted(routers))),
+        moe=routing(len(router)),  # (E, D)
+        gelu=gelu,
+        pool="token" if class_token else "mean",
+        class_token=class_token,
+        representation_size=representation_size,
+        stitch_blocks=stitch_blocks or None,
+    )
 
 
 def _write_vmoe(config: VMoEConfig, state: State, out: Path, mean: tuple, std: tuple, interpolation: str) -> None:
@@ -204,20 +250,23 @@ def _preprocessing(
 
 def _grid(state: State, class_token: bool) -> int:
     """Patches along one side of the image."""
-    patches = state["pos_embed"].shape[1] - class_token
-    if math.isqrt(patches) ** 2 != patches:
+    patches = state["pos_embed"].shape[1] - class_token  # (1, T, D)
+    side = math.isqrt(patches)
+    if side**2 != patches:
         raise ValueError(f"{patches} patch positions are no square: only square images are supported.")
-    return math.isqrt(patches)
+    return side
 
 
-def _count(state: State, pattern: str) -> int:
-    return 1 + max(int(found[1]) for name in state if (found := re.match(pattern, name)))
+def _depth(state: State) -> int:
+    """Blocks of the model: 1 + the highest number there is."""
+    names = (re.match(r"blocks\.(\d+)\.", name) for name in state)
+    return 1 + max(int(name[1]) for name in names if name)
 
 
-def _heads(width: int, given: int | None) -> int:
-    """Heads are not in the weights: as given, as published for this width, or 64 wide."""
+def _heads(width: int, asked_for: int | None) -> int:
+    """Heads are not in the weights: as asked for, as published for this width, or 64 wide."""
     published = {size["width"]: size["heads"] for size in VARIANTS.values()}
-    heads = given or published.get(width, width // 64)
+    heads = asked_for or published.get(width, width // 64)
     if heads < 1 or width % heads:
         raise ValueError(f"{heads} heads do not divide a width of {width}: give heads.")
     return heads
