@@ -84,7 +84,9 @@ def hub_id(source: str) -> tuple[str, str | None] | None:
 def trained_with(run_dir: Path, recipe: Recipe) -> str:
     """The teacher with the commit it was in training, as phase meta recorded it; else as the recipe names it."""
     result = _record(run_dir / "meta").result or {}
-    return result["teacher"]["source"] if "teacher" in result else recipe.teacher.source
+    if "teacher" in result:
+        return result["teacher"]["source"]
+    return recipe.teacher.source
 
 
 def taught(recipe: Recipe) -> bool:
@@ -219,8 +221,11 @@ def _teacher(recipe: Recipe, records: Mapping[str, PhaseRecord], teacher_license
     if not taught(recipe):
         return "None in this run."
     phases = own_teacher(recipe)
-    accuracy = records["assemble" if "assemble" in phases else "meta"].metric("teacher_accuracy")
-    measured = "" if accuracy is None else f" Its accuracy on the same images: {accuracy:.4g}."
+    grown = "assemble" in phases
+    accuracy = records["assemble" if grown else "meta"].metric("teacher_accuracy")
+    measured = ""
+    if accuracy is not None:
+        measured = f" Its accuracy on the same images: {accuracy:.4g}."
     if phases:
         return f"A small vision transformer trained in the same run (phase {phases[0]} of `recipe.yaml`).{measured}"
     source = trained_with(records["meta"].folder.parent, recipe)

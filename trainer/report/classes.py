@@ -39,7 +39,9 @@ def routing_section(analysis: Mapping[str, Any] | None) -> str:
         photos += f".photo{place}{{background-image:url(data:image/png;base64,{_base64(picture['png'])})}}"
         rows += _picture_row(place, picture, analysis, shown, colours)
     head = "".join(f"<th>{escape(block(layer))}</th>" for layer in shown)
-    some = f" {count} of {len(layers)} MoE blocks are drawn." if count < len(layers) else ""
+    some = ""
+    if count < len(layers):
+        some = f" {count} of {len(layers)} MoE blocks are drawn."
     return (
         f"<style>{photos}</style><p>Which expert took which patch: {len(analysis['pictures'])} validation images, one "
         "column per MoE block from the input to the output. Each square is a patch, coloured by the expert it went to "
@@ -148,7 +150,8 @@ def _overlay(experts: Sequence[int], grid: Sequence[int], colours: Sequence[RGB]
     """A PNG as a data URI with one pixel per patch."""
     rows, columns = grid
     picture = Image.new("RGB", (columns, rows))
-    picture.putdata([colours[expert] if 0 <= expert < len(colours) else DROPPED for expert in experts])
+    colour_of = dict(enumerate(colours))  # -1 is a dropped patch
+    picture.putdata([colour_of.get(expert, DROPPED) for expert in experts])
     with io.BytesIO() as file:
         picture.save(file, "PNG", optimize=True)
         return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

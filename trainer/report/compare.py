@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -12,7 +13,6 @@ from trainer.report.data import (
     RUNS,
     PhaseRecord,
     cost_curve,
-    distills,
     hybrids,
     peak_memory,
     read_analysis,
@@ -57,7 +57,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 def _verdict(runs: Mapping[str, Phases]) -> str:
     accuracies = {name: student_accuracy(phases) for name, phases in runs.items()}
-    ranked = sorted(((accuracy, name) for name, accuracy in accuracies.items() if accuracy is not None), reverse=True)
+    known = [(accuracy, name) for name, accuracy in accuracies.items() if accuracy is not None]
+    ranked = sorted(known, reverse=True)
     if not ranked:
         return "No student is trained to the end yet."
     best, best_name = ranked[0]
@@ -81,17 +82,16 @@ def _figures(runs: Mapping[str, Phases]) -> str:
             accuracies = [record and record.metric("accuracy") for record in records]
             rows.append([f"student from {name}", *map(percent, accuracies)])
     ends = [phases["train"] for phases in columns]
-    rows += [
-        ["epochs end to end", *(_shown(end.value("epochs")) for end in ends)],
-        ["global batch", *(_shown(end.value("global_batch")) for end in ends)],
-        ["ranks (expert parallel)", *map(_ranks, ends)],
-        ["FLOPs, all of m2mKD", *(flops(total(phases, "train", "flops")) for phases in columns)],
-        ["time, all of m2mKD", *(duration(total(phases, "train", "seconds")) for phases in columns)],
-        ["images/s end to end", *(_shown(speed(end)) for end in ends)],
-        ["peak memory of a rank", *(gigabytes(peak_memory(end)) for end in ends)],
-        ["phases complete", *map(_complete, columns)],
-        ["warnings", *(str(len(warnings(phases, read_analysis(phases)))) for phases in columns)],
-    ]
+    rows.append(["epochs end to end", *(_shown(end.value("epochs")) for end in ends)])
+    rows.append(["global batch", *(_shown(end.value("global_batch")) for end in ends)])
+    rows.append(["ranks (expert parallel)", *map(_ranks, ends)])
+    rows.append(["FLOPs, all of m2mKD", *(flops(total(phases, "train", "flops")) for phases in columns)])
+    rows.append(["time, all of m2mKD", *(duration(total(phases, "train", "seconds")) for phases in columns)])
+    rows.append(["images/s end to end", *(_shown(speed(end)) for end in ends)])
+    rows.append(["peak memory of a rank", *(gigabytes(peak_memory(end)) for end in ends)])
+    rows.append(["phases complete", *map(_complete, columns)])
+    counts = [len(warnings(phases, read_analysis(phases))) for phases in columns]
+    rows.append(["warnings", *map(str, counts)])
     return table(["", *map(escape, runs)], rows)
 
 
@@ -135,15 +135,15 @@ def _curves(runs: Mapping[str, Phases]) -> str:
 
 
 def _modules(runs: Mapping[str, Phases]) -> str:
-    students = {name: [student for *_, student in hybrids(phases)] for name, phases in runs.items()}
-    most = max(len(distills(phases)) for phases in runs.values())
-    groups = []
-    for module in range(most):
-        accuracies = [of_run[module] if module < len(of_run) else None for of_run in students.values()]
-        groups.append((str(module), accuracies))
+    accuracies_of: list[list[float | None]] = []  # run -> module -> its student's
+    for phases in runs.values():
+        accuracies_of.append([student for _, _, student in hybrids(phases)])
+    # a run of fewer modules has no bars further on
+    by_module = itertools.zip_longest(*accuracies_of)
+    groups = [(str(module), accuracies) for module, accuracies in enumerate(by_module)]
     if all(accuracy is None for _, accuracies in groups for accuracy in accuracies):
         return ""
-    names = [(name, colour) for colour, name in enumerate(students)]
+    names = [(name, colour) for colour, name in enumerate(runs)]
     chart = BarChart("Student modules inside their meta model", groups, names, "module", "accuracy", percent_tick)
     return figures([figure(chart, "Accuracy of the meta model with one module replaced by the student's.")])
 

@@ -92,7 +92,9 @@ class PhaseRecord:
         """A value of the recipe this phase was run with, None where it is not known."""
         value: Any = self.config.get("recipe")
         for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
+            if not isinstance(value, dict):
+                return None
+            value = value.get(key)
         return value
 
 
@@ -278,7 +280,9 @@ def number(value: Any) -> float | None:
 
 def natural(name: str) -> list[Any]:
     """Sort key that puts block 9 before block 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    parts: list[Any] = re.split(r"(\d+)", name)
+    parts[1::2] = map(int, parts[1::2])  # every second part is a number
+    return parts
 
 
 def _are_numbers(values: Any, length: int | None = None) -> bool:

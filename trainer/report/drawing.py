@@ -103,8 +103,10 @@ def svg(chart: Chart) -> str:
     text = re.sub(r' id="[\w.]+_\d+"', "", text)
     text = re.sub(r' clip-path="url\(#\w+\)"|<clipPath.*?</clipPath>', "", text, flags=re.DOTALL)
     text = re.sub(r"(?<=(?:fill|roke): )#[0-9a-f]{6}", lambda match: CSS_VARIABLES.get(match[0], match[0]), text)
-    kind = 'class="fixed" ' if isinstance(chart, Matrix) else ""
-    return text.replace("<svg ", f'<svg {kind}role="img" aria-label="{escape(chart.title, quote=True)}" ', 1)
+    attributes = f'role="img" aria-label="{escape(chart.title, quote=True)}"'
+    if isinstance(chart, Matrix):
+        attributes += ' class="fixed"'
+    return text.replace("<svg ", f"<svg {attributes} ", 1)
 
 
 def png(charts: Sequence[LineChart | BarChart]) -> bytes:
@@ -131,8 +133,11 @@ def expert_load_png(runs: Mapping[str, Loads]) -> bytes:
     """Per run: load of each expert at the end of training, and the extremes over training; both as share of uniform."""
     most = max(len(loads) for loads in runs.values())
     map_height = 0.32 * most + 1.6  # inches
-    ends = {name: {layer: at_end(steps) for layer, steps in loads.items()} for name, loads in runs.items()}
-    high = max(2.0, *(value for layers in ends.values() for row in layers.values() for value in row))
+    ends: dict[str, dict[str, list[float]]] = {}
+    high = 2.0  # end of the colours
+    for name, loads in runs.items():
+        ends[name] = {layer: at_end(steps) for layer, steps in loads.items()}
+        high = max(high, *map(max, ends[name].values()))
     norm = TwoSlopeNorm(1.0, vmin=0.0, vmax=high)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.6 * len(runs) + 1.4, map_height + 4.6), layout="constrained")
@@ -172,9 +177,9 @@ def _frame(chart: Chart) -> tuple[float, float, tuple[float, float, float, float
 
 
 def _draw_lines(axes: Axes, chart: LineChart) -> None:
-    if chart.beginning:
-        axes.axvspan(0, chart.beginning.end, color=_colour(chart.beginning.colour), alpha=0.15, linewidth=0,
-                     label=chart.beginning.name)  # fmt: skip
+    before = chart.beginning
+    if before:
+        axes.axvspan(0, before.end, color=_colour(before.colour), alpha=0.15, linewidth=0, label=before.name)
     for line in chart.lines:
         if line.points:
             _draw_line(axes, thinned(line))
@@ -203,8 +208,13 @@ def _draw_bars(axes: Axes, chart: BarChart) -> None:
     width = 0.8 / len(chart.names)  # a group takes 0.8 of its place
     for number, (name, colour) in enumerate(chart.names):
         offset = (number + 0.5) * width - 0.4
-        bars = [(place + offset, row[number]) for place, (_, row) in enumerate(chart.groups) if row[number] is not None]
-        axes.bar([x for x, _ in bars], [value for _, value in bars], 0.94 * width, color=_colour(colour), label=name)
+        xs = []
+        heights = []
+        for place, (_, values) in enumerate(chart.groups):
+            if values[number] is not None:
+                xs.append(place + offset)
+                heights.append(values[number])
+        axes.bar(xs, heights, 0.94 * width, color=_colour(colour), label=name)
     _draw_levels(axes, chart.levels)
     axes.update_datalim([(0, 0)], updatex=False)
     _finish(axes, chart.x_label, chart.form)
@@ -220,7 +230,7 @@ def _draw_levels(axes: Axes, levels: Sequence[tuple[str, float]]) -> None:
 
 def _draw_load(axes: Axes, chart: LoadMap) -> None:
     rows = np.transpose([loads for _, loads in averaged(chart.steps, MAX_COLUMNS)])
-    pixels = np.array([[_load_shade(load) for load in row] for row in rows], dtype=np.uint8)
+    pixels = np.array([list(map(_load_shade, row)) for row in rows], dtype=np.uint8)
     experts = len(rows)
     first = chart.steps[0][0]
     last = chart.steps[-1][0]
@@ -302,7 +312,9 @@ def _finish(axes: Axes, x_label: str, form: Form | None = None) -> None:
 
 def _thousands(value: float, _place: int) -> str:
     """20000 -> 20k."""
-    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
+    if value >= 10_000:
+        return f"{value / 1000:g}k"
+    return f"{value:g}"
 
 
 def _colour(number: int) -> str:

@@ -37,18 +37,22 @@ def page(title: str, top: Sequence[str], sections: Mapping[str, str]) -> str:
             anchor = head.lower().replace(" ", "-")
             links += f'<a href="#{anchor}">{head}</a>'
             body += f'<section><h2 id="{anchor}">{head}</h2>{text}</section>'
-    told = "" if load_drawing() else f'<p class="muted">{NO_PICTURES}</p>'
+    note = ""
+    if load_drawing() is None:
+        note = f'<p class="muted">{NO_PICTURES}</p>'
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE.read_text()}</style></head>'
-        f"<body><main><h1>{escape(title)}</h1>{''.join(top)}{told}<nav>{links}</nav>{body}</main></body></html>\n"
+        f"<body><main><h1>{escape(title)}</h1>{''.join(top)}{note}<nav>{links}</nav>{body}</main></body></html>\n"
     )
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int] = ()) -> str:
     """A table that scrolls sideways on a phone; cells are HTML, columns in `text` (and the first) to the left."""
-    kinds = ['class="text"' if column in text else "" for column in range(len(head))]
+    kinds = [""] * len(head)
+    for column in text:
+        kinds[column] = 'class="text"'
     heads = "".join(f"<th {kind}>{cell}</th>" for cell, kind in zip(head, kinds))
     body = ""
     for row in rows:
@@ -71,9 +75,10 @@ def figure(chart: Chart, caption: str) -> str:
         else:
             kinds.append(last)
         items += f'<li class="{" ".join(kinds)}"{style}>{escape(name)}</li>'
-    listed = f'<ul class="legend">{items}</ul>' if items else ""
+    if items:
+        items = f'<ul class="legend">{items}</ul>'
     picture = drawing.svg(chart)
-    return f"<figure><h3>{escape(chart.title)}</h3>{picture}{listed}<figcaption>{caption}</figcaption></figure>"
+    return f"<figure><h3>{escape(chart.title)}</h3>{picture}{items}<figcaption>{caption}</figcaption></figure>"
 
 
 def figures(pictures: Sequence[str]) -> str:

@@ -36,6 +36,7 @@ CHAIN = (
     "student trained end to end."
 )
 ACCURACY = "accuracy on the validation images"
+STEP = "optimiser step"
 # baseline -> title of its card, what it is, how it compares in the verdict
 RIVALS = {
     "train_scratch": (
@@ -133,9 +134,11 @@ def _summary(phases: Mapping[str, PhaseRecord]) -> str:
     ranks = phases["train"].value("world_size")
     if seconds is not None and ranks:
         on_gpus = (phases["train"].result or {}).get("device") == "cuda"
-        unit, units = ("GPU", "GPUs") if on_gpus else ("process", "processes")
-        machines = f"{ranks:g} {unit if ranks == 1 else units}"
-        cards.append(("Time", duration(seconds), f"for the same on {machines}: {_hours(seconds * ranks)} {unit} hours"))
+        unit, plural = ("GPU", "s") if on_gpus else ("process", "es")
+        if ranks == 1:
+            plural = ""
+        hours = f"{_hours(seconds * ranks)} {unit} hours"
+        cards.append(("Time", duration(seconds), f"for the same on {ranks:g} {unit}{plural}: {hours}"))
     shown = "".join(
         f'<div class="card"><span>{title}</span><b>{value}</b><span>{text}</span></div>' for title, value, text in cards
     )
@@ -290,17 +293,15 @@ def _losses(phases: Mapping[str, PhaseRecord]) -> str:
     losses = []
     rates = []
     for title, members in groups.items():
-        loss_lines = _lines(members, "loss")
-        if not loss_lines:
+        named = len(members) > 1  # whether a legend is needed
+        lines = _lines(members, "loss")
+        if not lines:
             continue
-        with_legend = len(members) > 1
-        chart = LineChart(f"{title}: training loss", loss_lines, "optimiser step", "loss", from_zero=False,
-                          with_legend=with_legend)  # fmt: skip
+        chart = LineChart(f"{title}: training loss", lines, STEP, "loss", from_zero=False, with_legend=named)
         losses.append(figure(chart, "Should fall and level out; a jump upwards is worth a look."))
-        rate_lines = _lines(members, "lr")
-        if rate_lines:
-            chart = LineChart(f"{title}: learning rate", rate_lines, "optimiser step", "learning rate",
-                              with_legend=with_legend)  # fmt: skip
+        lines = _lines(members, "lr")
+        if lines:
+            chart = LineChart(f"{title}: learning rate", lines, STEP, "learning rate", with_legend=named)
             rates.append(figure(chart, "As scaled to the global batch: warm-up, then a cosine."))
     text = figures(losses)
     if figures(rates):
