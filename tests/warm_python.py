@@ -81,7 +81,7 @@ def serve() -> None:
     """Read one line of JSON per piece of work, fork its ranks, answer with their ids and then their exit codes."""
     import models  # noqa: F401  first: it mends torchvision beside a CPU torch
 
-    for name in ("datasets", "transformers.models.vit.modeling_vit", "trainer.run", "trainer.report.plots",
+    for name in ("datasets", "transformers.models.vit.modeling_vit", "trainer.run", "trainer.report.drawing",
                  "deepspeed.runtime.zero.muon.muon_optimizer"):  # fmt: skip
         importlib.import_module(name)  # the last one is what every deepspeed.initialize imports, 1.5 s of it inductor
     importlib.import_module("deepspeed").ops.__compatible_ops__  # noqa: B018  probed on first use

@@ -117,9 +117,9 @@ def test_the_same_run_gives_the_same_card_and_no_matplotlib_no_picture(tmp_path,
     first = write_card(tmp_path, recipe, None, ())
     assert first == write_card(tmp_path, recipe, None, ()) and first[PICTURE].startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in [name for name in sys.modules if name.startswith(("matplotlib.", "trainer.report.plots"))]:
+    for name in [name for name in sys.modules if name.startswith(("matplotlib.", "trainer.report.drawing"))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("trainer.report.plots", raising=False)
+    monkeypatch.delattr("trainer.report.drawing", raising=False)
     assert set(write_card(tmp_path, recipe, None, ())) == {"README.md"}
 
 

@@ -11,6 +11,7 @@ import pytest
 from tests.report_folder import analysed_run, complete_run, put
 from trainer.report import __main__, write
 from trainer.report.data import read_phases
+from trainer.report.run_page import accuracy_charts
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,14 +109,13 @@ def test_a_run_of_no_epochs_has_a_report(tmp_path):
     assert cells(write.write_report(tmp_path), "scratch")[:4] == ["10.0", "10.0", "10.0", "0"]
 
 
-def test_learning_curves_start_after_the_preparation(run, monkeypatch):
-    from trainer.report import plots
-
-    drawn = []
-    monkeypatch.setattr(plots, "draw_learning_curves", lambda path, curves, teacher: drawn.extend(curves))
-    write.write_report(run)
-    assert [curve.preparation_flops for curve in drawn] == [9e12, 0.0, 0.0]
-    assert drawn[1].accuracy == {2: 0.2, 4: 0.4, 6: 0.5, 10: 0.6}  # the last one from the result
+def test_learning_curves_start_after_the_preparation(run):
+    by_epochs, by_cost = accuracy_charts(read_phases(run))
+    # 9e12 of preparation, then 1e12 over 4 epochs; the rivals begin at 0: 2.5e12 over 10 epochs, 1e13 over 40
+    assert by_cost.x_label == "TFLOP" and (by_cost.beginning.end, by_cost.beginning.colour) == (9.0, 0)
+    assert [line.points[0] for line in by_cost.lines] == [(9.0, 0.1), (0.5, 0.2), (5.0, 0.65)]
+    assert by_epochs.lines[1].points == [(2, 0.2), (4, 0.4), (6, 0.5), (10, 0.6)]  # the last one from the result
+    assert by_epochs.levels == by_cost.levels == [("teacher", 0.9616)]
 
 
 def test_loads_are_in_network_order_and_relative_to_uniform(run):
@@ -142,6 +142,9 @@ def test_needs_neither_torch_nor_matplotlib(run):
     assert cells(done.stdout, "m2mKD")[2] == "87.5"
     assert "No pictures: matplotlib is not installed" in done.stdout
     assert "No pictures" in (run / "report.md").read_text() and "](" not in (run / "report.md").read_text()
+    page = (run / "report.html").read_text()
+    assert page.count("No pictures: matplotlib is not installed") == 1 and "<svg" not in page
+    assert "Meta model with one module replaced" not in page and ">module replaced</th>" in page
 
 
 def test_a_folder_that_is_no_run_is_an_error_for_people(tmp_path, capsys):

@@ -134,4 +134,5 @@ def test_the_report_of_a_half_finished_study(tmp_path):
     numbers = json.loads((out / "study.json").read_text())
     assert numbers["variants"]["keep"]["figures"]["final"] == {"n": 0, "mean": None, "std": None, "error": None}
     page = (out / "study.html").read_text()
-    assert page.count("<polygon") == 2 and "total cost, GFLOP" in page and "m2mkd (n = 2)" in page
+    assert page.count("opacity: 0.15") == 2 and "total cost, GFLOP" in page and "m2mkd (n = 2)" in page  # two bands
+    assert (out / "study.png").read_bytes().startswith(b"\x89PNG")

@@ -6,7 +6,6 @@ Reads config.json, result.json and metrics.jsonl of finished phases; needs no to
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from trainer.config.data import DataConfig
 from trainer.config.recipe import Recipe
 from trainer.report.data import RUNS, PhaseRecord
+from trainer.report.page import load_drawing
 from trainer.request.graph import artifact_name, own_teacher, preparation, taught_in
 from trainer.tracking.metrics import read_metrics
 
@@ -47,23 +47,30 @@ def write_card(run_dir: Path, recipe: Recipe, teacher_license: str | None, folde
     measured, where = _measured(records, recipe)
     name = recipe.hub.repo.split("/")[-1] or run_dir.resolve().name
     picture = _picture(student)
+    results = [(metric, f"{value:.4g}") for metric, value in measured.items()]
     parts = [
         f"---\n{_metadata(recipe, name, measured)}\n---",
         f"# {name}",
         _what(recipe, config, student),
-        "## Result\n\n" + _table(("metric", "value"), [(k, f"{v:.4g}") for k, v in measured.items()])
-        + f"\n\n{where}",
-        "## Data\n\n" + _data(recipe.data, config),
-        "## Teacher\n\n" + _teacher(recipe, records, teacher_license),
-        *_hybrids(records, recipe),
-        "## Cost of training\n\n" + _cost(records, recipe),
-        *(["## Load of the experts\n\n" + f"![Load of each expert as share of uniform]({PICTURE})"] if picture else []),
-        "## How to load it\n\n" + _loading(recipe, student, folders),
-        f"## How to cite\n\nThe method is m2mKD ([arXiv 2402.16918](https://arxiv.org/abs/2402.16918)):\n\n"
+        f"## Result\n\n{_table(('metric', 'value'), results)}\n\n{where}",
+        f"## Data\n\n{_data(recipe.data, config)}",
+        f"## Teacher\n\n{_teacher(recipe, records, teacher_license)}",
+    ]
+    if taught(recipe):
+        parts.append(f"## Modules inside the meta model\n\n{_hybrids(records, recipe)}")
+    parts.append(f"## Cost of training\n\n{_cost(records, recipe)}")
+    if picture:
+        parts.append(f"## Load of the experts\n\n![Load of each expert as share of uniform]({PICTURE})")
+    parts += [
+        f"## How to load it\n\n{_loading(recipe, student, folders)}",
+        "## How to cite\n\nThe method is m2mKD ([arXiv 2402.16918](https://arxiv.org/abs/2402.16918)):\n\n"
         f"```bibtex\n{CITATION}\n```",
-    ]  # fmt: skip
-    files = {"README.md": ("\n\n".join(parts) + "\n").encode()}
-    return files | ({PICTURE: picture} if picture else {})
+    ]
+    text = "\n\n".join(parts) + "\n"
+    files = {"README.md": text.encode()}
+    if picture:
+        files[PICTURE] = picture
+    return files
 
 
 def hub_id(source: str) -> tuple[str, str | None] | None:
@@ -77,7 +84,9 @@ def hub_id(source: str) -> tuple[str, str | None] | None:
 def trained_with(run_dir: Path, recipe: Recipe) -> str:
     """The teacher with the commit it was in training, as phase meta recorded it; else as the recipe names it."""
     result = _record(run_dir / "meta").result or {}
-    return result["teacher"]["source"] if "teacher" in result else recipe.teacher.source
+    if "teacher" in result:
+        return result["teacher"]["source"]
+    return recipe.teacher.source
 
 
 def taught(recipe: Recipe) -> bool:
@@ -86,69 +95,89 @@ def taught(recipe: Recipe) -> bool:
 
 
 def _records(run_dir: Path, recipe: Recipe) -> dict[str, PhaseRecord]:
+    """The phases that made the student, in order, and its evaluation."""
+    names = []
+    if taught(recipe):
+        if recipe.teacher.grown:
+            names += [artifact_name("incubate", module) for module in range(recipe.modules)]
+        names += [*own_teacher(recipe), *preparation(recipe)]
     start = recipe.train.start
-    incubated = [artifact_name("incubate", i) for i in range(recipe.modules) if recipe.teacher.grown]
-    before = [*incubated, *own_teacher(recipe), *preparation(recipe)]
-    names = [*(before if taught(recipe) else []), artifact_name("train", start=start)]
-    return {name: _record(run_dir / name) for name in [*names, artifact_name("evaluate", start=start)]}
+    names += [artifact_name("train", start=start), artifact_name("evaluate", start=start)]
+    return {name: _record(run_dir / name) for name in names}
 
 
 def _record(folder: Path) -> PhaseRecord:
-    result, metrics = folder / "result.json", folder / "metrics.jsonl"
-    return PhaseRecord(
-        folder,
-        json.loads(result.read_text()) if result.is_file() else None,
-        read_metrics(metrics) if metrics.is_file() else [],
-    )
+    result = None
+    if (folder / "result.json").is_file():
+        result = json.loads((folder / "result.json").read_text())
+    rows = []
+    if (folder / "metrics.jsonl").is_file():
+        rows = read_metrics(folder / "metrics.jsonl")
+    return PhaseRecord(folder, result, rows)
 
 
 def _measured(records: Mapping[str, PhaseRecord], recipe: Recipe) -> tuple[dict[str, float], str]:
     """Metrics of phase evaluate, or of the end of training where it has not run since, and which of the two."""
-    split = f"every image of split `{recipe.data.val_split}`"
-    trained, evaluated = (records[artifact_name(phase, start=recipe.train.start)] for phase in ("train", "evaluate"))
-    made = [(r.folder / "result.json").stat().st_mtime for r in (trained, evaluated) if r.result]
-    current = len(made) == 2 and made == sorted(made)
-    result = (evaluated if current else trained).result
-    metrics = {name: value for name, value in result["metrics"].items() if name in ("accuracy", "loss")}
-    how = "by phase evaluate, on the published weights" if current else "at the end of training"
-    return metrics, f"Measured {how}, on {split}."
+    record = records[artifact_name("train", start=recipe.train.start)]
+    how = "at the end of training"
+    evaluated = records[artifact_name("evaluate", start=recipe.train.start)]
+    if record.result and evaluated.result and _written(record) <= _written(evaluated):
+        record = evaluated
+        how = "by phase evaluate, on the published weights"
+    metrics = {name: value for name, value in record.result["metrics"].items() if name in ("accuracy", "loss")}
+    return metrics, f"Measured {how}, on every image of split `{recipe.data.val_split}`."
+
+
+def _written(record: PhaseRecord) -> float:
+    """When its result was written, unix time."""
+    return (record.folder / "result.json").stat().st_mtime
 
 
 def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float]) -> str:
     """The YAML head, with model-index."""
-    dataset = hub_id(recipe.data.path) if recipe.data.source == "hub" else None
-    kind = {"digits": "digits", "fractals": "fractals", "folder": "imagefolder"}.get(
-        recipe.data.source, dataset[0] if dataset else "datasets"
-    )
-    results = [
-        EvalResult(
-            task_type="image-classification", dataset_type=kind, dataset_name=_data_name(recipe.data),
-            dataset_split=recipe.data.val_split, dataset_revision=dataset[1] if dataset else None,
-            metric_type=metric, metric_value=value,
+    dataset = None
+    revision = None
+    if recipe.data.source == "hub":
+        dataset, revision = hub_id(recipe.data.path) or (None, None)
+    kinds = {"digits": "digits", "fractals": "fractals", "folder": "imagefolder"}
+    kind = kinds.get(recipe.data.source, dataset or "datasets")
+    results = []
+    for metric, value in measured.items():
+        result = EvalResult(
+            task_type="image-classification",
+            dataset_type=kind,
+            dataset_name=_data_name(recipe.data),
+            dataset_split=recipe.data.val_split,
+            dataset_revision=revision,
+            metric_type=metric,
+            metric_value=value,
         )
-        for metric, value in measured.items()
-    ]  # fmt: skip
+        results.append(result)
     return ModelCardData(
-        license=recipe.hub.license or None, library_name="m2mkd", pipeline_tag="image-classification",
+        license=recipe.hub.license or None,
+        library_name="m2mkd",
+        pipeline_tag="image-classification",
         tags=["vmoe", "mixture-of-experts", "vision-transformer", "m2mkd", "knowledge-distillation"],
-        datasets=[dataset[0]] if dataset else None, model_name=name, eval_results=results,
-    ).to_yaml()  # fmt: skip
+        datasets=[dataset] if dataset else None,
+        model_name=name,
+        eval_results=results,
+    ).to_yaml()
 
 
 def _what(recipe: Recipe, config: Mapping[str, Any], student: PhaseRecord) -> str:
     moe = config["moe"]
     if taught(recipe):
-        made = (
+        origin = (
             f"Its {recipe.modules} modules were taught one by one by the modules of a teacher inside a meta model, "
             "then trained together (m2mKD)."
         )
     elif recipe.train.start == "distilled":
-        made = f"Its training began from the weights of {_link(student.result.get('init', recipe.train.init))}."
+        origin = f"Its training began from the weights of {_link(student.result.get('init', recipe.train.init))}."
     else:
-        made = "It was trained from scratch, as the rival of a student taught by m2mKD."
+        origin = "It was trained from scratch, as the rival of a student taught by m2mKD."
     return (
         f"A V-MoE, a vision transformer whose MLPs are mixtures of experts, that sorts images into "
-        f"{config['num_classes']} classes. {made}\n\n"
+        f"{config['num_classes']} classes. {origin}\n\n"
         f"{config['depth']} blocks of width {config['width']}, patches of {config['patch_size']} pixels, images of "
         f"{config['image_size']} pixels; experts in blocks `{config['moe_blocks']}`: {moe['num_experts']} per block, "
         f"{moe['k']} used per token."
@@ -161,118 +190,131 @@ def _data_name(data: DataConfig) -> str:
         return "handwritten digits of scikit-learn (8x8)"
     if data.source == "fractals":
         return f"procedural fractals ({data.fractals.classes} classes, {data.fractals.size} px)"
-    found = hub_id(data.path)
-    return found[0] if data.source == "hub" and found else Path(data.path).name
+    dataset = hub_id(data.path)
+    if data.source == "hub" and dataset:
+        return dataset[0]
+    return Path(data.path).name
 
 
 def _data(data: DataConfig, config: Mapping[str, Any]) -> str:
-    found = hub_id(data.path) if data.source == "hub" else None
     name = _data_name(data)
-    at = f" at revision `{found[1]}`" if found and found[1] else ""
+    where = ""
+    dataset = hub_id(data.path)
+    if data.source == "hub" and dataset:
+        name, revision = dataset
+        where = f" at revision `{revision}`" if revision else ""
+        name = f"[{name}](https://huggingface.co/datasets/{name})"
     part = f", {data.limit} images of each" if data.limit else ""
-    lines = [
-        f"{f'[{name}](https://huggingface.co/datasets/{name})' if found else name}{at}: trained on split "
-        f"`{data.train_split}`, measured on `{data.val_split}`{part}."
-    ]
-    if pre := config.get("preprocessing"):
-        lines.append(
-            f"Images are resized ({pre['interpolation']}), cut to {pre['image_size']} pixels (crop_pct "
-            f"{pre['crop_pct']:.4g}, {pre['crop_mode']}) and normalised with mean {pre['mean']} and std {pre['std']}; "
-            "`model.preprocessing` holds these values, `model.labels` the names of the classes."
-        )
-    return "\n\n".join(lines)
+    text = f"{name}{where}: trained on split `{data.train_split}`, measured on `{data.val_split}`{part}."
+    preprocessing = config.get("preprocessing")
+    if not preprocessing:
+        return text
+    return (
+        f"{text}\n\nImages are resized ({preprocessing['interpolation']}), cut to {preprocessing['image_size']} pixels "
+        f"(crop_pct {preprocessing['crop_pct']:.4g}, {preprocessing['crop_mode']}) and normalised with mean "
+        f"{preprocessing['mean']} and std {preprocessing['std']}; `model.preprocessing` holds these values, "
+        "`model.labels` the names of the classes."
+    )
 
 
 def _teacher(recipe: Recipe, records: Mapping[str, PhaseRecord], teacher_license: str | None) -> str:
     if not taught(recipe):
         return "None in this run."
-    made = own_teacher(recipe)
-    accuracy = records["assemble" if "assemble" in made else "meta"].metric("teacher_accuracy")
-    measured = "" if accuracy is None else f" Its accuracy on the same images: {accuracy:.4g}."
-    if made:
-        return f"A small vision transformer trained in the same run (phase {made[0]} of `recipe.yaml`).{measured}"
+    phases = own_teacher(recipe)
+    grown = "assemble" in phases
+    accuracy = records["assemble" if grown else "meta"].metric("teacher_accuracy")
+    measured = ""
+    if accuracy is not None:
+        measured = f" Its accuracy on the same images: {accuracy:.4g}."
+    if phases:
+        return f"A small vision transformer trained in the same run (phase {phases[0]} of `recipe.yaml`).{measured}"
     source = trained_with(records["meta"].folder.parent, recipe)
+    if not hub_id(source):
+        return f"{_link(source)}.{measured}"
     terms = f"licence {teacher_license}" if teacher_license else "its licence is on its page"
-    return _link(source) + (f"; {terms}." if hub_id(source) else ".") + measured
+    return f"{_link(source)}; {terms}.{measured}"
 
 
 def _link(source: str) -> str:
     """A model as a link with its revision; of a directory only the name."""
-    if (found := hub_id(source)) is None:
+    repo = hub_id(source)
+    if repo is None:
         return f"a local directory `{Path(source).name}`"
-    name, revision = found
-    return f"[{name}](https://huggingface.co/{name})" + (f", revision `{revision}`" if revision else "")
+    name, revision = repo
+    link = f"[{name}](https://huggingface.co/{name})"
+    return f"{link}, revision `{revision}`" if revision else link
 
 
-def _hybrids(records: Mapping[str, PhaseRecord], recipe: Recipe) -> list[str]:
-    """The section on accuracies inside the meta model; nothing for a student from scratch."""
-    if not taught(recipe):
-        return []
+def _hybrids(records: Mapping[str, PhaseRecord], recipe: Recipe) -> str:
+    """Accuracies inside the meta model of a student that was taught, module by module."""
+    last_round = taught_in(recipe)
     rows = []
-    for i in range(recipe.modules):
-        distilled = records[artifact_name("distill", i)]
-        own = records[artifact_name(taught_in(recipe), i)]
-        teacher, student = distilled.metric("teacher_hybrid_accuracy"), own.metric("hybrid_accuracy")
-        rows.append((str(i), _number(teacher, ".4g"), _number(student, ".4g")))
-    return [
-        "## Modules inside the meta model\n\nAccuracy of the meta model with one of its modules replaced"
-        + ("" if taught_in(recipe) == "distill" else "; the student's with the modules before it replaced as well")
-        + ".\n\n"
-        + _table(("module", "the teacher's", "the student's"), rows)
-    ]
+    for module in range(recipe.modules):
+        teacher = records[artifact_name("distill", module)].metric("teacher_hybrid_accuracy")
+        student = records[artifact_name(last_round, module)].metric("hybrid_accuracy")
+        rows.append((str(module), _number(teacher, ".4g"), _number(student, ".4g")))
+    text = "Accuracy of the meta model with one of its modules replaced"
+    if last_round != "distill":
+        text += "; the student's with the modules before it replaced as well"
+    table = _table(("module", "the teacher's", "the student's"), rows)
+    return f"{text}.\n\n{table}"
 
 
 def _cost(records: Mapping[str, PhaseRecord], recipe: Recipe) -> str:
-    spent = {name: r for name, r in records.items() if r.result and not name.startswith("evaluate")}
-    keys = (("flops", ".3g"), ("seconds", ",.0f"), ("images_seen", ",.0f"))
-    taken = {name: f", from {_link(r.result['source'])}" for name, r in spent.items() if "source" in r.result}
-    rows = [(name + taken.get(name, ""), *(_number(r.value(key), form) for key, form in keys))
-            for name, r in spent.items()]  # fmt: skip
-    totals = (sum(r.value(key) or 0 for r in spent.values()) for key, _ in keys)
-    rows.append(("total", *(_number(value, form) for value, (_, form) in zip(totals, keys))))
+    spent = {name: record for name, record in records.items() if record.result and not name.startswith("evaluate")}
+    keys = {"flops": ".3g", "seconds": ",.0f", "images_seen": ",.0f"}
+    rows = []
+    for name, record in spent.items():
+        if "source" in record.result:
+            name = f"{name}, from {_link(record.result['source'])}"
+        rows.append((name, *(_number(record.value(key), form) for key, form in keys.items())))
+    total = ["total"]
+    for key, form in keys.items():
+        total.append(_number(sum(record.value(key) or 0 for record in spent.values()), form))
+    rows.append(total)
     student = records[artifact_name("train", start=recipe.train.start)]
     device = {"cuda": "GPU", "cpu": "CPU"}.get(student.result["device"], student.result["device"])
+    table = _table(("phase", "FLOPs", "seconds", "images seen"), rows)
     return (
-        _table(("phase", "FLOPs", "seconds", "images seen"), rows)
-        + f"\n\nForward and backward of everything trained; {student.result['world_size']} x {device} "
+        f"{table}\n\nForward and backward of everything trained; {student.result['world_size']} x {device} "
         f"(expert parallel {student.result['ep_size']}) for `{student.folder.name}`. `recipe.yaml` and "
         "`ds_config.json` are what was run."
     )
 
 
 def _loading(recipe: Recipe, student: PhaseRecord, folders: Sequence[str]) -> str:
-    repo, revision = recipe.hub.repo, recipe.hub.revision
-    branch, source = ("", repo) if revision == "main" else (f', revision="{revision}"', f"{repo}@{revision}")
-    commit = (student.result["git_commit"] or "").removesuffix("+changes")
+    repo = recipe.hub.repo
+    revision = recipe.hub.revision
+    branch = ""
+    source = repo
+    if revision != "main":
+        branch = f', revision="{revision}"'
+        source = f"{repo}@{revision}"
     text = (
         "```python\nfrom models.vmoe import VMoE  # package m2mkd\n\n"
         f'model = VMoE.from_pretrained("{repo}"{branch})  # in evaluation mode\n'
         "logits = model(images)  # (B, C, H, W), preprocessed as model.preprocessing says\n```\n\n"
         "torch, timm, safetensors and huggingface_hub are all it needs."
-        + (f" Trained with commit `{commit}` of m2mkd." if commit else "")
     )
+    commit = (student.result["git_commit"] or "").removesuffix("+changes")
+    if commit:
+        text += f" Trained with commit `{commit}` of m2mkd."
     if folders:
+        named = ", ".join(f"`{name}/`" for name in folders)
         text += (
-            "\n\nThe stages that taught it lie beside it ("
-            + ", ".join(f"`{name}/`" for name in folders)
-            + f"): recipes can start from them with `meta.source={source}` and `distill.source={source}`."
+            f"\n\nThe stages that taught it lie beside it ({named}): recipes can start from them with "
+            f"`meta.source={source}` and `distill.source={source}`."
         )
     return text
 
 
 def _picture(student: PhaseRecord) -> bytes | None:
+    """expert_load.png; None where no loads were logged or matplotlib is not installed."""
     loads = student.loads()
-    if not loads:
+    drawing = load_drawing()
+    if not loads or drawing is None:
         return None
-    try:
-        from trainer.report import plots
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        plots.draw_expert_load(Path(folder) / PICTURE, {RUNS[student.folder.name]: loads})
-        return (Path(folder) / PICTURE).read_bytes()
+    return drawing.expert_load_png({RUNS[student.folder.name]: loads})
 
 
 def _number(value: float | None, form: str) -> str:

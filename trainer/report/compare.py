@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from trainer.report.charts import BarChart, Line, LineChart, in_flop_units
 from trainer.report.data import (
-    FLOP_UNITS,
     RUNS,
     PhaseRecord,
-    distills,
+    cost_curve,
     hybrids,
     peak_memory,
-    preparation,
     read_analysis,
     read_phases,
     speed,
@@ -23,7 +23,6 @@ from trainer.report.data import (
     total,
 )
 from trainer.report.page import duration, figure, figures, flops, gigabytes, page, percent, percent_tick, table
-from trainer.report.svg import Line, bar_chart, line_chart
 from trainer.report.warnings import expected, warnings
 
 Phases = Mapping[str, PhaseRecord]
@@ -33,119 +32,140 @@ def comparison_page(folders: Sequence[Path]) -> str:
     """The page of several run folders, in the order given.
 
     Raises:
-        ValueError: when one of the folders holds no phase.
+        ValueError: when one of the folders holds no phase, or one is given twice.
     """
     runs = dict(zip(_names(folders), (read_phases(folder) for folder in folders)))
-    ranked = sorted(((a, n) for n, p in runs.items() if (a := student_accuracy(p)) is not None), reverse=True)
-    text = "No student is trained to the end yet."
-    if ranked:
-        text = f"The best student is that of <b>{escape(ranked[0][1])}</b> with {percent(ranked[0][0])}"
-        text += f", {100 * (ranked[0][0] - ranked[1][0]):.1f} points above the next." if len(ranked) > 1 else "."
-    sections = {"Key figures": _figures(runs), "Learning curves": _curves(runs), "Modules": _modules(runs),
-                "Differences of the recipes": _differences(runs)}  # fmt: skip
-    return page(f"{len(runs)} runs compared", [f'<p class="verdict">{text}</p>'], sections)
+    sections = {
+        "Key figures": _figures(runs),
+        "Learning curves": _curves(runs),
+        "Modules": _modules(runs),
+        "Differences of the recipes": _differences(runs),
+    }
+    return page(f"{len(runs)} runs compared", [f'<p class="verdict">{_verdict(runs)}</p>'], sections)
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """A short name per run folder, with as much of its path as tells it from the others."""
-    parts = [folder.resolve().parts for folder in folders]
-    names: list[str] = []
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-length:]) for part in parts]
+    paths = [folder.resolve().parts for folder in folders]
+    longest = max(len(parts) for parts in paths)
+    for length in range(1, longest + 1):
+        names = ["/".join(parts[-length:]) for parts in paths]
         if len(set(names)) == len(names):
             return names
     raise ValueError(f"the same folder is given twice: {', '.join(map(str, folders))}")
 
 
+def _verdict(runs: Mapping[str, Phases]) -> str:
+    accuracies = {name: student_accuracy(phases) for name, phases in runs.items()}
+    known = [(accuracy, name) for name, accuracy in accuracies.items() if accuracy is not None]
+    ranked = sorted(known, reverse=True)
+    if not ranked:
+        return "No student is trained to the end yet."
+    best, best_name = ranked[0]
+    text = f"The best student is that of <b>{escape(best_name)}</b> with {percent(best)}"
+    if len(ranked) == 1:
+        return f"{text}."
+    second, _ = ranked[1]
+    return f"{text}, {100 * (best - second):.1f} points above the next."
+
+
 def _figures(runs: Mapping[str, Phases]) -> str:
-    rows = [["student's accuracy", *(percent(student_accuracy(p)) for p in runs.values())],
-            ["teacher's accuracy", *(percent(teacher_accuracy(p)) for p in runs.values())],
-            ["meta model's accuracy", *(percent(p["meta"].metric("accuracy")) for p in runs.values())]]  # fmt: skip
-    for run, name in list(RUNS.items())[1:]:
-        if any(run in p for p in runs.values()):
-            shown = (percent(p[run].metric("accuracy") if run in p else None) for p in runs.values())
-            rows.append([f"student from {name}", *shown])
-    ends = [p["train"] for p in runs.values()]
-    rows += [
-        ["epochs end to end", *(_shown(end.value("epochs")) for end in ends)],
-        ["global batch", *(_shown(end.value("global_batch")) for end in ends)],
-        ["ranks (expert parallel)", *(f"{_shown(e.value('world_size'))} ({_shown(e.value('ep_size'))})" for e in ends)],
-        ["FLOPs, all of m2mKD", *(flops(total(p, "train", "flops")) for p in runs.values())],
-        ["time, all of m2mKD", *(duration(total(p, "train", "seconds")) for p in runs.values())],
-        ["images/s end to end", *(_shown(speed(end)) for end in ends)],
-        ["peak memory of a rank", *(gigabytes(peak_memory(end)) for end in ends)],
-        ["phases complete", *(f"{sum(p[n].status == 'done' for n in expected(p))} of {len(expected(p))}"
-                              for p in runs.values())],
-        ["warnings", *(str(len(warnings(p, read_analysis(p)))) for p in runs.values())],
-    ]  # fmt: skip
+    columns = list(runs.values())
+    rows = [
+        ["student's accuracy", *(percent(student_accuracy(phases)) for phases in columns)],
+        ["teacher's accuracy", *(percent(teacher_accuracy(phases)) for phases in columns)],
+        ["meta model's accuracy", *(percent(phases["meta"].metric("accuracy")) for phases in columns)],
+    ]
+    for run, name in RUNS.items():
+        records = [phases.get(run) for phases in columns]
+        if run != "train" and any(records):
+            accuracies = [record and record.metric("accuracy") for record in records]
+            rows.append([f"student from {name}", *map(percent, accuracies)])
+    ends = [phases["train"] for phases in columns]
+    rows.append(["epochs end to end", *(_shown(end.value("epochs")) for end in ends)])
+    rows.append(["global batch", *(_shown(end.value("global_batch")) for end in ends)])
+    rows.append(["ranks (expert parallel)", *map(_ranks, ends)])
+    rows.append(["FLOPs, all of m2mKD", *(flops(total(phases, "train", "flops")) for phases in columns)])
+    rows.append(["time, all of m2mKD", *(duration(total(phases, "train", "seconds")) for phases in columns)])
+    rows.append(["images/s end to end", *(_shown(speed(end)) for end in ends)])
+    rows.append(["peak memory of a rank", *(gigabytes(peak_memory(end)) for end in ends)])
+    rows.append(["phases complete", *map(_complete, columns)])
+    counts = [len(warnings(phases, read_analysis(phases))) for phases in columns]
+    rows.append(["warnings", *map(str, counts)])
     return table(["", *map(escape, runs)], rows)
 
 
+def _ranks(end: PhaseRecord) -> str:
+    return f"{_shown(end.value('world_size'))} ({_shown(end.value('ep_size'))})"
+
+
+def _complete(phases: Phases) -> str:
+    names = expected(phases)
+    done = sum(phases[name].status == "done" for name in names)
+    return f"{done} of {len(names)}"
+
+
 def _curves(runs: Mapping[str, Phases]) -> str:
-    trained = [(place, name, p) for place, (name, p) in enumerate(runs.items()) if p["train"].curve()]
-    if not trained:
-        return ""
-    legend = [(name, str(place)) for place, name, _ in trained]
-    lines = [Line(name, list(p["train"].curve().items()), place, marks=True) for place, name, p in trained]
-    pictures = [figure("Student's accuracy by epochs", line_chart(lines, "epochs", "accuracy", percent_tick),
-                       "End-to-end training of the m2mKD student of each run.", legend)]  # fmt: skip
-    priced = []
-    for place, name, phases in trained:
-        before, end = preparation(phases, "train", "flops"), phases["train"]
-        if before is not None and end.value("flops") and end.value("epochs"):
-            per_epoch = end.value("flops") / end.value("epochs")
-            priced.append(Line(name, [(before + per_epoch * e, a) for e, a in end.curve().items()], place, marks=True))
-    if priced:
-        most = max(x for line in priced for x, _ in line.points)
-        unit = next((unit for unit in FLOP_UNITS if unit <= most), 1.0)
-        lines = [Line(p.name, [(x / unit, y) for x, y in p.points], p.colour, marks=True) for p in priced]
-        pictures.append(figure(
-            "Student's accuracy by total cost", line_chart(lines, FLOP_UNITS[unit], "accuracy", percent_tick),
-            "Meta model and modules count; the teacher's own training does not.", legend,
-        ))  # fmt: skip
-    losses = [Line(name, p["train"].series("loss"), place) for place, name, p in trained]
+    """Of the runs whose student has an accuracy; a run keeps its colour in every picture."""
+    by_epochs = []
+    by_cost = []
+    losses = []
+    for colour, (name, phases) in enumerate(runs.items()):
+        end = phases["train"]
+        curve = list(end.curve().items())
+        if not curve:
+            continue
+        by_epochs.append(Line(name, curve, colour, marks=True))
+        losses.append(Line(name, end.series("loss"), colour))
+        priced = cost_curve(phases, "train")
+        if priced:
+            by_cost.append(Line(name, priced, colour, marks=True))
+    pictures = []
+    if by_epochs:
+        chart = LineChart("Student's accuracy by epochs", by_epochs, "epochs", "accuracy", percent_tick)
+        pictures.append(figure(chart, "End-to-end training of the m2mKD student of each run."))
+    if by_cost:
+        lines, _, unit = in_flop_units(by_cost)
+        chart = LineChart("Student's accuracy by total cost", lines, unit, "accuracy", percent_tick)
+        pictures.append(figure(chart, "Meta model and modules count; the teacher's own training does not."))
     if any(line.points for line in losses):
-        pictures.append(figure(
-            "Training loss", line_chart(losses, "optimiser step", "loss", from_zero=False),
-            "Comparable only where the recipes agree on labels and mixing.", legend,
-        ))  # fmt: skip
+        chart = LineChart("Training loss", losses, "optimiser step", "loss", from_zero=False)
+        pictures.append(figure(chart, "Comparable only where the recipes agree on labels and mixing."))
     return figures(pictures)
 
 
 def _modules(runs: Mapping[str, Phases]) -> str:
-    found = {name: [student for *_, student in hybrids(phases)] for name, phases in runs.items()}
-    most = max(len(distills(phases)) for phases in runs.values())
-    if not any(value is not None for values in found.values() for value in values):
+    accuracies_of: list[list[float | None]] = []  # run -> module -> its student's
+    for phases in runs.values():
+        accuracies_of.append([student for _, _, student in hybrids(phases)])
+    # a run of fewer modules has no bars further on
+    by_module = itertools.zip_longest(*accuracies_of)
+    groups = [(str(module), accuracies) for module, accuracies in enumerate(by_module)]
+    if all(accuracy is None for _, accuracies in groups for accuracy in accuracies):
         return ""
-    groups = [(str(i), [values[i] if i < len(values) else None for values in found.values()]) for i in range(most)]
-    picture = bar_chart(groups, [(name, place) for place, name in enumerate(found)], "module", "accuracy", percent_tick)
-    return figures([figure(
-        "Student modules inside their meta model", picture,
-        "Accuracy of the meta model with one module replaced by the student's.",
-        [(name, str(place)) for place, name in enumerate(found)],
-    )])  # fmt: skip
+    names = [(name, colour) for colour, name in enumerate(runs)]
+    chart = BarChart("Student modules inside their meta model", groups, names, "module", "accuracy", percent_tick)
+    return figures([figure(chart, "Accuracy of the meta model with one module replaced by the student's.")])
 
 
 def _differences(runs: Mapping[str, Phases]) -> str:
     recipes = [dict(_flat(_recipe(phases), "")) for phases in runs.values()]
-    keys = [key for key in dict.fromkeys(key for recipe in recipes for key in recipe)
-            if len({str(recipe.get(key, "–")) for recipe in recipes}) > 1]  # fmt: skip
-    if not keys:
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe)
+    rows = []
+    for key in keys:
+        values = [str(recipe.get(key, "–")) for recipe in recipes]
+        if len(set(values)) > 1:
+            breakable = escape(key).replace(".", ".<wbr>")
+            rows.append([f"<code>{breakable}</code>", *map(escape, values)])
+    if not rows:
         return "<p>The recipes agree on every key.</p>"
-    rows = [
-        [
-            f"<code>{escape(key).replace('.', '.<wbr>')}</code>",
-            *(escape(str(recipe.get(key, "–"))) for recipe in recipes),
-        ]
-        for key in keys
-    ]
     return table(["key", *map(escape, runs)], rows)
 
 
 def _recipe(phases: Phases) -> Mapping[str, Any]:
     """As the last phase of the run used it."""
-    found = [record.config["recipe"] for record in phases.values() if isinstance(record.config.get("recipe"), dict)]
-    return found[-1] if found else {}
+    recipes = [record.config.get("recipe") for record in phases.values()]
+    return next((recipe for recipe in reversed(recipes) if isinstance(recipe, dict)), {})
 
 
 def _flat(values: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from trainer.request.graph import TABLE
 from trainer.tracking.metrics import relative_load
 
 # end-to-end runs: folder -> name
@@ -24,7 +25,7 @@ RUNS = {
 }
 FLOP_UNITS = {1e21: "ZFLOP", 1e18: "EFLOP", 1e15: "PFLOP", 1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP", 1.0: "FLOP"}
 CLASS_COUNTS = ("images", "correct", "predicted", "taken_for", "taken_count")  # of analysis.json
-PREPARING = ("meta", "cluster", "expert", "distill", "refine")  # phases whose cost comes before end-to-end training
+PREPARING = tuple(row.name for row in TABLE if row.prepares)  # their cost comes before end-to-end training
 END_SHARE = 0.1  # of the logged steps: what "at the end" of training averages over
 
 Loads = Mapping[str, Sequence[tuple[int, Sequence[float]]]]  # layer -> (step, load per expert) of each logged step
@@ -50,7 +51,9 @@ class PhaseRecord:
             return "missing"
         if (self.folder / "result.json").exists():
             return "damaged"
-        return f"unfinished (step {self.rows[-1]['step']})" if self.rows else "unfinished (nothing logged)"
+        if not self.rows:
+            return "unfinished (nothing logged)"
+        return f"unfinished (step {self.rows[-1]['step']})"
 
     def value(self, key: str) -> float | None:
         """A number of result.json."""
@@ -62,14 +65,16 @@ class PhaseRecord:
 
     def series(self, key: str, kind: str = "train") -> list[tuple[int, float]]:
         """(step, value) of every row of a kind that has the key."""
-        found = ((row["step"], number(row.get(key))) for row in self.rows if row["kind"] == kind)
-        return [(step, value) for step, value in found if value is not None]
+        logged = ((row["step"], number(row.get(key))) for row in self.rows if row["kind"] == kind)
+        return [(step, value) for step, value in logged if value is not None]
 
     def curve(self) -> dict[float, float]:
         """Accuracy by epochs done; the result stands in where the last epoch has no evaluation row."""
         curve = {row["epoch"]: number(row.get("accuracy")) for row in self.rows if row["kind"] == "eval"}
-        if self.metric("accuracy") is not None and self.value("epochs") is not None:
-            curve.setdefault(self.value("epochs"), self.metric("accuracy"))
+        epochs = self.value("epochs")
+        final = self.metric("accuracy")
+        if final is not None and epochs is not None:
+            curve.setdefault(epochs, final)
         return {epoch: accuracy for epoch, accuracy in sorted(curve.items()) if accuracy is not None}
 
     def loads(self) -> dict[str, list[tuple[int, list[float]]]]:
@@ -77,17 +82,20 @@ class PhaseRecord:
         layers: dict[str, list[tuple[int, list[float]]]] = {}
         for row in self.rows:
             for key, shares in row.items():
-                if key.startswith("load/") and _are_numbers(shares):
-                    steps = layers.setdefault(key.removeprefix("load/"), [])
-                    if not steps or len(steps[0][1]) == len(shares):
-                        steps.append((row["step"], relative_load(shares)))
+                if not key.startswith("load/") or not _are_numbers(shares):
+                    continue
+                steps = layers.setdefault(key.removeprefix("load/"), [])
+                if not steps or len(steps[0][1]) == len(shares):
+                    steps.append((row["step"], relative_load(shares)))
         return dict(sorted(layers.items(), key=lambda item: natural(item[0])))
 
     def recipe(self, *keys: str) -> Any:
         """A value of the recipe this phase was run with, None where it is not known."""
         value: Any = self.config.get("recipe")
         for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
+            if not isinstance(value, dict):
+                return None
+            value = value.get(key)
         return value
 
 
@@ -100,16 +108,21 @@ def read_phases(run_dir: Path) -> dict[str, PhaseRecord]:
     records = {path.name: read_phase(path) for path in run_dir.glob("*") if path.is_dir()}
     if "assemble" in records:  # a teacher that was grown
         records["teacher"] = records["assemble"]
-    numbers = [int(name.removeprefix("distill_")) for name in records if re.fullmatch(r"distill_\d{1,4}", name)]
+    modules = [int(name.removeprefix("distill_")) for name in records if re.fullmatch(r"distill_\d{1,4}", name)]
     if "meta" in records and records["meta"].result:
-        found = (re.fullmatch(r"hybrid_accuracy/(\d{1,4})", key) for key in records["meta"].result["metrics"])
-        numbers += [int(match[1]) for match in found if match]
-    distills = [f"distill_{module}" for module in range(max(numbers, default=-1) + 1)]
-    apart, refined = (
-        sorted(filter(re.compile(pattern).fullmatch, records), key=natural)
-        for pattern in (r"cluster_\d{1,4}|expert_\d{1,4}_\d{1,6}", r"refine_\d{1,4}")
-    )
-    order = ["teacher", "meta", *apart, *distills, *refined, *RUNS, "evaluate"]
+        measured = (re.fullmatch(r"hybrid_accuracy/(\d{1,4})", key) for key in records["meta"].result["metrics"])
+        modules += [int(match[1]) for match in measured if match]
+    distilled = [f"distill_{module}" for module in range(max(modules, default=-1) + 1)]
+    before, after = PREPARING[1 : PREPARING.index("distill")], PREPARING[PREPARING.index("distill") + 1 :]
+    order = [
+        "teacher",
+        "meta",
+        *_results_of(before, records),
+        *distilled,
+        *_results_of(after, records),
+        *RUNS,
+        "evaluate",
+    ]
     if not any(name in records for name in order):
         raise ValueError(
             f"{run_dir} holds no phase of a run: expected folders such as teacher, meta, distill_0, train. "
@@ -120,6 +133,12 @@ def read_phases(run_dir: Path) -> dict[str, PhaseRecord]:
     return {name: records.get(name) or PhaseRecord(run_dir / name) for name in order}
 
 
+def _results_of(phases: Sequence[str], records: Mapping[str, PhaseRecord]) -> list[str]:
+    """Those of phases that go by module or expert, module 9 before module 10."""
+    pattern = re.compile(rf"({'|'.join(phases)})_\d{{1,4}}(_\d{{1,6}})?")
+    return sorted(filter(pattern.fullmatch, records), key=natural)
+
+
 def runs_of(phases: Mapping[str, PhaseRecord]) -> dict[str, str]:
     """The end-to-end runs a report of these phases shows: folder -> name."""
     return {run: name for run, name in RUNS.items() if run in phases}
@@ -128,34 +147,45 @@ def runs_of(phases: Mapping[str, PhaseRecord]) -> dict[str, str]:
 def read_analysis(phases: Mapping[str, PhaseRecord]) -> dict[str, Any] | None:
     """analysis.json of phase evaluate (see trainer/evaluation/analysis.py), None where none can be read."""
     record = phases["evaluate"]
-    found = _json(record.folder / "analysis.json", record.problems)
+    analysis = _json(record.folder / "analysis.json", record.problems)
+    if analysis is None:
+        return None
     try:
-        classes = len(found["labels"])
-        whole = all(_are_numbers(found["classes"][key], classes) for key in CLASS_COUNTS)
-        whole &= all(value < classes and isinstance(value, int) for value in found["classes"]["taken_for"])
-        whole &= _are_numbers([found["images"], found["skipped"]])
-        rows, columns = found["grid"]
-        whole &= all(_are_numbers(layer["load"]) and number(layer["kept"]) is not None and
-                     _are_numbers(layer.get("first", layer["load"]))  # runs of an older version lack it
-                     for layer in found["layers"].values())  # fmt: skip
-        whole &= all(_are_numbers(row, classes) for row in found["confusion"] or ())
-        whole &= all(_are_numbers(pair, 3) and _are_places(pair[:2], classes) for pair in found["confusions"])
-        whole &= all(
-            _are_numbers([p["confidence"], p["index"]]) and _are_places([p["label"], p["predicted"]], classes)
-            and isinstance(p["png"], str) and all(_are_numbers(e, rows * columns) for e in p["experts"].values())
-            for p in found["pictures"]
-        )  # fmt: skip
+        whole = _is_analysis(analysis)
     except (TypeError, KeyError, ValueError, AttributeError):
         whole = False
-    if found is not None and not whole:
+    if not whole:
         record.problems.append(f"{record.folder.name}/analysis.json is not what an evaluation writes")
-    return found if whole else None
+        return None
+    return analysis
+
+
+def _is_analysis(analysis: Any) -> bool:
+    """Whether it holds what the pages use, in the sizes they rely on; other errors mean that it does not."""
+    classes = len(analysis["labels"])
+    rows, columns = analysis["grid"]
+    counts = analysis["classes"]
+    good = all(_are_numbers(counts[key], classes) for key in CLASS_COUNTS)
+    good &= all(isinstance(value, int) and value < classes for value in counts["taken_for"])  # -1: for nothing
+    good &= _are_numbers([analysis["images"], analysis["skipped"]])
+    for layer in analysis["layers"].values():
+        first = layer.get("first", layer["load"])  # runs of an older version lack it
+        good &= _are_numbers(layer["load"]) and _are_numbers(first) and number(layer["kept"]) is not None
+    good &= all(_are_numbers(row, classes) for row in analysis["confusion"] or ())
+    good &= all(_are_numbers(pair, 3) and _are_places(pair[:2], classes) for pair in analysis["confusions"])
+    for picture in analysis["pictures"]:
+        good &= _are_numbers([picture["confidence"], picture["index"]]) and isinstance(picture["png"], str)
+        good &= _are_places([picture["label"], picture["predicted"]], classes)
+        good &= all(_are_numbers(experts, rows * columns) for experts in picture["experts"].values())
+    return good
 
 
 def teacher_accuracy(phases: Mapping[str, PhaseRecord]) -> float | None:
     """Of the teacher's own phase, else as measured by meta."""
-    own = phases["teacher"].metric("accuracy")
-    return phases["meta"].metric("teacher_accuracy") if own is None else own
+    accuracy = phases["teacher"].metric("accuracy")
+    if accuracy is None:
+        accuracy = phases["meta"].metric("teacher_accuracy")
+    return accuracy
 
 
 def hybrids(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, float | None, float | None]]:
@@ -167,18 +197,24 @@ def hybrids(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, float | None, 
     rows = []
     for module, distill in enumerate(distills(phases)):
         teacher = phases["meta"].metric(f"hybrid_accuracy/{module}")
-        teacher = distill.metric("teacher_hybrid_accuracy") if teacher is None else teacher
-        untaught = distill.value("epochs") == 0
-        taught = phases.get(f"refine_{module}", distill) if untaught else distill
-        rows.append((f"module {module}", teacher, taught.metric("hybrid_accuracy")))
+        if teacher is None:
+            teacher = distill.metric("teacher_hybrid_accuracy")
+        last_round = distill
+        if distill.value("epochs") == 0:
+            last_round = phases.get(f"refine_{module}", distill)
+        rows.append((f"module {module}", teacher, last_round.metric("hybrid_accuracy")))
     return rows
 
 
 def routing_measures(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, float | None, float | None]]:
     """Per phase with experts: name, share of tokens whose expert changed over the last two evaluations, similarity."""
-    found = [(name, record.metric("routing_change"), record.metric("expert_similarity"))
-             for name, record in phases.items()]  # fmt: skip
-    return [row for row in found if row[1:] != (None, None)]
+    rows = []
+    for name, record in phases.items():
+        change = record.metric("routing_change")
+        similarity = record.metric("expert_similarity")
+        if change is not None or similarity is not None:
+            rows.append((name, change, similarity))
+    return rows
 
 
 def distills(phases: Mapping[str, PhaseRecord]) -> list[PhaseRecord]:
@@ -191,13 +227,31 @@ def preparation(phases: Mapping[str, PhaseRecord], run: str, key: str) -> float 
     if run != "train":
         return 0.0
     parts = [record.value(key) for name, record in phases.items() if name.partition("_")[0] in PREPARING]
-    return None if None in parts or len(parts) < 2 else sum(parts)
+    if None in parts or len(parts) < 2:
+        return None
+    return sum(parts)
 
 
 def total(phases: Mapping[str, PhaseRecord], run: str, key: str) -> float | None:
     """Flops or seconds of an end-to-end run with its preparation; None when a part is not known."""
-    own, before = phases[run].value(key), preparation(phases, run, key)
-    return None if own is None or before is None else own + before
+    training = phases[run].value(key)
+    before = preparation(phases, run, key)
+    if training is None or before is None:
+        return None
+    return training + before
+
+
+def cost_curve(phases: Mapping[str, PhaseRecord], run: str) -> list[tuple[float, float]]:
+    """(FLOPs spent so far, accuracy) of an end-to-end run, preparation included; empty when a cost is not known."""
+    record = phases[run]
+    before = preparation(phases, run, "flops")
+    flops = record.value("flops")
+    epochs = record.value("epochs")
+    if before is None or not flops or not epochs:
+        return []
+    # cost after e epochs = preparation + e * (cost of the training / its epochs)
+    per_epoch = flops / epochs
+    return [(before + per_epoch * epoch, accuracy) for epoch, accuracy in record.curve().items()]
 
 
 def peak_memory(record: PhaseRecord) -> float | None:
@@ -213,25 +267,31 @@ def speed(record: PhaseRecord) -> float | None:
 
 def student_accuracy(phases: Mapping[str, PhaseRecord]) -> float | None:
     """Of the published student where it was evaluated, else at the end of its training."""
-    measured = phases["evaluate"].metric("accuracy")
-    return phases["train"].metric("accuracy") if measured is None else measured
+    accuracy = phases["evaluate"].metric("accuracy")
+    if accuracy is None:
+        accuracy = phases["train"].metric("accuracy")
+    return accuracy
 
 
 def at_end(steps: Sequence[tuple[int, Sequence[float]]]) -> list[float]:
     """Load per expert, mean over the last tenth of the logged steps."""
-    last = [load for _, load in steps[-max(1, round(END_SHARE * len(steps))) :]]
-    return [sum(values) / len(last) for values in zip(*last)]
+    count = max(1, round(END_SHARE * len(steps)))
+    loads = [load for _, load in steps[-count:]]
+    return [sum(of_expert) / count for of_expert in zip(*loads)]
 
 
 def number(value: Any) -> float | None:
     """The value when it is a finite number, else None."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return value if good else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value
 
 
 def natural(name: str) -> list[Any]:
     """Sort key that puts block 9 before block 10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    parts: list[Any] = re.split(r"(\d+)", name)
+    parts[1::2] = map(int, parts[1::2])  # every second part is a number
+    return parts
 
 
 def _are_numbers(values: Any, length: int | None = None) -> bool:
@@ -252,8 +312,9 @@ def read_phase(folder: Path, *, with_config: bool = True) -> PhaseRecord:
         result = None
     rows = _rows(folder / "metrics.jsonl", ("kind", "epoch", "step"), problems)
     rows = [row for row in rows if isinstance(row["step"], int) and number(row["epoch"]) is not None]
-    return PhaseRecord(folder, result, rows, _rows(folder / "events.jsonl", ("event", "step"), problems),
-                       _yaml(folder / "config.yaml", problems) if with_config else {}, problems)  # fmt: skip
+    events = _rows(folder / "events.jsonl", ("event", "step"), problems)
+    config = _yaml(folder / "config.yaml", problems) if with_config else {}
+    return PhaseRecord(folder, result, rows, events, config, problems)
 
 
 def _json(path: Path, problems: list[str]) -> Any:
@@ -268,15 +329,15 @@ def _json(path: Path, problems: list[str]) -> Any:
 
 def _yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text())
+        values = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, yaml.YAMLError) as error:
-        found = " ".join(str(error).split())[:200]
-    if not isinstance(found, dict):
-        problems.append(f"{path.parent.name}/{path.name} cannot be read: {found}")
+        values = " ".join(str(error).split())[:200]
+    if not isinstance(values, dict):
+        problems.append(f"{path.parent.name}/{path.name} cannot be read: {values}")
         return {}
-    return found
+    return values
 
 
 def _rows(path: Path, keys: Sequence[str], problems: list[str]) -> list[dict[str, Any]]:
@@ -285,7 +346,8 @@ def _rows(path: Path, keys: Sequence[str], problems: list[str]) -> list[dict[str
         lines = path.read_text(errors="replace").removesuffix("\n").split("\n")
     except OSError:
         return []
-    rows, broken = [], []
+    rows = []
+    broken = []
     for place, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)

@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
+from trainer.report.charts import BarChart, Beginning, Line, LineChart, LoadMap, in_flop_units
 from trainer.report.classes import classes_section, routing_section
 from trainer.report.data import (
-    FLOP_UNITS,
     PhaseRecord,
     at_end,
+    cost_curve,
     distills,
     hybrids,
     number,
@@ -27,7 +28,6 @@ from trainer.report.data import (
     total,
 )
 from trainer.report.page import duration, figure, figures, flops, gigabytes, page, percent, percent_tick, table
-from trainer.report.svg import Line, bar_chart, line_chart, load_map
 from trainer.report.warnings import block, expected, notes, versions, warnings
 
 CHAIN = (
@@ -35,10 +35,25 @@ CHAIN = (
     "meta model cut into modules like it; each student module distilled inside the meta model; then the assembled "
     "student trained end to end."
 )
+ACCURACY = "accuracy on the validation images"
+STEP = "optimiser step"
+# baseline -> title of its card, what it is, how it compares in the verdict
+RIVALS = {
+    "train_scratch": (
+        "From scratch",
+        "the same student for as many epochs, without teacher",
+        "for as many epochs",
+    ),
+    "train_scratch_equal_cost": (
+        "Scratch, equal cost",
+        "the same student for the cost of the whole chain",
+        "at the same total cost",
+    ),
+}
 
 
 def run_page(name: str, phases: Mapping[str, PhaseRecord]) -> str:
-    """The whole page of a run called `name`."""
+    """The whole page of a run called `name`, as HTML."""
     analysis = read_analysis(phases)
     sections = {
         "Phases": _phases(phases),
@@ -50,64 +65,148 @@ def run_page(name: str, phases: Mapping[str, PhaseRecord]) -> str:
         "Classes": classes_section(analysis),
         "Environment": _environment(phases),
     }
-    wanted = expected(phases)
-    done = sum(phases[phase].status == "done" for phase in wanted)
-    state = f'<p class="{"done" if done == len(wanted) else "open"}"><b>{done} of {len(wanted)} phases complete</b></p>'
+    names = expected(phases)
+    done = sum(phases[phase].status == "done" for phase in names)
+    kind = "done" if done == len(names) else "open"
+    state = f'<p class="{kind}"><b>{done} of {len(names)} phases complete</b></p>'
     return page(f"Run {name}", [state, _summary(phases), _warnings(phases, analysis)], sections)
 
 
+def accuracy_charts(phases: Mapping[str, PhaseRecord]) -> list[LineChart]:
+    """Accuracy of the end-to-end runs by epochs and, where the FLOPs are known, by total cost."""
+    teacher = teacher_accuracy(phases)
+    levels = []
+    if teacher is not None:
+        levels.append(("teacher", teacher))
+    by_epochs = []
+    by_cost = []
+    beginning = None
+    for colour, (run, name) in enumerate(runs_of(phases).items()):
+        curve = list(phases[run].curve().items())
+        if not curve:
+            continue
+        by_epochs.append(Line(name, curve, colour, marks=True))
+        priced = cost_curve(phases, run)
+        if priced:
+            by_cost.append(Line(name, priced, colour, marks=True))
+            before = preparation(phases, run, "flops")
+            if before:
+                beginning = Beginning("meta model and modules", before, colour)
+    if not by_epochs:
+        return []
+    title = "Accuracy by epochs of end-to-end training"
+    charts = [LineChart(title, by_epochs, "epochs", ACCURACY, percent_tick, levels)]
+    if by_cost:
+        lines, unit, unit_name = in_flop_units(by_cost)
+        if beginning:
+            beginning = Beginning(beginning.name, beginning.end / unit, beginning.colour)
+        title = "Accuracy by total training cost"
+        charts.append(LineChart(title, lines, unit_name, ACCURACY, percent_tick, levels, beginning))
+    return charts
+
+
+def hybrid_chart(phases: Mapping[str, PhaseRecord]) -> BarChart | None:
+    """Accuracy of the meta model with one module replaced; None where nothing is known."""
+    rows = hybrids(phases)
+    if all(row[1:] == (None, None) for row in rows):
+        return None
+    levels = []
+    for name, accuracy in (("teacher", teacher_accuracy(phases)), ("meta model", phases["meta"].metric("accuracy"))):
+        if accuracy is not None:
+            levels.append((f"{name} alone, {percent(accuracy)}", accuracy))
+    groups = [(name.removeprefix("module "), accuracies) for name, *accuracies in rows]
+    names = (("with the teacher's module", 6), ("with the student's module", 0))
+    title = "Meta model with one module replaced"
+    return BarChart(title, groups, names, "module", ACCURACY, percent_tick, levels)
+
+
 def _summary(phases: Mapping[str, PhaseRecord]) -> str:
-    student, teacher = student_accuracy(phases), teacher_accuracy(phases)
-    cards = [("Student", percent(student), "accuracy of the modular student"),
-             ("Teacher", percent(teacher), "accuracy of the model it learns from")]  # fmt: skip
-    for run, title, text in (("train_scratch", "From scratch", "the same student for as many epochs, without teacher"),
-                             ("train_scratch_equal_cost", "Scratch, equal cost",
-                              "the same student for the cost of the whole chain")):  # fmt: skip
+    cards = [
+        ("Student", percent(student_accuracy(phases)), "accuracy of the modular student"),
+        ("Teacher", percent(teacher_accuracy(phases)), "accuracy of the model it learns from"),
+    ]
+    for run, (title, text, _) in RIVALS.items():
         accuracy = phases[run].metric("accuracy")
         if accuracy is not None:
             cards.append((title, percent(accuracy), text))
-    seconds, world = total(phases, "train", "seconds"), phases["train"].value("world_size")
     cards.append(("Cost", flops(total(phases, "train", "flops")), "to train meta model, modules and student"))
-    if seconds is not None and world:
-        kind = "GPU" if (phases["train"].result or {}).get("device") == "cuda" else "process"
-        many = f"{world:g} {kind}{'' if world == 1 else 's' if kind == 'GPU' else 'es'}"
-        cards.append(("Time", duration(seconds), f"for the same on {many}: {_hours(seconds * world)} {kind} hours"))
-    shown = "".join(f'<div class="card"><span>{n}</span><b>{v}</b><span>{t}</span></div>' for n, v, t in cards)
+    seconds = total(phases, "train", "seconds")
+    ranks = phases["train"].value("world_size")
+    if seconds is not None and ranks:
+        on_gpus = (phases["train"].result or {}).get("device") == "cuda"
+        unit, plural = ("GPU", "s") if on_gpus else ("process", "es")
+        if ranks == 1:
+            plural = ""
+        hours = f"{_hours(seconds * ranks)} {unit} hours"
+        cards.append(("Time", duration(seconds), f"for the same on {ranks:g} {unit}{plural}: {hours}"))
+    shown = "".join(
+        f'<div class="card"><span>{title}</span><b>{value}</b><span>{text}</span></div>' for title, value, text in cards
+    )
     return f'<p class="verdict">{_verdict(phases)}</p><div class="cards">{shown}</div><p class="muted">{CHAIN}</p>'
 
 
 def _hours(seconds: float) -> str:
-    return f"{seconds / 3600:,.0f}" if seconds > 360_000 else f"{seconds / 3600:.2g}"
+    """Two digits, and whole hours above a hundred."""
+    hours = seconds / 3600
+    return f"{hours:,.0f}" if hours > 100 else f"{hours:.2g}"
 
 
 def _verdict(phases: Mapping[str, PhaseRecord]) -> str:
     """One or two sentences: what was taught by what on which data, and how it came out."""
-    record = next((r for r in (phases["train"], *phases.values()) if r.config.get("recipe")), phases["train"])
-    source, path = record.recipe("data", "source"), record.recipe("data", "path")
-    data = "the embedded digits" if source == "digits" else f"<b>{escape(str(path or 'unknown data'))}</b>"
-    teacher_name = record.recipe("teacher", "source")
-    taught = f"teacher <b>{escape(str(teacher_name))}</b>" if teacher_name else "a small teacher trained here"
-    variant = record.recipe("student", "variant") or f"{record.recipe('student', 'depth') or '?'} blocks"
-    experts, k = record.recipe("student", "moe", "num_experts"), record.recipe("student", "moe", "k")
-    about = f"A V-MoE ({escape(str(variant))}, {experts} experts, {k} per token) taught on {data} by {taught}"
-    student, teacher = student_accuracy(phases), teacher_accuracy(phases)
+    about = _about(phases)
+    student = student_accuracy(phases)
+    teacher = teacher_accuracy(phases)
     if student is None:
         return f"{about}. The student is not trained to the end yet."
     text = f"{about} reaches <b>{percent(student)}</b> accuracy"
-    text += f", {student / teacher:.0%} of its teacher's {percent(teacher)}." if teacher else "."
-    rivals = []
-    for run, name in (("train_scratch", "for as many epochs"), ("train_scratch_equal_cost", "at the same total cost")):
+    if teacher:
+        text += f", {student / teacher:.0%} of its teacher's {percent(teacher)}."
+    else:
+        text += "."
+    comparisons = []
+    for run, (_, _, at_what) in RIVALS.items():
         rival = phases[run].metric("accuracy")
         if rival is not None:
-            points = 100 * (student - rival)
-            apart = f"{abs(points):.1f} points {'above' if points > 0 else 'below'}"
-            apart = "level with" if round(points, 1) == 0 else apart
-            rivals.append(f"{apart} {'it' if rivals else 'the same student trained from scratch'} {name}")
-    return f"{text} That is {', and '.join(rivals)}." if rivals else text
+            named = "it" if comparisons else "the same student trained from scratch"
+            comparisons.append(f"{_apart(student - rival)} {named} {at_what}")
+    if comparisons:
+        text += f" That is {', and '.join(comparisons)}."
+    return text
+
+
+def _about(phases: Mapping[str, PhaseRecord]) -> str:
+    """The student, the data and the teacher, as the first recipe that is known names them."""
+    candidates = (phases["train"], *phases.values())
+    record = next((record for record in candidates if record.config.get("recipe")), phases["train"])
+    data = "the embedded digits"
+    if record.recipe("data", "source") != "digits":
+        path = record.recipe("data", "path") or "unknown data"
+        data = f"<b>{escape(str(path))}</b>"
+    teacher = "a small teacher trained here"
+    source = record.recipe("teacher", "source")
+    if source:
+        teacher = f"teacher <b>{escape(str(source))}</b>"
+    variant = record.recipe("student", "variant")
+    if not variant:
+        variant = f"{record.recipe('student', 'depth') or '?'} blocks"
+    experts = record.recipe("student", "moe", "num_experts")
+    k = record.recipe("student", "moe", "k")
+    return f"A V-MoE ({escape(str(variant))}, {experts} experts, {k} per token) taught on {data} by {teacher}"
+
+
+def _apart(difference: float) -> str:
+    """A difference of accuracies in words."""
+    points = 100 * difference
+    if round(points, 1) == 0:
+        return "level with"
+    if points > 0:
+        return f"{points:.1f} points above"
+    return f"{-points:.1f} points below"
 
 
 def _warnings(phases: Mapping[str, PhaseRecord], analysis: Mapping[str, Any] | None) -> str:
-    grave, light = warnings(phases, analysis), notes(phases)
+    grave = warnings(phases, analysis)
+    light = notes(phases)
     text = ""
     if grave:
         items = "".join(f"<li>{escape(sentence)}</li>" for sentence in grave)
@@ -120,21 +219,25 @@ def _warnings(phases: Mapping[str, PhaseRecord], analysis: Mapping[str, Any] | N
 
 
 def _phases(phases: Mapping[str, PhaseRecord]) -> str:
+    names = expected(phases)
     rows = []
     for name, record in phases.items():
         status = record.status
-        if status == "missing" and name not in expected(phases):
+        if status == "missing" and name not in names:
             continue
-        curve = record.curve()
-        accuracy = record.metric("accuracy") if record.result else (curve[max(curve)] if curve else None)
-        accuracy = record.metric("hybrid_accuracy") if accuracy is None else accuracy
-        rate, epochs, ranks = speed(record), record.value("epochs"), record.value("world_size")
-        rows.append([
-            escape(name), f'<span class="{"done" if status == "done" else "open"}">{escape(status)}</span>',
-            percent(accuracy), f"{epochs:g}" if epochs else "–", flops(record.value("flops") or None),
-            duration(record.value("seconds")), f"{rate:.4g}" if rate else "–", gigabytes(peak_memory(record)),
-            f"{ranks:g}" if ranks else "–",
-        ])  # fmt: skip
+        kind = "done" if status == "done" else "open"
+        cells = [
+            escape(name),
+            f'<span class="{kind}">{escape(status)}</span>',
+            percent(_accuracy(record)),
+            _shown(record.value("epochs")),
+            flops(record.value("flops") or None),
+            duration(record.value("seconds")),
+            _shown(speed(record), ".4g"),
+            gigabytes(peak_memory(record)),
+            _shown(record.value("world_size")),
+        ]
+        rows.append(cells)
     head = ["phase", "status", "accuracy", "epochs", "FLOPs", "time", "images/s", "peak memory", "ranks"]
     caption = (
         "Accuracy is measured on the validation images: of a distill phase, that of the meta model with this student "
@@ -144,108 +247,89 @@ def _phases(phases: Mapping[str, PhaseRecord]) -> str:
     return table(head, rows, text=(1,)) + f'<p class="muted">{caption}</p>'
 
 
+def _accuracy(record: PhaseRecord) -> float | None:
+    """Of a finished phase, else of its last evaluation; of a distill phase that of the hybrid."""
+    accuracy = record.metric("accuracy")
+    curve = record.curve()
+    if not record.result and curve:
+        accuracy = curve[max(curve)]
+    if accuracy is None:
+        accuracy = record.metric("hybrid_accuracy")
+    return accuracy
+
+
+def _shown(value: float | None, form: str = "g") -> str:
+    return format(value, form) if value else "–"
+
+
 def _curves(phases: Mapping[str, PhaseRecord]) -> str:
-    teacher = teacher_accuracy(phases)
-    levels = [] if teacher is None else [("teacher", teacher)]
-    runs = [(place, run, name) for place, (run, name) in enumerate(runs_of(phases).items()) if phases[run].curve()]
-    if not runs:
-        return ""
-    reference = [(name, "dash") for name, _ in levels]
-    lines = [Line(name, list(phases[run].curve().items()), place, marks=True) for place, run, name in runs]
-    pictures = [figure(
-        "Accuracy by epochs of end-to-end training", line_chart(lines, "epochs", "accuracy", percent_tick, levels),
+    captions = (
         "Higher and further left is better: the same student, started from distilled modules (m2mKD) or from scratch.",
-        [(line.name, str(line.colour)) for line in lines] + reference,
-    )]  # fmt: skip
-    priced, band = [], None
-    for place, run, name in runs:
-        record, before = phases[run], preparation(phases, run, "flops")
-        if before is None or not record.value("flops") or not record.value("epochs"):
-            continue
-        per_epoch = record.value("flops") / record.value("epochs")
-        priced.append(Line(name, [(before + per_epoch * e, a) for e, a in record.curve().items()], place, marks=True))
-        band = (before, place) if before else band
-    if priced:
-        most = max(x for line in priced for x, _ in line.points)
-        unit = next((unit for unit in FLOP_UNITS if unit <= most), 1.0)
-        priced = [Line(p.name, [(x / unit, y) for x, y in p.points], p.colour, p.marks) for p in priced]
-        shaded = [("meta model and modules", f"pale {band[1]}")] if band else []
-        pictures.append(figure(
-            "Accuracy by total training cost",
-            line_chart(priced, FLOP_UNITS[unit], "accuracy", percent_tick, levels,
-                       band and (band[0] / unit, band[1])),
-            "The honest comparison: the shaded part is what m2mKD spends on meta model and modules before its student "
-            "starts. The teacher's own training is not counted.",
-            [(line.name, str(line.colour)) for line in priced] + reference + shaded,
-        ))  # fmt: skip
-    return figures(pictures)
+        "The honest comparison: the shaded part is what m2mKD spends on meta model and modules before its student "
+        "starts. The teacher's own training is not counted.",
+    )
+    return figures([figure(chart, caption) for chart, caption in zip(accuracy_charts(phases), captions)])
 
 
 def _modules(phases: Mapping[str, PhaseRecord]) -> str:
-    rows = hybrids(phases)
-    if not any(value is not None for row in rows for value in row[1:]):
+    chart = hybrid_chart(phases)
+    if chart is None:
         return ""
-    teacher, meta = teacher_accuracy(phases), phases["meta"].metric("accuracy")
-    levels = [(name, value) for name, value in (("teacher", teacher), ("meta model", meta)) if value is not None]
-    lines = [(f"{name} alone, {percent(value)}", kind) for (name, value), kind in zip(levels, ("dash", "dot"))]
-    names = (("with the teacher's module", 6), ("with the student's module", 0))
-    picture = bar_chart([(name.removeprefix("module "), row) for name, *row in rows], names, "module", "accuracy",
-                        percent_tick, levels)  # fmt: skip
-    cells = [[escape(name), percent(teacher), percent(student)] for name, teacher, student in rows]
-    drawn = figure(
-        "Meta model with one module replaced", picture,
+    caption = (
         "How well each module works in the others' company (module 0 is next to the input). A student's bar close to "
-        "its teacher's means that this module was taught well.",
-        [*((name, str(colour)) for name, colour in names), *lines],
-    )  # fmt: skip
-    return figures([drawn, table(["module replaced", "teacher's", "student's"], cells)])
+        "its teacher's means that this module was taught well."
+    )
+    cells = [[escape(name), percent(teacher), percent(student)] for name, teacher, student in hybrids(phases)]
+    return figures([figure(chart, caption), table(["module replaced", "teacher's", "student's"], cells)])
 
 
 def _losses(phases: Mapping[str, PhaseRecord]) -> str:
-    groups = {"Teacher": [("teacher", phases["teacher"])], "Meta model": [("meta", phases["meta"])],
-              "Distillation": [(record.folder.name, record) for record in distills(phases)],
-              "End-to-end training": [(name, phases[run]) for run, name in runs_of(phases).items()]}  # fmt: skip
-    falling, rates = [], []
+    groups = {
+        "Teacher": {"teacher": phases["teacher"]},
+        "Meta model": {"meta": phases["meta"]},
+        "Distillation": {record.folder.name: record for record in distills(phases)},
+        "End-to-end training": {name: phases[run] for run, name in runs_of(phases).items()},
+    }
+    losses = []
+    rates = []
     for title, members in groups.items():
-        lines = [(place, name, record) for place, (name, record) in enumerate(members) if record.series("loss")]
+        named = len(members) > 1  # whether a legend is needed
+        lines = _lines(members, "loss")
         if not lines:
             continue
-        legend = [(name, str(place)) for place, name, _ in lines] if len(members) > 1 else []
-        losses = [Line(name, record.series("loss"), place) for place, name, record in lines]
-        falling.append(figure(
-            f"{title}: training loss", line_chart(losses, "optimiser step", "loss", from_zero=False),
-            "Should fall and level out; a jump upwards is worth a look.", legend,
-        ))  # fmt: skip
-        steps = [Line(name, record.series("lr"), place) for place, name, record in lines if record.series("lr")]
-        if steps:
-            rates.append(figure(
-                f"{title}: learning rate", line_chart(steps, "optimiser step", "learning rate"),
-                "As scaled to the global batch: warm-up, then a cosine.", legend,
-            ))  # fmt: skip
-    folded = f"<details><summary>Learning rates</summary>{figures(rates)}</details>" if rates else ""
-    return figures(falling) + folded
+        chart = LineChart(f"{title}: training loss", lines, STEP, "loss", from_zero=False, with_legend=named)
+        losses.append(figure(chart, "Should fall and level out; a jump upwards is worth a look."))
+        lines = _lines(members, "lr")
+        if lines:
+            chart = LineChart(f"{title}: learning rate", lines, STEP, "learning rate", with_legend=named)
+            rates.append(figure(chart, "As scaled to the global batch: warm-up, then a cosine."))
+    text = figures(losses)
+    if figures(rates):
+        text += f"<details><summary>Learning rates</summary>{figures(rates)}</details>"
+    return text
+
+
+def _lines(members: Mapping[str, PhaseRecord], key: str) -> list[Line]:
+    """A line for each phase that has logged the key; its colour is its place."""
+    lines = []
+    for colour, (name, record) in enumerate(members.items()):
+        points = record.series(key)
+        if points:
+            lines.append(Line(name, points, colour))
+    return lines
 
 
 def _loads(phases: Mapping[str, PhaseRecord]) -> str:
     text = ""
-    ramp = '<p class="ramp"><span>no work</span><i></i><span>double the even share, or more</span></p>'
     for run, name in runs_of(phases).items():
-        loads = phases[run].loads()
-        if not loads:
-            continue
-        maps = figures([
-            figure(block(layer), load_map(steps), f"At the end {min(at_end(steps)):.2f} to {max(at_end(steps)):.2f} of "
-                   "an even share.")
-            for layer, steps in loads.items()
-        ])  # fmt: skip
-        body = (
-            f"<p>One picture per MoE block of <b>{escape(name)}</b>, one row per expert, training time to the right. "
-            "No colour is an even share of the tokens; a row that stays blue is an expert that does nothing.</p>"
-            f"{ramp}{maps}"
-        )
-        text += body if run == "train" else f"<details><summary>The same for {escape(name)}</summary>{body}</details>"
-    rows = [[escape(name), percent(change), "–" if similarity is None else f"{similarity:.3f}"]
-            for name, change, similarity in routing_measures(phases)]  # fmt: skip
+        maps = _load_maps(phases[run], name)
+        if run != "train" and maps:
+            maps = f"<details><summary>The same for {escape(name)}</summary>{maps}</details>"
+        text += maps
+    rows = []
+    for name, change, similarity in routing_measures(phases):
+        alike = "–" if similarity is None else f"{similarity:.3f}"
+        rows.append([escape(name), percent(change), alike])
     if rows:
         head = ["phase", "tokens whose first expert changed", "similarity of experts"]
         text += table(head, rows) + (
@@ -255,9 +339,21 @@ def _loads(phases: Mapping[str, PhaseRecord]) -> str:
     return text
 
 
-def _commit(result: Mapping[str, Any]) -> str:
-    commit, changes, _ = str(result.get("git_commit") or "not in git").partition("+changes")
-    return commit[:12] + changes
+def _load_maps(record: PhaseRecord, name: str) -> str:
+    pictures = []
+    for layer, steps in record.loads().items():
+        end = at_end(steps)
+        caption = f"At the end {min(end):.2f} to {max(end):.2f} of an even share."
+        pictures.append(figure(LoadMap(block(layer), steps), caption))
+    maps = figures(pictures)
+    if not maps:
+        return ""
+    return (
+        f"<p>One picture per MoE block of <b>{escape(name)}</b>, one row per expert, training time to the right. "
+        "No colour is an even share of the tokens; a row that stays blue is an expert that does nothing.</p>"
+        '<p class="ramp"><span>no work</span><i></i><span>double the even share, or more</span></p>'
+        f"{maps}"
+    )
 
 
 def _environment(phases: Mapping[str, PhaseRecord]) -> str:
@@ -265,29 +361,35 @@ def _environment(phases: Mapping[str, PhaseRecord]) -> str:
     commands = dict.fromkeys(str(result["command"]) for result in done.values() if "command" in result)
     text = ""
     if commands:
-        text += f"<h3>Command</h3><pre class='wrap'>{escape(chr(10).join(commands))}</pre>"
-    rows = [[escape(name), escape(_commit(result)), escape(str(result.get("device"))),
-             f"{number(result.get('ep_size')) or '–'}", f"{number(result.get('global_batch')) or '–'}"]
-            for name, result in done.items()]  # fmt: skip
+        lines = "\n".join(commands)
+        text += f"<h3>Command</h3><pre class='wrap'>{escape(lines)}</pre>"
+    rows = []
+    packages: dict[str, list[str]] = {}
+    for name, result in done.items():
+        sizes = [f"{number(result.get(key)) or '–'}" for key in ("ep_size", "global_batch")]
+        rows.append([escape(name), escape(_commit(result)), escape(str(result.get("device"))), *sizes])
+        named = ", ".join(f"{package} {version}" for package, version in versions(result).items())
+        packages.setdefault(named or "not recorded", []).append(name)
     if rows:
         head = ["phase", "commit", "device", "expert parallel", "global batch"]
         text += "<h3>Code and machines</h3>" + table(head, rows, text=(1, 2))
-    packages: dict[str, list[str]] = {}
-    for name, result in done.items():
-        shown = ", ".join(f"{package} {version}" for package, version in versions(result).items())
-        packages.setdefault(shown or "not recorded", []).append(name)
-    for shown, names in packages.items():
-        of = "Packages" if len(packages) == 1 else f"Packages of {', '.join(names)}"
-        text += f"<p><b>{escape(of)}:</b> {escape(shown)}</p>"
-    for name, record in reversed(phases.items()):
-        if record.config:
-            shown = yaml.safe_dump(record.config, sort_keys=False, width=100)
-            text += f"<details><summary>Recipe and DeepSpeed JSON, as phase {escape(name)} used them</summary>"
-            text += f"<pre>{escape(shown)}</pre></details>"
-            break
+    for named, names in packages.items():
+        whose = "Packages" if len(packages) == 1 else f"Packages of {', '.join(names)}"
+        text += f"<p><b>{escape(whose)}:</b> {escape(named)}</p>"
+    configured = [name for name, record in phases.items() if record.config]
+    if configured:
+        last = configured[-1]
+        shown = yaml.safe_dump(phases[last].config, sort_keys=False, width=100)
+        text += f"<details><summary>Recipe and DeepSpeed JSON, as phase {escape(last)} used them</summary>"
+        text += f"<pre>{escape(shown)}</pre></details>"
     if text:
         text += (
             "<p><code>python trainer/run.py --config OUT/PHASE/config.yaml --out FOLDER</code> repeats a phase, given "
             "the ones before it in FOLDER.</p>"
         )
     return text
+
+
+def _commit(result: Mapping[str, Any]) -> str:
+    commit, changes, _ = str(result.get("git_commit") or "not in git").partition("+changes")
+    return commit[:12] + changes

@@ -14,7 +14,6 @@ from trainer.report.compare import comparison_page
 from trainer.report.data import (
     PhaseRecord,
     hybrids,
-    preparation,
     read_analysis,
     read_phases,
     routing_measures,
@@ -22,7 +21,8 @@ from trainer.report.data import (
     teacher_accuracy,
     total,
 )
-from trainer.report.run_page import run_page
+from trainer.report.page import NO_PICTURES, load_drawing
+from trainer.report.run_page import accuracy_charts, hybrid_chart, run_page
 from trainer.report.warnings import expected, experts, told, versions
 
 FRACTIONS = (0.25, 0.5, 1.0)  # of a run's end-to-end epochs, at which the table gives its accuracy
@@ -44,10 +44,11 @@ def write_report(run_dir: Path) -> str:
     phases = read_phases(run_dir)
     tables = [_summary(phases), _hybrid_table(phases), _run_table(phases), *_routing_table(phases)]
     table = "\n\n".join([*tables, *_notes(phases)])
-    pictures = _draw(run_dir, phases)
-    if pictures is None:
-        table += "\n\nNo pictures: matplotlib is not installed (`pip install matplotlib`, then run the report again)."
-    gallery = [f"![{caption}]({name})" for name, caption in (pictures or {}).items()]
+    gallery = []
+    if load_drawing():
+        gallery = [f"![{caption}]({name})" for name, caption in _draw(run_dir, phases).items()]
+    else:
+        table += f"\n\n{NO_PICTURES}"
     text = "\n\n".join([f"# Report of {run_dir.resolve().name}", table, *gallery, _origin(phases)])
     (run_dir / "report.md").write_text(text + "\n")
     (run_dir / "report.html").write_text(run_page(run_dir.resolve().name, phases))
@@ -70,7 +71,8 @@ def _at_fraction(record: PhaseRecord, fraction: float) -> tuple[float, float] | 
     epochs = record.value("epochs")
     if epochs is None:
         return None
-    return max(((e, a) for e, a in record.curve().items() if e <= fraction * epochs), default=None)
+    reached = [(epoch, accuracy) for epoch, accuracy in record.curve().items() if epoch <= fraction * epochs]
+    return max(reached, default=None)
 
 
 def _summary(phases: dict[str, PhaseRecord]) -> str:
@@ -84,10 +86,15 @@ def _summary(phases: dict[str, PhaseRecord]) -> str:
 
 
 def _hybrid_table(phases: dict[str, PhaseRecord]) -> str:
-    found = hybrids(phases) or [("module 0", None, None)]
-    teachers = ["teacher module in the meta model", *(_percent(teacher) for _, teacher, _ in found)]
-    students = ["student module in the meta model", *(_percent(student) for _, _, student in found)]
-    return _table(["hybrid accuracy in %", *(name for name, _, _ in found)], [teachers, students])
+    modules = hybrids(phases) or [("module 0", None, None)]
+    head = ["hybrid accuracy in %"]
+    teachers = ["teacher module in the meta model"]
+    students = ["student module in the meta model"]
+    for name, teacher, student in modules:
+        head.append(name)
+        teachers.append(_percent(teacher))
+        students.append(_percent(student))
+    return _table(head, [teachers, students])
 
 
 def _run_table(phases: dict[str, PhaseRecord]) -> str:
@@ -96,8 +103,11 @@ def _run_table(phases: dict[str, PhaseRecord]) -> str:
     rows = []
     for run, name in runs_of(phases).items():
         record = phases[run]
-        points = [_at_fraction(record, fraction) for fraction in FRACTIONS]
-        cells = [name, *(_percent(point and point[1]) for point in points), _number(record.value("epochs"), "g")]
+        cells = [name]
+        for fraction in FRACTIONS:
+            point = _at_fraction(record, fraction)
+            cells.append(_percent(point[1]) if point else "-")
+        cells.append(_number(record.value("epochs"), "g"))
         for key, form in (("flops", ".2e"), ("seconds", ".0f")):
             cells += [_number(record.value(key), form), _number(total(phases, run, key), form)]
         rows.append(cells)
@@ -106,10 +116,12 @@ def _run_table(phases: dict[str, PhaseRecord]) -> str:
 
 def _routing_table(phases: dict[str, PhaseRecord]) -> list[str]:
     """One table, or none without experts."""
-    rows = [
-        [name, _percent(change), _number(similarity, ".3f")] for name, change, similarity in routing_measures(phases)
-    ]
-    return [_table(["tokens whose expert changed, in %", "last", "similarity of experts"], rows)] if rows else []
+    rows = []
+    for name, change, similarity in routing_measures(phases):
+        rows.append([name, _percent(change), _number(similarity, ".3f")])
+    if not rows:
+        return []
+    return [_table(["tokens whose expert changed, in %", "last", "similarity of experts"], rows)]
 
 
 def _notes(phases: dict[str, PhaseRecord]) -> list[str]:
@@ -119,15 +131,14 @@ def _notes(phases: dict[str, PhaseRecord]) -> list[str]:
         "teacher is not counted."
     ]
     for run, name in runs_of(phases).items():
+        epochs = phases[run].value("epochs")
         for fraction in FRACTIONS:
-            point, epochs = _at_fraction(phases[run], fraction), phases[run].value("epochs")
-            if point and point[0] != fraction * epochs:
-                notes.append(
-                    f"{name}: at {fraction:.0%} of {epochs} epochs stands the accuracy after epoch {point[0]}."
-                )
+            epoch, _ = _at_fraction(phases[run], fraction) or (None, None)
+            if epoch is not None and epoch != fraction * epochs:
+                notes.append(f"{name}: at {fraction:.0%} of {epochs} epochs stands the accuracy after epoch {epoch}.")
     known = any(record.config.get("recipe") for record in phases.values())
-    wanted = expected(phases) if known else list(phases)
-    absent = [name for name in wanted if phases[name].status == "missing"]
+    names = expected(phases) if known else list(phases)
+    absent = [name for name in names if phases[name].status == "missing"]
     if "teacher" in absent and teacher_accuracy(phases) is not None:
         absent.remove("teacher")  # a teacher from the hub has no phase of its own
     if absent:
@@ -135,64 +146,62 @@ def _notes(phases: dict[str, PhaseRecord]) -> list[str]:
     for name, record in phases.items():
         if record.status.startswith("unfinished"):
             curve = record.curve()
-            last = f", last accuracy {_percent(curve[max(curve)])}% after epoch {max(curve)}" if curve else ""
+            last = ""
+            if curve:
+                epoch = max(curve)
+                last = f", last accuracy {_percent(curve[epoch])}% after epoch {epoch}"
             notes.append(f"Not finished: {name}, {record.status}{last}.")
     notes += [*experts(phases, read_analysis(phases)), *told(phases)]
     notes += [f"Damaged: {problem}." for record in phases.values() for problem in record.problems]
     return notes
 
 
-def _draw(run_dir: Path, phases: dict[str, PhaseRecord]) -> dict[str, str] | None:
-    """Draw what there are numbers for: file name -> caption; None without matplotlib."""
-    try:
-        from trainer.report import plots
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        return None
-    pictures = {}
-    curves = [
-        plots.Curve(name, phases[run].curve(), phases[run].value("epochs"), phases[run].value("flops"),
-                           preparation(phases, run, "flops"))
-        for run, name in runs_of(phases).items()
-    ]  # fmt: skip
-    teacher, meta = teacher_accuracy(phases), phases["meta"].metric("accuracy")
-    if any(curve.accuracy for curve in curves):
-        plots.draw_learning_curves(run_dir / "learning_curves.png", curves, teacher)
-        pictures["learning_curves.png"] = "Accuracy against end-to-end epochs and total training cost"
-    modules = hybrids(phases)
-    if any(value is not None for row in modules for value in row[1:]):
-        plots.draw_hybrids(run_dir / "hybrid_accuracy.png", modules, teacher, meta)
-        pictures["hybrid_accuracy.png"] = "Accuracy of the meta model with one module replaced"
-    loads = {name: phases[run].loads() for run, name in runs_of(phases).items() if phases[run].loads()}
+def _draw(run_dir: Path, phases: dict[str, PhaseRecord]) -> dict[str, str]:
+    """Draw what there are numbers for: file name -> caption. Needs matplotlib."""
+    from trainer.report import drawing
+
+    captions = {}
+    charts = accuracy_charts(phases)
+    if charts:
+        (run_dir / "learning_curves.png").write_bytes(drawing.png(charts))
+        captions["learning_curves.png"] = "Accuracy against end-to-end epochs and total training cost"
+    chart = hybrid_chart(phases)
+    if chart:
+        (run_dir / "hybrid_accuracy.png").write_bytes(drawing.png([chart]))
+        captions["hybrid_accuracy.png"] = "Accuracy of the meta model with one module replaced"
+    loads = {name: phases[run].loads() for run, name in runs_of(phases).items()}
+    loads = {name: layers for name, layers in loads.items() if layers}
     if loads:
-        plots.draw_expert_load(run_dir / "expert_load.png", loads)
-        pictures["expert_load.png"] = "Load of the experts as share of uniform"
-    return pictures
+        (run_dir / "expert_load.png").write_bytes(drawing.expert_load_png(loads))
+        captions["expert_load.png"] = "Load of the experts as share of uniform"
+    return captions
 
 
 def _origin(phases: dict[str, PhaseRecord]) -> str:
     """Where the numbers come from: commands, one line per phase, versions."""
-    done = {name: record for name, record in phases.items() if record.result is not None}
-    commands = list(dict.fromkeys(str(r.result["command"]) for r in done.values() if "command" in r.result))
+    results = [record.result for record in phases.values() if record.result is not None]
+    commands = dict.fromkeys(str(result["command"]) for result in results if "command" in result)
     lines = ["## How it was made", *(f"    {command}" for command in commands)]
-    keys = (("seconds", ".1f"), ("images_seen", ".0f"), ("flops", ".2e"), ("world_size", ".0f"), ("ep_size", ".0f"))
+    keys = {"seconds": ".1f", "images_seen": ".0f", "flops": ".2e", "world_size": ".0f", "ep_size": ".0f"}
     rows = []
     for name, record in phases.items():
         config = f"{name}/config.yaml" if (record.folder / "config.yaml").exists() else "-"
-        numbers = (_number(record.value(key), form) for key, form in keys)
+        numbers = (_number(record.value(key), form) for key, form in keys.items())
         commit = (record.result or {}).get("git_commit")
         rows.append([name, record.status, *numbers, str(commit or "-"), config])
     head = ["phase", "status", "seconds", "images", "FLOPs", "ranks", "expert parallel", "commit", "settings"]
-    found: dict[str, list[str]] = {}
-    for record in done.values():
-        for package, version in versions(record.result).items():
-            found.setdefault(package, []).append(version)
-    named = [f"{package} {' and '.join(dict.fromkeys(several))}" for package, several in sorted(found.items())]
+    packages: dict[str, list[str]] = {}
+    for result in results:
+        for package, version in versions(result).items():
+            packages.setdefault(package, []).append(version)
+    named = []
+    for package, several in sorted(packages.items()):
+        named.append(f"{package} {' and '.join(dict.fromkeys(several))}")
     repeat = (
         "`python trainer/run.py --config SETTINGS --out FOLDER` repeats a phase, given the ones before it in FOLDER."
     )
-    return "\n\n".join([*lines, _table(head, rows), repeat, "Versions: " + (", ".join(named) or "not recorded") + "."])
+    recorded = ", ".join(named) or "not recorded"
+    return "\n\n".join([*lines, _table(head, rows), repeat, f"Versions: {recorded}."])
 
 
 def _percent(value: float | None) -> str:
@@ -205,11 +214,13 @@ def _number(value: Any, form: str) -> str:
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Render a markdown table padded to read as text; numbers to the right."""
-    widths = [max(len(line[column]) for line in (head, *rows)) for column in range(len(head))]
+    first, *others = zip(head, *rows)  # columns
+    first_width = max(map(len, first))
+    widths = [max(map(len, column)) for column in others]
 
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))]
-        return f"| {' | '.join(padded)} |"
+    def line(first_cell: str, *cells: str) -> str:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths)]
+        return f"| {' | '.join([first_cell.ljust(first_width), *padded])} |"
 
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([line(head), line(rule), *(line(row) for row in rows)])
+    rule = line("-" * first_width, *("-" * (width - 1) + ":" for width in widths))
+    return "\n".join([line(*head), rule, *(line(*row) for row in rows)])

@@ -22,20 +22,22 @@ from trainer.study.runner import Runner
 
 def main(arguments: list[str] | None = None) -> int:
     """0 = complete, 1 = a cell failed, 2 = bad input, 75 = stopped by a signal and saved."""
-    given = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_intermixed_args(given)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = _parser().parse_intermixed_args(words)
     try:
-        refuse_secrets(given, "the command line")
+        refuse_secrets(words, "the command line")
         if options.jobs < 1:
             raise ValueError(f"--jobs is {options.jobs}, expected 1 or more")
         study = read_study(Path(options.study), options.overrides)
-        plan = cells(study, Path(options.out))
         out = Path(options.out)
+        plan = cells(study, out)
 
         def report() -> list[Path]:
             return write_report(collect(study, plan), out)
 
-        code = 0 if options.report else Runner(plan, study.ds_config, out, options.jobs, after=report).run()
+        code = 0
+        if not options.report:
+            code = Runner(plan, study.ds_config, out, options.jobs, after=report).run()
         print(*report(), sep="\n")
         return code
     except (ValueError, OSError) as error:
@@ -45,9 +47,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
-        prog="python -m trainer.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m trainer.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     flags.add_argument("study", help="recipes/study_*.yaml")
     flags.add_argument("--out", required=True, help="folder of the study")
     flags.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once; default: cores")

@@ -5,11 +5,9 @@ What a cell does not have (not run, not measured by that phase) is None. Costs a
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from trainer.report.data import PhaseRecord, read_phase
 from trainer.request.graph import artifact_name, preparation, taught_in
@@ -78,34 +76,42 @@ class Results:
 
 def collect(study: Study, cells: Sequence[Cell]) -> Results:
     """Read what the cells have left."""
-    found: dict[str, dict[int, Measured]] = {variant.name: {} for variant in study.variants}
+    measured: dict[str, dict[int, Measured]] = {variant.name: {} for variant in study.variants}
     for cell in cells:
-        if cell.variant in found:
-            found[cell.variant][cell.seed] = measure(cell)
+        if cell.variant in measured:  # not a shared teacher
+            measured[cell.variant][cell.seed] = measure(cell)
     missing = tuple(cell.name for cell in cells if not cell.complete)
-    comparisons = [
-        _compare(found, variant, reference) for variant in study.variants for reference in variant.references
-    ]
-    return Results(study, found, comparisons, missing)
+    comparisons = []
+    for variant in study.variants:
+        comparisons += [_compare(measured, variant, reference) for reference in variant.references]
+    return Results(study, measured, comparisons, missing)
 
 
 def measure(cell: Cell) -> Measured:
     """The numbers of one cell."""
-    made = {step.name for step in cell.steps}
-    train_name = artifact_name("train", start=cell.recipe.train.start)
-    train, meta = _record(cell, train_name), _record(cell, "meta")
-    names = (
-        [name for name in preparation(cell.recipe) if name in made] if cell.recipe.train.start == "distilled" else []
-    )
-    before = [_record(cell, name) for name in names]
-    hybrids = [meta.metric(f"hybrid_accuracy/{i}") for i in range(cell.recipe.modules)] if "meta" in made else []
-    taught = taught_in(cell.recipe)
-    students = [
-        record.metric("hybrid_accuracy") for name, record in zip(names, before) if name.startswith(taught + "_")
-    ]
-    own = train.value("flops")
-    spent = None if cell.recipe.train.init else _sum(record.value("flops") for record in before)
-    curve, epochs = _by_epoch(train), train.value("epochs")
+    steps = {step.name for step in cell.steps}
+    train = _record(cell, artifact_name("train", start=cell.recipe.train.start))
+    meta = _record(cell, "meta")
+    before: dict[str, PhaseRecord] = {}
+    if cell.recipe.train.start == "distilled":
+        before = {name: _record(cell, name) for name in preparation(cell.recipe) if name in steps}
+    hybrids = []
+    if "meta" in steps:
+        hybrids = [meta.metric(f"hybrid_accuracy/{module}") for module in range(cell.recipe.modules)]
+    teaching = f"{taught_in(cell.recipe)}_"
+    students = [record.metric("hybrid_accuracy") for name, record in before.items() if name.startswith(teaching)]
+    train_flops = train.value("flops")
+    preparation_flops = None  # not known of weights that come from elsewhere
+    if not cell.recipe.train.init:
+        preparation_flops = _sum(record.value("flops") for record in before.values())
+    ratio = None
+    if preparation_flops is not None and train_flops:
+        ratio = preparation_flops / train_flops
+    half = None
+    epochs = train.value("epochs")
+    if epochs:
+        half = at(_by_epoch(train), epochs / 2)
+    records = [*before.values(), train]
     figures = {
         "teacher": _teacher(cell, meta),
         "meta": meta.metric("accuracy"),
@@ -115,18 +121,18 @@ def measure(cell: Cell) -> Measured:
         "hybrid_student_mean": _mean(students),
         "start": train.metric("start_accuracy"),
         **{f"start_{way}": train.metric(f"start_accuracy/{way}") for way in WAYS},
-        "half": at(curve, epochs / 2) if epochs else None,
+        "half": half,
         "final": train.metric("accuracy"),
         "routing_change": train.metric("routing_change"),
         "expert_similarity": train.metric("expert_similarity"),
-        "preparation_flops": spent,
-        "train_flops": own,
-        "total_flops": _sum([spent, own]),
-        "ratio": spent / own if spent is not None and own else None,
-        "images": _sum(record.value("images_seen") for record in (*before, train)),
-        "seconds": _sum(record.value("seconds") for record in (*before, train)),
+        "preparation_flops": preparation_flops,
+        "train_flops": train_flops,
+        "total_flops": _sum([preparation_flops, train_flops]),
+        "ratio": ratio,
+        "images": _sum(record.value("images_seen") for record in records),
+        "seconds": _sum(record.value("seconds") for record in records),
     }
-    return Measured(figures, _over_cost(train, spent))
+    return Measured(figures, _over_cost(train, preparation_flops))
 
 
 def _record(cell: Cell, name: str) -> PhaseRecord:
@@ -134,58 +140,65 @@ def _record(cell: Cell, name: str) -> PhaseRecord:
 
 
 def _teacher(cell: Cell, meta: PhaseRecord) -> float | None:
-    own = read_phase(cell.teacher, with_config=False).metric("accuracy") if cell.teacher else None
-    return meta.metric("teacher_accuracy") if own is None else own
+    accuracy = None
+    if cell.teacher:
+        accuracy = read_phase(cell.teacher, with_config=False).metric("accuracy")
+    if accuracy is None:
+        accuracy = meta.metric("teacher_accuracy")
+    return accuracy
 
 
 def _evaluations(train: PhaseRecord) -> list[tuple[int, float, float]]:
     """(step, epochs done, accuracy) of every evaluation; of the averaged weights where those are published."""
-    return [
-        (row["step"], row["epoch"], row.get("accuracy_ema", row["accuracy"]))
-        for row in train.rows
-        if row["kind"] == "eval" and row.get("accuracy") is not None
-    ]
+    evaluations = []
+    for row in train.rows:
+        if row["kind"] == "eval" and row.get("accuracy") is not None:
+            evaluations.append((row["step"], row["epoch"], row.get("accuracy_ema", row["accuracy"])))
+    return evaluations
 
 
 def _by_epoch(train: PhaseRecord) -> Curve:
     return [(epoch, accuracy) for _, epoch, accuracy in _evaluations(train)]
 
 
-def _over_cost(train: PhaseRecord, spent: float | None) -> Curve:
-    """Only of a complete phase: its result says what a step costs."""
-    flops, steps = train.value("flops"), train.value("steps")
-    if flops is None or not steps or spent is None:
+def _over_cost(train: PhaseRecord, preparation_flops: float | None) -> Curve:
+    """(FLOPs spent so far, accuracy), only of a complete phase: its result says what a step costs."""
+    flops = train.value("flops")
+    steps = train.value("steps")
+    if flops is None or not steps or preparation_flops is None:
         return []
-    return [(spent + step * flops / steps, accuracy) for step, _, accuracy in _evaluations(train)]
+    # cost after step s of S = preparation + s / S * cost of the training
+    return [(preparation_flops + step * flops / steps, accuracy) for step, _, accuracy in _evaluations(train)]
 
 
-def _compare(found: Mapping[str, Mapping[int, Measured]], variant: Variant, reference: str) -> Comparison:
-    ours, theirs = found[variant.name], found[reference]
-    half, final = (
-        difference({s: c.figures[key] for s, c in ours.items()}, {s: c.figures[key] for s, c in theirs.items()})
-        for key in ("half", "final")
-    )
-    curves = ({seed: cell.curve for seed, cell in side.items()} for side in (ours, theirs))
-    return Comparison(variant.name, reference, half, final, race(*curves))
+def _compare(measured: Mapping[str, Mapping[int, Measured]], variant: Variant, reference: str) -> Comparison:
+    ours = measured[variant.name]
+    theirs = measured[reference]
+    half = difference(_by_seed(ours, "half"), _by_seed(theirs, "half"))
+    final = difference(_by_seed(ours, "final"), _by_seed(theirs, "final"))
+    our_curves = {seed: cell.curve for seed, cell in ours.items()}
+    their_curves = {seed: cell.curve for seed, cell in theirs.items()}
+    return Comparison(variant.name, reference, half, final, race(our_curves, their_curves))
 
 
-def _sum(values: Any) -> float | None:
-    there = list(values)
-    return None if None in there else float(math.fsum(there))
+def _by_seed(cells: Mapping[int, Measured], key: str) -> dict[int, float | None]:
+    return {seed: cell.figures[key] for seed, cell in cells.items()}
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    numbers = list(values)
+    if None in numbers:
+        return None
+    return float(math.fsum(numbers))
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    return None if not values or None in values else sum(values) / len(values)
+    if not values or None in values:
+        return None
+    return sum(values) / len(values)
 
 
 def _least(values: Sequence[float | None]) -> float | None:
-    return None if not values or None in values else min(values)
-
-
-@dataclasses.dataclass(frozen=True)
-class Plot:
-    """Curves that share axes: label -> points (cost in `unit` FLOPs, accuracy over the seeds)."""
-
-    title: str
-    unit: str
-    curves: dict[str, list[tuple[float, Summary]]]
+    if not values or None in values:
+        return None
+    return min(values)

@@ -13,7 +13,6 @@ variants:
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -109,8 +108,8 @@ def read_study(path: Path, extra: Sequence[str] = ()) -> Study:
         ValueError: no such file, an unknown key or variant, or a value of the wrong kind.
     """
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("study_*.yaml")) if path.parent.is_dir() else []
-        raise ValueError(f"no study at {path}. Studies there: {', '.join(there) or 'none'}")
+        names = sorted(study.name for study in path.parent.glob("study_*.yaml"))
+        raise ValueError(f"no study at {path}. Studies there: {', '.join(names) or 'none'}")
     values = _section(read_yaml(path.read_text(), f"study {path}"), f"study {path}", KEYS)
     for key in ("base", "variants"):
         if not values.get(key):
@@ -146,8 +145,8 @@ def cells(study: Study, out: Path) -> list[Cell]:
     Raises:
         ValueError: a recipe that cannot be resolved; the variant is named.
     """
-    teachers: dict[str, Cell] = {}
-    found = []
+    teachers: dict[str, Cell] = {}  # by the key of their artifact
+    planned = []
     for seed in study.seeds:
         for variant in study.variants:
             recipe = _recipe(study, variant, f"seed={seed}")
@@ -164,8 +163,8 @@ def cells(study: Study, out: Path) -> list[Cell]:
                 teacher = teachers[key].teacher
                 source = f"teacher.source={json.dumps(str(teacher.resolve()))}"
                 recipe = _recipe(study, variant, f"seed={seed}", source)
-            found.append(_cell(variant.name, seed, recipe, variant.phases, out, teacher))
-    return [*teachers.values(), *found]
+            planned.append(_cell(variant.name, seed, recipe, variant.phases, out, teacher))
+    return [*teachers.values(), *planned]
 
 
 def steps(recipe: Recipe, phases: Sequence[str] = ()) -> tuple[Step, ...]:
@@ -179,28 +178,33 @@ def steps(recipe: Recipe, phases: Sequence[str] = ()) -> tuple[Step, ...]:
     """
     start = recipe.train.start
     taught = start == "scratch_equal_cost" or (start == "distilled" and not recipe.train.init)
+    first = list(own_teacher(recipe))
     if recipe.teacher.grown:
-        first = ("meta", *artifacts_of(recipe, "incubate"), "assemble")
-    else:
-        first = own_teacher(recipe)
-    last = [artifact_name(phase, start=start) for phase in ("train", "evaluate")]
+        first = ["meta", *artifacts_of(recipe, "incubate"), *first]
+    train = artifact_name("train", start=start)
     if not phases:
-        return tuple(map(Step, dict.fromkeys((*first, *(preparation(recipe) if taught else ()), last[0]))))
-    made = [Step(name) for name in dict.fromkeys((*first, *preparation(recipe), *last))]
-    if idle := [phase for phase in phases if phase not in {step.phase for step in made}]:
-        raise ValueError(f"phase {idle[0]} makes nothing in this recipe: leave it out of phases")
-    return tuple(step for step in made if step.phase in phases)
+        before = preparation(recipe) if taught else ()
+        names = dict.fromkeys((*first, *before, train))
+        return tuple(map(Step, names))
+    # whatever this recipe can make, in order; a grown teacher and the preparation share their meta model
+    names = dict.fromkeys((*first, *preparation(recipe), train, artifact_name("evaluate", start=start)))
+    every = [Step(name) for name in names]
+    makers = {step.phase for step in every}
+    for phase in phases:
+        if phase not in makers:
+            raise ValueError(f"phase {phase} makes nothing in this recipe: leave it out of phases")
+    return tuple(step for step in every if step.phase in phases)
 
 
 def flat(values: Any, where: str) -> list[str]:
     """Nested or dotted keys as the strings of a command line: {"a": {"b": 1}, "c.d": 2} -> ["a.b=1", "c.d=2"]."""
-    found = []
+    texts = []
     for key, value in _section(values, where).items():
         if isinstance(value, dict):
-            found += [f"{key}.{text}" for text in flat(value, f"{where}.{key}")]
+            texts += [f"{key}.{text}" for text in flat(value, f"{where}.{key}")]
         else:
-            found.append(f"{key}={json.dumps(value)}")  # JSON is YAML
-    return found
+            texts.append(f"{key}={json.dumps(value)}")  # JSON is YAML
+    return texts
 
 
 def _variant(name: Any, about: Any) -> Variant:
@@ -219,15 +223,21 @@ def _variant(name: Any, about: Any) -> Variant:
     if any(text.startswith("seed=") for text in overrides):
         raise ValueError(f"{where}.overrides sets seed: the seeds of a study stand in its list seeds")
     references = values.get("reference") or []
-    references = references if isinstance(references, list) else [references]
+    if not isinstance(references, list):
+        references = [references]
     return Variant(
-        name, str(values.get("label") or name), overrides, tuple(phases), tuple(map(str, references)),
-        str(values.get("group") or ""),
-    )  # fmt: skip
+        name=name,
+        label=str(values.get("label") or name),
+        overrides=overrides,
+        phases=tuple(phases),
+        references=tuple(map(str, references)),
+        group=str(values.get("group") or ""),
+    )
 
 
 def _section(values: Any, where: str, known: Sequence[str] = ()) -> dict[str, Any]:
-    values = {} if values is None else values
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise ValueError(f"{where} must be a section of keys, got {shown(values)}")
     for key in values:
@@ -247,14 +257,17 @@ def _cell(
     variant: str, seed: int, recipe: Recipe, phases: Sequence[str], out: Path, teacher: Path | None = None
 ) -> Cell:
     folder = out / variant / f"seed{seed}"
-    made = steps(recipe, phases)
-    own = [step.phase for step in made if step.phase in ("teacher", "assemble")]
-    teacher = folder / own[0] if own else teacher
-    cell = Cell(variant, seed, recipe, made, folder, teacher=teacher)
-    return dataclasses.replace(cell, keys={step.name: key_of(recipe, step.name) for step in made})
+    steps_of_cell = steps(recipe, phases)
+    keys = {}
+    for step in steps_of_cell:
+        keys[step.name] = key_of(recipe, step.name)
+        if step.phase in ("teacher", "assemble"):
+            teacher = folder / step.phase
+    return Cell(variant, seed, recipe, steps_of_cell, folder, keys, teacher)
 
 
 def key_of(recipe: Recipe, name: str) -> str:
     """Two artifacts of one name and key are interchangeable."""
     text = json.dumps(defining(to_dict(recipe), name), sort_keys=True)
-    return f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"{name}-{digest[:12]}"

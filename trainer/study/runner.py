@@ -61,7 +61,11 @@ class Runner:
     """
 
     def __init__(self, cells: Sequence[Cell], ds_config: Path, out: Path, jobs: int, after: Callable[[], object]):
-        self.cells, self.ds_config, self.out, self.jobs, self.after = list(cells), ds_config, out, jobs, after
+        self.cells = list(cells)
+        self.ds_config = ds_config
+        self.out = out
+        self.jobs = jobs
+        self.after = after
         self.running: list[Work] = []
         self.failed: dict[str, str] = {}  # cell -> why
         self.broken: dict[str, str] = {}  # key of an artifact that could not be made -> the cell that tried
@@ -103,33 +107,34 @@ class Runner:
 
     def _prepare(self, cell: Cell) -> None:
         """Write CELL/recipe.yaml, unless artifacts there were made with another recipe."""
-        path, recipe = cell.folder / "recipe.yaml", to_dict(cell.recipe)
+        path = cell.folder / "recipe.yaml"
+        recipe = to_dict(cell.recipe)
         if path.is_file():
-            there = build(Recipe, read_yaml(path.read_text(), str(path)))
+            earlier = build(Recipe, read_yaml(path.read_text(), str(path)))
             for step in cell.steps:
-                if (cell.folder / step.name).is_dir() and key_of(there, step.name) != cell.keys[step.name]:
-                    why = first_difference(to_dict(there), recipe)
-                    old = cell.folder / step.name
-                    self.failed[cell.name] = f"{old} is of another recipe ({why}): delete it, or use another --out"
+                artifact = cell.folder / step.name
+                if artifact.is_dir() and key_of(earlier, step.name) != cell.keys[step.name]:
+                    why = first_difference(to_dict(earlier), recipe)
+                    self.failed[cell.name] = f"{artifact} is of another recipe ({why}): delete it, or use another --out"
                     return
         cell.folder.mkdir(parents=True, exist_ok=True)
         write_text(path, yaml.safe_dump(recipe, sort_keys=False))
 
     def _makers(self) -> dict[str, list[Path]]:
         """Key -> folders where the artifact is or will be, in this study and in others in the same OUT."""
-        found: dict[str, list[Path]] = {}
-        planned = {cell.folder for cell in self.cells}
+        makers: dict[str, list[Path]] = {}
         for cell in self.cells:
             for step in cell.steps:
-                found.setdefault(cell.keys[step.name], []).append(cell.folder / step.name)
+                makers.setdefault(cell.keys[step.name], []).append(cell.folder / step.name)
+        planned = {cell.folder for cell in self.cells}
         for path in sorted(self.out.glob("*/seed*/recipe.yaml")):
             if path.parent in planned:
                 continue
             recipe = build(Recipe, read_yaml(path.read_text(), str(path)))
             for folder in path.parent.iterdir():
                 if (folder / "result.json").is_file():
-                    found.setdefault(key_of(recipe, folder.name), []).append(folder)
-        return found
+                    makers.setdefault(key_of(recipe, folder.name), []).append(folder)
+        return makers
 
     def _start(self) -> None:
         """Fill the free places."""
@@ -138,7 +143,8 @@ class Runner:
                 return
             if cell.name in self.failed or any(work.cell is cell for work in self.running):
                 continue
-            if (todo := self._todo(cell)) and self._teacher_is_there(cell):
+            todo = self._todo(cell)
+            if todo and self._teacher_is_there(cell):
                 self._launch(cell, todo)
 
     def _todo(self, cell: Cell) -> tuple[Step, ...]:
@@ -146,11 +152,12 @@ class Runner:
         todo: list[Step] = []
         claimed = {work.cell.keys[step.name] for work in self.running for step in work.steps}
         for step in cell.steps:
-            key = cell.keys[step.name]
             if cell.done(step):
                 continue
-            if ready := next((f for f in self.makers[key] if (f / "result.json").is_file()), None):
-                link_artifact(ready, cell.folder / step.name)
+            key = cell.keys[step.name]
+            ready = [folder for folder in self.makers[key] if (folder / "result.json").is_file()]
+            if ready:
+                link_artifact(ready[0], cell.folder / step.name)
             elif key in self.broken:
                 self.failed[cell.name] = f"it needs {step.name}, which failed in {self.broken[key]}"
                 return ()
@@ -172,24 +179,30 @@ class Runner:
     def _launch(self, cell: Cell, todo: tuple[Step, ...]) -> None:
         names = [step.name for step in todo]
         log = cell.folder / "log.txt"
-        kept = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-        path = os.pathsep.join(filter(None, [str(ROOT), kept.get("PYTHONPATH")]))
+        environment = {"OMP_NUM_THREADS": "1"}
+        environment |= {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        paths = [str(ROOT), environment.get("PYTHONPATH")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         with log.open("ab") as file:
             process = subprocess.Popen(
                 [*WORKER, str(cell.folder), str(self.ds_config), *names],
-                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-                env={"OMP_NUM_THREADS": "1"} | kept | {"PYTHONPATH": path},
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
                 start_new_session=True,  # Ctrl-C reaches this process alone, which passes it on as SIGTERM
                 pass_fds=(self.lock.fileno(),),
-            )  # fmt: skip
+            )
             self.running.append(Work(process, cell, todo, log, file.tell()))
         self._say(f"{cell.name}: {', '.join(names)}")
 
     def _collect(self) -> None:
         """Take note of the processes that have ended."""
-        for work in [work for work in self.running if work.process.poll() is not None]:
+        ended = [work for work in self.running if work.process.poll() is not None]
+        for work in ended:
             self.running.remove(work)
-            code, minutes = work.process.returncode, (time.monotonic() - work.started) / 60
+            code = work.process.returncode
+            minutes = (time.monotonic() - work.started) / 60
             missing = [step for step in work.steps if not work.cell.done(step)]
             if not missing and code == 0:
                 self._say(f"{work.cell.name}: done in {minutes:.1f} min")
@@ -204,7 +217,8 @@ class Runner:
         """A first signal lets the processes save; a second one ends them."""
         now = time.monotonic()
         if not self.stopping:
-            self.stopping, sent = now, signal.SIGTERM
+            self.stopping = now
+            sent = signal.SIGTERM
             self._say("stopping after a save; once more to stop at once")
         elif now - self.stopping > TWICE:
             sent = signal.SIGKILL
@@ -227,9 +241,9 @@ def link_artifact(source: Path, target: Path) -> None:
         try:
             os.link(path, target / path.name)
         except OSError:  # another disk, or one without hard links
-            beside = target / (path.name + ".tmp")
-            shutil.copy2(path, beside)
-            beside.replace(target / path.name)
+            half_copied = target / f"{path.name}.tmp"
+            shutil.copy2(path, half_copied)
+            half_copied.replace(target / path.name)
 
 
 def _signal(work: Work, number: int) -> None:

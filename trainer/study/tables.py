@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from trainer.report.page import duration, flops
@@ -22,22 +22,31 @@ class Table:
 
 def tables(results: Results) -> list[Table]:
     """Accuracy, assembly, routing, cost and comparisons; tables nothing is known for are left out."""
-    found = [_accuracy(results), _assembly(results), _routing(results), _cost(results), _comparisons(results)]
-    return [table for table in found if any(any(row[2:]) for row in table.rows)]
+    every = [_accuracy(results), _assembly(results), _routing(results), _cost(results), _comparisons(results)]
+    return [table for table in every if any(map(_has_numbers, table.rows))]
+
+
+def _has_numbers(row: Sequence[str]) -> bool:
+    """Whether anything is known beside the name and the number of seeds."""
+    return any(row[2:])
 
 
 def percent(value: Summary) -> str:
     """Mean +- standard deviation in %; blank when there is none."""
     if value.mean is None:
         return ""
-    return f"{100 * value.mean:.1f}" + ("" if value.std is None else f" ± {100 * value.std:.1f}")
+    if value.std is None:
+        return f"{100 * value.mean:.1f}"
+    return f"{100 * value.mean:.1f} ± {100 * value.std:.1f}"
 
 
 def points(value: Summary) -> str:
     """A difference in percentage points +- its standard error."""
     if value.mean is None:
         return ""
-    return f"{100 * value.mean:+.1f}" + ("" if value.error is None else f" ± {100 * value.error:.1f}")
+    if value.error is None:
+        return f"{100 * value.mean:+.1f}"
+    return f"{100 * value.mean:+.1f} ± {100 * value.error:.1f}"
 
 
 def verdict(comparison: Comparison) -> str:
@@ -51,99 +60,137 @@ def verdict(comparison: Comparison) -> str:
 
 
 def _accuracy(results: Results) -> Table:
-    keys = ("teacher", "meta", "hybrid_teacher_min", "hybrid_teacher_mean", "hybrid_student_min",
-            "hybrid_student_mean", "start", "half", "final")  # fmt: skip
-    head = ["variant", "seeds", "teacher", "meta model", "teacher hybrids, min", "mean", "student hybrids, min",
-            "mean", "assembled", "50% of the epochs", "100%"]  # fmt: skip
+    columns = {
+        "teacher": "teacher",
+        "meta": "meta model",
+        "hybrid_teacher_min": "teacher hybrids, min",
+        "hybrid_teacher_mean": "mean",
+        "hybrid_student_min": "student hybrids, min",
+        "hybrid_student_mean": "mean",
+        "start": "assembled",
+        "half": "50% of the epochs",
+        "final": "100%",
+    }
     caption = (
         "Accuracy on the validation images in %, mean ± standard deviation over the seeds. A hybrid is the meta model "
         "with one module of the teacher or of the student in its place (where modules are taught in the second round "
         "alone, the student's before it as well); assembled is the student before any end-to-end step."
     )
-    rows = [[*_name(results, v), *(percent(results.of(v, key)) for key in keys)] for v in results.cells]
-    return Table("Accuracy", caption, head, rows)
+    rows = []
+    for variant in results.cells:
+        accuracies = [percent(results.of(variant, key)) for key in columns]
+        rows.append([*_name(results, variant), *accuracies])
+    return Table("Accuracy", caption, ["variant", "seeds", *columns.values()], rows)
 
 
 def _assembly(results: Results) -> Table:
     rows = []
-    for variant, cells in results.cells.items():
+    for variant in results.cells:
         ways = [percent(results.of(variant, f"start_{way}")) for way in WAYS]
-        start, teacher = results.of(variant, "start"), results.of(variant, "teacher")
-        share = f"{100 * start.mean / teacher.mean:.0f}" if cells and start.mean and teacher.mean else ""
-        rows.append([*_name(results, variant), *ways, share if any(ways) else ""])
+        start = results.of(variant, "start").mean
+        teacher = results.of(variant, "teacher").mean
+        share = ""
+        if any(ways) and start and teacher:
+            share = f"{100 * start / teacher:.0f}"
+        rows.append([*_name(results, variant), *ways, share])
     caption = (
         "Accuracy in % of the assembled student before any end-to-end step with its stitch layers dropped, kept or "
         "folded; the last column is the one that was trained, in % of the teacher's accuracy."
     )
     head = ["variant", "seeds", *WAYS, "share of the teacher"]
-    return Table("Assembly", caption, head, [row for row in rows if any(row[2:])])
+    return Table("Assembly", caption, head, list(filter(_has_numbers, rows)))
 
 
 def _routing(results: Results) -> Table:
     rows = []
     for variant in results.cells:
-        change, alike = results.of(variant, "routing_change"), results.of(variant, "expert_similarity")
-        shown = "" if alike.mean is None else f"{alike.mean:.3f}" + ("" if alike.std is None else f" ± {alike.std:.3f}")
-        rows.append([*_name(results, variant), percent(change), shown])
+        change = percent(results.of(variant, "routing_change"))
+        similarity = results.of(variant, "expert_similarity")
+        shown = ""
+        if similarity.mean is not None:
+            shown = f"{similarity.mean:.3f}"
+        if similarity.std is not None:
+            shown += f" ± {similarity.std:.3f}"
+        rows.append([*_name(results, variant), change, shown])
     caption = (
         "Share of the validation tokens, in %, whose first expert changes between the last two evaluations of "
         "end-to-end training, and how alike the experts of a block are at its end (models/moe/similarity.py); mean "
         "± standard deviation."
     )
     head = ["variant", "seeds", "tokens that change their expert", "similarity of the experts"]
-    return Table("Routing", caption, head, [row for row in rows if any(row[2:])])
+    return Table("Routing", caption, head, list(filter(_has_numbers, rows)))
 
 
 def _cost(results: Results) -> Table:
     rows = []
     for variant in results.cells:
-        mean = {key: results.of(variant, key).mean for key in
-                ("preparation_flops", "train_flops", "total_flops", "ratio", "images", "seconds")}  # fmt: skip
-        rows.append([
-            *_name(results, variant),
-            *("" if mean[key] is None else "0" if not mean[key] else flops(mean[key])
-              for key in ("preparation_flops", "train_flops", "total_flops")),
-            "" if mean["ratio"] is None else f"{mean['ratio']:.2f}",
-            "" if mean["images"] is None else f"{mean['images']:,.0f}",
-            "" if mean["seconds"] is None else duration(mean["seconds"]),
-        ])  # fmt: skip
+        cells = _name(results, variant)
+        for key in ("preparation_flops", "train_flops", "total_flops"):
+            cells.append(_blank_or(results.of(variant, key).mean, _cost_text))
+        cells.append(_blank_or(results.of(variant, "ratio").mean, "{:.2f}".format))
+        cells.append(_blank_or(results.of(variant, "images").mean, "{:,.0f}".format))
+        cells.append(_blank_or(results.of(variant, "seconds").mean, duration))
+        rows.append(cells)
     caption = (
         "Mean over the seeds, counted by the phases themselves. Preparation is all between the teacher and end-to-end "
         "training: meta model, distillation, second round, experts; the teacher is not counted. Images are those "
         "passed in training, time is that of one process."
     )
-    head = ["variant", "seeds", "preparation", "end to end", "together", "preparation / end to end", "images seen",
-            "time"]  # fmt: skip
+    head = ["variant", "seeds", "preparation", "end to end", "together"]
+    head += ["preparation / end to end", "images seen", "time"]
     return Table("Cost", caption, head, rows)
 
 
 def _comparisons(results: Results) -> Table:
     labels = {variant.name: variant.label for variant in results.study.variants}
     rows = []
-    for c in results.comparisons:
-        race = c.race
-        last = race.points[-1][1] if race and race.points else Summary(0, None, None)
-        rows.append([
-            f"{labels[c.variant]} against {labels[c.reference]}", _count(results, c.final.n), points(c.half),
-            points(c.final), points(last), flops(race.end) if race else "", verdict(c),
-            ", ".join(flops(x) for x in race.crossings) if race else "",
-        ])  # fmt: skip
+    for comparison in results.comparisons:
+        at_end = ""
+        end = ""
+        crossings = ""
+        race = comparison.race
+        if race:
+            end = flops(race.end)
+            crossings = ", ".join(flops(cost) for cost in race.crossings)
+        if race and race.points:
+            _, last = race.points[-1]
+            at_end = points(last)
+        cells = [
+            f"{labels[comparison.variant]} against {labels[comparison.reference]}",
+            _count(results, comparison.final.n),
+            points(comparison.half),
+            points(comparison.final),
+            at_end,
+            end,
+            verdict(comparison),
+            crossings,
+        ]
+        rows.append(cells)
     caption = (
         "Difference of accuracy in points ± standard error, seed by seed: at half and all of each run's own end-to-end "
         "epochs, and at equal total cost (preparation included), where both curves end. Ahead: by more than two "
         "standard errors at every point of the second half of that cost axis. Crossings: where the mean difference "
         "changes its sign."
     )
-    head = ["comparison", "seeds", "at 50% of the epochs", "at 100%", "at equal total cost", "which is",
-            "ahead over its second half", "crossings"]  # fmt: skip
+    head = ["comparison", "seeds", "at 50% of the epochs", "at 100%", "at equal total cost", "which is"]
+    head += ["ahead over its second half", "crossings"]
     return Table("Comparisons", caption, head, rows)
 
 
 def _name(results: Results, variant: str) -> list[str]:
-    label = next(v.label for v in results.study.variants if v.name == variant)
-    return [label, _count(results, results.of(variant, "final").n)]
+    """The first two cells of a variant's row: its label and its seeds."""
+    labels = {one.name: one.label for one in results.study.variants}
+    return [labels[variant], _count(results, results.of(variant, "final").n)]
 
 
 def _count(results: Results, n: int) -> str:
-    wanted = len(results.study.seeds)
-    return str(n) if n == wanted else f"{n} of {wanted}"
+    planned = len(results.study.seeds)
+    return str(n) if n == planned else f"{n} of {planned}"
+
+
+def _blank_or(value: float | None, form: Callable[[float], str]) -> str:
+    return "" if value is None else form(value)
+
+
+def _cost_text(value: float) -> str:
+    return flops(value) if value else "0"

@@ -28,14 +28,18 @@ def main(cell: Path, ds_config: Path, names: list[str]) -> int:
     try:
         for name in names:
             step = Step(name)
-            where = {} if in_one_job(recipe, step.phase) else dict(zip(("module", "expert"), step.numbers))
-            run_phase(recipe, step.phase, out=cell, ds_config=ds_config, **where)
+            part = {}
+            if not in_one_job(recipe, step.phase):
+                part = dict(zip(("module", "expert"), step.numbers))
+            run_phase(recipe, step.phase, out=cell, ds_config=ds_config, **part)
     except interrupt.Interrupted as stop:
         print(stop, file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
     except (ValueError, OSError) as error:
         print(f"error: {name}: {one_line(error)}", file=sys.stderr, flush=True)
-        return EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
+        if isinstance(error, ValueError):
+            return EXIT_BAD_INPUT
+        return EXIT_FAILED
     return 0
 
 
