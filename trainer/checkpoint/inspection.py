@@ -19,7 +19,7 @@ from torch import Tensor
 
 from trainer.checkpoint import files
 from trainer.checkpoint.files import LATEST, MANIFEST, TAG, Reader
-from trainer.disk import file_record
+from trainer.disk import file_record, replacing
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 SHARDS = "model*.safetensors"  # a large published model has several
@@ -101,9 +101,9 @@ def _write(out: Path, reader: Reader, names: dict[str, str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(out).free) < layout.bytes:
         raise OSError(f"not enough room in {out}: {layout.bytes:,} bytes needed, {free:,} free")
-    beside = out / f"{WEIGHTS}.tmp"
-    files.write_tensors(beside, layout, (_bytes(reader.whole(name, published=True)) for _, name in order))
-    beside.replace(out / WEIGHTS)
+    parts = (_bytes(reader.whole(name, published=True)) for _, name in order)
+    with replacing(out / WEIGHTS) as unfinished:
+        files.write_tensors(unfinished, layout, parts)
     return layout.bytes
 
 

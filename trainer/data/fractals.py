@@ -6,7 +6,6 @@ under that name only when it is complete, so a generator that was killed leaves 
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -29,11 +28,13 @@ from trainer.config.data import DataConfig, FractalConfig
 from trainer.data import fractal_images
 from trainer.data.base import ImageSource
 from trainer.data.fractal_images import TRAIN, VAL, colours
+from trainer.disk import file_record, lock, move_into_place
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # raise it when the same parameters give other images or other files
 ARRAYS = ("images", "palettes", "labels")
 RECORD = "record.json"  # written last
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # what flock answers where there are none
 JOBS, JOB_PIXELS = 20, 1 << 22  # a split is made in parts, 20 at most, of 4 million pixels or more
 
 
@@ -130,10 +131,7 @@ def _make(folder: Path, values: dict[str, Any], alone: bool) -> None:
         if folder.exists() and not _complete(folder, values):
             logger.warning("%s is damaged, its files are not those of its %s: made anew", folder, RECORD)
             shutil.rmtree(folder)
-        part.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was quicker
-            raise
+        move_into_place(part, folder, RECORD)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -211,22 +209,17 @@ def _sealed(path: Path) -> dict[str, Any]:
     """Make sure that the file is on the disk; its size and SHA-256 for the record."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return file_record(path)
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Hold the lock file; False where the file system has no locks. The kernel frees it when the holder dies."""
-    with path.open("a") as file:
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("another process makes the fractals: waiting for %s", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                raise
-            yield False
-        else:
-            yield True
+    try:
+        held = lock(path, f"another process makes the fractals: waiting for {path}", wait=True)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        held = None
+    with held or contextlib.nullcontext():
+        yield held is not None

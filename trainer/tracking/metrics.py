@@ -11,7 +11,6 @@ happened to the run: {"event": "resumed", "step": 8, "time": ...}.
 
 import json
 import math
-import os
 import re
 import resource
 import sys
@@ -21,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+from trainer.disk import write_text
 from trainer.tracking.trackers import Trackers
 
 
@@ -45,12 +45,7 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = _parsed_lines(self.path) if resume_step > 0 and self.path.exists() else []
         kept = [line for line, row in before if row["step"] <= resume_step]
-        rewritten = self.path.with_name(self.path.name + ".tmp")
-        with rewritten.open("w") as file:
-            file.writelines(line + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(rewritten, self.path)
+        write_text(self.path, "".join(line + "\n" for line in kept))
         self._file = self.path.open("a")
         sent = {row.get("kind"): row["step"] for _, row in before}  # steps only grow: the last one of each kind stays
         self._trackers = Trackers(trackers, self.path.parent, resume_step, sent)
