@@ -5,6 +5,7 @@ The engine wraps only what is trained. Frozen models (teacher, meta model) stay 
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,7 +136,8 @@ def build_engine(
     _set_checkpointing(module, settings.activation_checkpointing)
     lr = schedule.lr * settings.global_batch / REFERENCE_BATCH
     optimizer = _optimizer(module, schedule, lr, layer_decay)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(settings.config))
+    with _without_compiler():
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(settings.config))
     cosine = CosineLRScheduler(
         engine.optimizer,
         t_initial=schedule.epochs * steps_per_epoch,
@@ -145,6 +147,24 @@ def build_engine(
         t_in_epochs=False,  # the published code changes the rate once per epoch; per step is smoother and as cheap
     )
     return Engine(engine, cosine, settings, WeightAverage(engine, ema) if ema else None)
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Inside the block torch.compile leaves functions as they are.
+
+    deepspeed.initialize compiles functions of an optimiser we never use (Muon), which loads torch's compiler: 1 s and
+    more. torch reads the variable whenever torch.compile is called, so after the block it compiles again.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:

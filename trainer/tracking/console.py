@@ -9,10 +9,8 @@ import warnings
 
 
 def quieten() -> None:
-    """Keep what is not about this run out of its log and its start; before the heavy imports."""
+    """Keep what is not about this run out of its log; before the heavy imports."""
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)  # DeepSpeed's
-    # DeepSpeed compiles a function of an optimiser we never use while it is imported: 0.9 s for torch's compiler
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if not sys.stderr.isatty():  # bars drawn into files
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
