@@ -122,7 +122,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error says, without the line breaks of PyYAML's messages."""
     return " ".join(str(error).split())
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.config.data import DataConfig
+from trainer.config.load import one_line
 from trainer.data.decode import printable
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def load_splits(path: str) -> tuple["datasets.DatasetDict", str]:
         raise
     except Exception as error:  # whatever the library raises, from its readers to its HTTP client: it cannot be loaded
         cause = error.__cause__ or error  # DatasetGenerationError says nothing itself
-        reason = printable(" ".join(str(cause).split())[:REASON_SHOWN]).rstrip(".")
+        reason = printable(one_line(cause)[:REASON_SHOWN]).rstrip(".")
         what = f"{type(cause).__name__}: {reason}"
         raise ValueError(f"data.path {path!r} cannot be loaded: {what}. {EXPECTED}") from error
     if isinstance(loaded, datasets.Dataset):  # save_to_disk of one split does not keep a split's name as a key

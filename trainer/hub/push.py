@@ -25,7 +25,7 @@ from trainer import artifacts
 from trainer.config.recipe import Recipe
 from trainer.config.runtime import HubConfig
 from trainer.hub.card import hub_id, taught, trained_with, write_card
-from trainer.hub.retry import one_line, patiently
+from trainer.hub.retry import patiently, reason_of
 from trainer.request import graph
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ def find_teacher_license(run_dir: Path, recipe: Recipe) -> str | None:
         card = HfApi().model_info(found[0], revision=found[1]).card_data
     # whatever went wrong, the card then says that the licence is on the teacher's page
     except (OSError, ValueError, HTTPError) as error:
-        log.warning("licence of teacher %s not found: %s", found[0], one_line(error))
+        log.warning("licence of teacher %s not found: %s", found[0], reason_of(error))
         return None
     return card.get("license") if card else None
 
@@ -187,7 +187,7 @@ def _client(hub: HubConfig) -> HfApi:
     try:
         validate_repo_id(hub.repo)
     except HFValidationError as error:
-        raise ValueError(f"hub.repo is {hub.repo!r}, which is no legal name: {one_line(error)}") from None
+        raise ValueError(f"hub.repo is {hub.repo!r}, which is no legal name: {reason_of(error)}") from None
     if "/" not in hub.repo:
         raise ValueError(f"hub.repo is {hub.repo!r}, expected OWNER/NAME: the owner is your user or organisation")
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", hub.revision) or ".." in hub.revision:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-from trainer.config.redaction import redact
+from trainer.config.redaction import safe_line
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -23,6 +23,7 @@ PAUSES = (1, 2, 4, 8, 15, 30, 60, 60)  # seconds between attempts; what the hub 
 LONGEST_PAUSE = 600  # seconds, whatever Retry-After says
 # the same request may succeed later: busy, restarting, or (409, 412) somebody else's commit came first
 PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+LONGEST_REASON = 400  # characters
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -46,15 +47,16 @@ def patiently(what: str, call: Callable[[], T], leave: type[Exception] | tuple[t
             if pause is None or not _may_pass(error):
                 raise _for_people(what, error) from error
             pause = min(_retry_after(error) or pause, LONGEST_PAUSE)
-            log.warning("%s: %s; again in %.0f s", what, one_line(error), pause)
+            log.warning("%s: %s; again in %.0f s", what, reason_of(error), pause)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line without the token."""
-    inner = [*_chain(error)][-1] if isinstance(error, RuntimeError) else error
-    return redact(" ".join(str(inner).split()) or type(inner).__name__)[:400]
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line without the token; of a wrapped one, what the innermost says."""
+    if isinstance(error, RuntimeError):
+        *_, error = _chain(error)
+    return safe_line(error)[:LONGEST_REASON]
 
 
 def _may_pass(error: Exception) -> bool:
@@ -69,7 +71,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _for_people(what: str, error: Exception) -> Exception:
-    answer, said = _answer(error), one_line(error)
+    answer, said = _answer(error), reason_of(error)
     if answer is None and not _may_pass(error):
         return error if isinstance(error, OSError) else ValueError(f"{what}: {said}")
     status = None if answer is None else answer.status_code

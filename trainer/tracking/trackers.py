@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trainer.config.load import one_line
-from trainer.config.redaction import redact
+from trainer.config.redaction import safe_line
 from trainer.config.runtime import TRACKERS
 from trainer.disk import write_json
 
@@ -68,7 +67,7 @@ class Trackers:
             try:
                 self._running[name] = _start(name, folder, resume_step, ids)
             except Exception as error:
-                text = f"tracker {name} does not start: {_said(error)}"
+                text = f"tracker {name} does not start: {safe_line(error)}"
                 if name in names:
                     raise ValueError(
                         f"{text}. See its own documentation for login and offline mode (WANDB_MODE=offline, "
@@ -87,7 +86,7 @@ class Trackers:
             try:
                 tracker.log(values, step=row["step"])
             except Exception as error:  # whatever a tracker's server does, the training goes on
-                log.warning("tracker %s failed and is left out from here: %s", name, _said(error))
+                log.warning("tracker %s failed and is left out from here: %s", name, safe_line(error))
                 del self._running[name]
 
     def close(self) -> None:
@@ -96,7 +95,7 @@ class Trackers:
             try:
                 tracker.finish()
             except Exception as error:
-                log.warning("tracker %s did not finish cleanly: %s", name, _said(error))
+                log.warning("tracker %s did not finish cleanly: %s", name, safe_line(error))
         self._running = {}
 
 
@@ -171,8 +170,3 @@ def _read_ids(path: Path) -> dict[str, str]:
 
 def _name(text: str) -> str:
     return re.sub(r"[^\w.-]", "-", text) or "m2mkd"
-
-
-def _said(error: Exception) -> str:
-    """What an error says, on one line and without secrets."""
-    return redact(one_line(error)) or type(error).__name__
