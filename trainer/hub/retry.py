@@ -60,31 +60,36 @@ def reason_of(error: BaseException) -> str:
 
 
 def _may_pass(error: Exception) -> bool:
-    if (answer := _answer(error)) is not None:
+    """Whether the same request may succeed later."""
+    answer = _answer(error)
+    if answer is not None:
         return answer.status_code in PASSING
     if isinstance(error, OfflineModeIsEnabled):
         return False
     if isinstance(error, json.JSONDecodeError):  # cut off, or a proxy's page instead of the hub's answer
         return True
     # no answer at all; the hub's storage client (hf_xet) says so by a bare RuntimeError
-    return isinstance(error, RuntimeError) or any(isinstance(e, HTTPError | ConnectionError) for e in _chain(error))
+    if isinstance(error, RuntimeError):
+        return True
+    return any(isinstance(cause, HTTPError | ConnectionError) for cause in _chain(error))
 
 
 def _for_people(what: str, error: Exception) -> Exception:
-    answer, said = _answer(error), reason_of(error)
-    if answer is None and not _may_pass(error):
-        return error if isinstance(error, OSError) else ValueError(f"{what}: {said}")
-    status = None if answer is None else answer.status_code
-    if status == 401:
-        return ValueError(f"{what}: the token is not valid (expired, revoked or mistyped): {LOG_IN}")
-    if status == 403:
-        return ValueError(f"{what}: the hub refuses it to this token: {said}")
-    if status is None or status in PASSING:
+    """What patiently raises for an error that it gives up on."""
+    reason = reason_of(error)
+    if _may_pass(error):
         return OSError(
-            f"{what}: {said} ({constants.ENDPOINT}, {len(PAUSES) + 1} attempts). Start the same command again later: "
+            f"{what}: {reason} ({constants.ENDPOINT}, {len(PAUSES) + 1} attempts). Start the same command again later: "
             "what is stored already is not sent twice"
         )
-    return ValueError(f"{what}: HTTP {status}: {said}")
+    answer = _answer(error)
+    if answer is None:  # of the disk, or of the client itself
+        return error if isinstance(error, OSError) else ValueError(f"{what}: {reason}")
+    if answer.status_code == 401:
+        return ValueError(f"{what}: the token is not valid (expired, revoked or mistyped): {LOG_IN}")
+    if answer.status_code == 403:
+        return ValueError(f"{what}: the hub refuses it to this token: {reason}")
+    return ValueError(f"{what}: HTTP {answer.status_code}: {reason}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -96,12 +101,18 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _answer(error: BaseException):
     """The hub's answer behind an error, None when there was none."""
-    answers = (getattr(e, "response", None) for e in _chain(error) if isinstance(e, HTTPError))
-    return next((answer for answer in answers if answer is not None), None)
+    for cause in _chain(error):
+        if isinstance(cause, HTTPError):
+            answer = getattr(cause, "response", None)
+            if answer is not None:
+                return answer
+    return None
 
 
 def _retry_after(error: BaseException) -> float | None:
     """Seconds the hub asks to wait."""
     answer = _answer(error)
-    text = answer.headers.get("Retry-After", "") if answer is not None else ""
+    if answer is None:
+        return None
+    text = answer.headers.get("Retry-After", "")
     return float(text) if text.isdecimal() else None

@@ -24,5 +24,11 @@ def set_up_logging(main: bool) -> None:
 
 def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     """Left-aligned columns; the last one as long as it wants."""
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head) - 1)] + [0]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [head, *lines])
+    rows = [head, *lines]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths[-1] = 0
+    texts = []
+    for row in rows:
+        cells = map(str.ljust, row, widths)
+        texts.append("  ".join(cells).rstrip())
+    return "\n".join(texts)

@@ -41,8 +41,9 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
             f"run.trackers asks for {', '.join(missing)}, which cannot be imported here: "
             f"pip install {' '.join(missing)}, or leave it out of run.trackers"
         )
-    wanted = ["tensorboard" if name == "auto" else name for name in names]
-    return tuple(dict.fromkeys(name for name in wanted if _installed(name)))
+    by_name = ["tensorboard" if name == "auto" else name for name in names]
+    usable = filter(_installed, by_name)
+    return tuple(dict.fromkeys(usable))  # each once, in the order given
 
 
 class Trackers:
@@ -105,11 +106,16 @@ def _start(name: str, folder: Path, resume_step: int, ids: dict[str, str]) -> Ge
     from accelerate.state import PartialState
 
     PartialState()  # accelerate's loggers ask for it; the process group exists, so it only reads
-    project, run, known = _name(folder.resolve().parent.name), _name(folder.name), name in ids
+    project = _name(folder.resolve().parent.name)
+    run = _name(folder.name)
+    known = name in ids
     if name == "tensorboard":
-        if not resume_step:
+        purge_step = None
+        if resume_step:
+            purge_step = resume_step + 1  # TensorBoard forgets what came from there on
+        else:
             shutil.rmtree(folder / name, ignore_errors=True)
-        tracker = tracking.TensorBoardTracker(name, folder, purge_step=resume_step + 1 if resume_step else None)
+        tracker = tracking.TensorBoardTracker(name, folder, purge_step=purge_step)
         tracker.start()
         return tracker
     if name == "wandb":
@@ -153,17 +159,20 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _flat(values: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    """(WHERE + key, value) of every value, those of nested tables under section.key; a list or null as text."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{where}{key}.")
+        elif isinstance(value, str | int | float | bool):
+            yield where + key, value
         else:
-            yield where + key, value if isinstance(value, str | int | float | bool) else str(value)
+            yield where + key, str(value)
 
 
 def _read_ids(path: Path) -> dict[str, str]:
     try:
-        found = json.loads(path.read_text())
-        return {name: found[name] for name in TRACKERS if isinstance(found.get(name), str)}
+        saved = json.loads(path.read_text())
+        return {name: saved[name] for name in TRACKERS if isinstance(saved.get(name), str)}
     except (OSError, ValueError, AttributeError):
         return {}  # a new run in the tracker is better than no training
 
