@@ -28,7 +28,9 @@ POINTS = 1.5  # per pixel
 WALKERS = 128  # chains side by side
 WARM_UP = 16  # steps of a chain until it is on the attractor; they are not drawn
 BATCH_POINTS = 1 << 20  # points drawn at a time: what the memory of a process goes by
-ZERO, UNIT = 64, 32  # a stored value v stands for (v - 64) / 32 standard deviations above the mean of the picture
+# a stored value v stands for (v - ZERO) / UNIT standard deviations above the mean of the picture
+ZERO = 64
+UNIT = 32
 LEVEL = (70, 150)  # lowest and highest mean of a channel, 0 to 255
 CONTRAST = (16, 44)  # lowest and highest standard deviation of a channel
 NOISE = 0.5  # largest amplitude of the noise, standard deviations

@@ -63,7 +63,7 @@ class FolderSource(ImageSource):
     def __init__(self, data: DataConfig, split: str):
         root = Path(data.path).expanduser()
         train_classes = _class_folders(root, data.train_split, "data.train_split")
-        name = data.train_split if split == "train" else data.val_split
+        name = _name_of(split, data)
         classes = _class_folders(root, name, f"data.{split}_split")
         if classes != train_classes:
             raise ValueError(
@@ -92,7 +92,7 @@ class HubSource(ImageSource):
         import datasets
 
         splits, self.origin = load_splits(data.path)
-        name = data.train_split if split == "train" else data.val_split
+        name = _name_of(split, data)
         for key, split_name in (("data.train_split", data.train_split), (f"data.{split}_split", name)):
             if split_name not in splits:
                 raise ValueError(f"{key} {split_name!r} is not in {data.path}; splits there: {listed(splits)}.")
@@ -130,6 +130,11 @@ def _fractals(data: DataConfig, split: str) -> ImageSource:
 
 
 _SOURCES = {"digits": DigitsSource, "fractals": _fractals, "folder": FolderSource, "hub": HubSource}
+
+
+def _name_of(split: str, data: DataConfig) -> str:
+    """What the data set calls "train" or "val"."""
+    return data.train_split if split == "train" else data.val_split
 
 
 def _class_folders(root: Path, split: str, key: str) -> list[str]:

@@ -195,11 +195,10 @@ def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float 
             members[undecayed, after.get(name, 0)].append(p)
     groups = []
     for undecayed, blocks in sorted(members):
-        group = {
-            "params": members[undecayed, blocks],
-            "weight_decay": 0.0 if undecayed else weight_decay,
-            "name": "no_decay" if undecayed else "decay",
-        }
+        group = {"params": members[undecayed, blocks], "weight_decay": weight_decay, "name": "decay"}
+        if undecayed:
+            group["weight_decay"] = 0.0
+            group["name"] = "no_decay"
         if blocks:
             group["name"] += f"_{blocks}_before_the_end"
         if after:

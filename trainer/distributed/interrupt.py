@@ -73,7 +73,9 @@ class Interruption:
         self.next = done + max(1, min(ASK_AT_MOST, steps))
         if broken:
             return "failed"
-        return "warned" if warned else ""
+        if warned:
+            return "warned"
+        return ""
 
 
 class Heartbeat:

@@ -129,8 +129,9 @@ def start() -> Dist:
             "start one process per GPU (deepspeed --num_gpus N, or srun --ntasks-per-node N)"
         )
     _export(ranks)
-    device = torch.device("cuda", ranks["local_rank"]) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", ranks["local_rank"])
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one node share its cores instead of fighting for them
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks["local_world"]))

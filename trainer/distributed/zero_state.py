@@ -227,15 +227,15 @@ def _untrained(module: nn.Module) -> Iterator[_Untrained]:
     names = plain_names(module)
     for key, values in module.state_dict().items():
         if key not in trained:
-            names_of_experts, own, group = names[key]
+            names_of_experts, ours, group = names[key]
             # every rank has the dense ones; of experts, each group of ranks that share them out has one set
             if len(names_of_experts) > 1:
                 holders = torch_dist.get_process_group_ranks(group)
             else:
                 holders = [torch_dist.get_rank()]
-            yield _Untrained(names_of_experts[own], values, ours=0 in holders)
+            yield _Untrained(names_of_experts[ours], values, ours=0 in holders)
 
 
 def _own_names(module: nn.Module) -> dict[str, str]:
     """State-dict key -> plain name, in which this rank's experts have their global numbers."""
-    return {key: names[own] for key, (names, own, _) in plain_names(module).items()}
+    return {key: names[ours] for key, (names, ours, _) in plain_names(module).items()}

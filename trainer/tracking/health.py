@@ -190,8 +190,11 @@ class Health:
             layer = key.removeprefix("load/")
             idle = self.idle.setdefault(layer, [0] * len(load))
             for expert, share in enumerate(load):
-                # share relative to an equal one, 1 / experts
-                idle[expert] = idle[expert] + 1 if share * len(load) < DEAD_SHARE else 0
+                # share / (1 / experts), relative to an equal share
+                if share * len(load) < DEAD_SHARE:
+                    idle[expert] += 1
+                else:
+                    idle[expert] = 0
             if not self.run.dead_after or self.run.dead_after not in idle:
                 continue
             dead = self._dead(layer)

@@ -43,7 +43,9 @@ class MetricsLog:
     def __init__(self, path: str | Path, resume_step: int = 0, trackers: Sequence[str] = ()) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        before = _parsed_lines(self.path) if resume_step > 0 and self.path.exists() else []
+        before = []
+        if resume_step > 0 and self.path.exists():
+            before = _parsed_lines(self.path)
         kept = []
         sent = {}  # kind -> step of its last row: steps only grow
         for line, row in before:

@@ -62,8 +62,11 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], folder: Path, resume_step: int, sent: Mapping[str, int]) -> None:
         self._running: dict[str, GeneralTracker] = {}
-        self._sent = sent if resume_step else {}
-        ids = _read_ids(folder / IDS) if resume_step else {}
+        self._sent: Mapping[str, int] = {}
+        ids: dict[str, str] = {}
+        if resume_step:
+            self._sent = sent
+            ids = _read_ids(folder / IDS)
         for name in chosen(names):
             try:
                 self._running[name] = _start(name, folder, resume_step, ids)
