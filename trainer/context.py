@@ -23,6 +23,7 @@ from trainer.config.phases import ScheduleConfig
 from trainer.config.recipe import Recipe
 from trainer.data.base import ImageSource
 from trainer.data.sources import open_source
+from trainer.disk import replacing
 from trainer.distributed.engine import build_engine, working_type
 from trainer.distributed.ranks import Dist, seed_everything
 from trainer.evaluation.accuracy import eval_batch, evaluate
@@ -299,10 +300,9 @@ class Run:
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Write safetensors beside, then rename."""
-    beside = path.with_name(path.name + ".tmp")
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, beside)
-    beside.replace(path)
+    """Write safetensors, whole or not at all."""
+    with replacing(path) as unfinished:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, unfinished)
 
 
 def training_flops(module: nn.Module, tokens: int) -> int:

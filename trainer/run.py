@@ -43,12 +43,16 @@ def _work(arguments: list[str], rank: int) -> Callable[[], int]:
     """What is to be done, after everything that can be refused without torch."""
     refuse_secrets(arguments, "the command line")
     options = cli.parse(arguments)
-    if (text := cli.answer(options)) is not None:
-        return partial(_alone, rank, print, text)
-    if command := cli.read_command(options):
+    answer = cli.answer(options)
+    if answer is not None:
+        return partial(_alone, rank, print, answer)
+    command = cli.read_command(options)
+    if command:
         return partial(_alone, rank, _command, *command)
     job = cli.read_job(options, arguments)
-    return partial(_alone, rank, _dry_run, job) if options.dry_run else partial(_train, rank, job)
+    if options.dry_run:
+        return partial(_alone, rank, _dry_run, job)
+    return partial(_train, rank, job)
 
 
 def _train(rank: int, job: Job) -> int:
@@ -72,8 +76,10 @@ def _train(rank: int, job: Job) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if not isinstance(error, ValueError | OSError | NonFiniteLoss):
             logging.getLogger(__name__).exception("phase %s failed", job.phase)
-        if rank == 0 or not isinstance(error, ranks.Agreed | NonFiniteLoss):
-            _say(error, "" if rank == 0 else f"[rank {rank}] ")
+        if rank == 0:
+            _say(error)
+        elif not isinstance(error, ranks.Agreed | NonFiniteLoss):  # those rank 0 says for all
+            _say(error, f"[rank {rank}] ")
         code = EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
     if code in (0, EXIT_INTERRUPTED):
         ranks.stop()
@@ -89,7 +95,7 @@ def _alone(rank: int, work: Callable[..., int | None], *arguments: Any) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # a reader such as head has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more at its end
         return 0
     except (ValueError, OSError) as error:
         _say(error)
@@ -97,7 +103,14 @@ def _alone(rank: int, work: Callable[..., int | None], *arguments: Any) -> int:
 
 
 def _command(name: str, path: Path, out: Path | None, settings: dict[str, Any]) -> None:
-    """inspect, export, import."""
+    """inspect, export, import.
+
+    Args:
+        name: which of them.
+        path: what the user names.
+        out: where export and import write.
+        settings: keyword arguments of import_checkpoint; none for the others.
+    """
     if name == "import":
         from models.vmoe.importers import import_checkpoint
 

@@ -9,11 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from tests.launch import ROOT, TINY, environment, launch
+from trainer.loop.step import TrainStep
+from trainer.run import main
 from trainer.tracking.metrics import read_metrics
 
 PHASES = ("teacher", "meta", "distill_0", "distill_1", "train", "train_scratch")
@@ -153,6 +156,32 @@ def test_one_rank_of_plain_python_equals_two(warm, tmp_path):
             assert_close(value, other[name], rtol=0, atol=1e-5, msg=lambda m, n=name, p=phase: f"{p}: {n}: {m}")
     assert result_of(tmp_path / "one/train")["world_size"] == 1
     assert result_of(tmp_path / "one/train")["ep_size"] == 1
+
+
+def compiles_while_it_trains(*arguments: str) -> int:
+    """trainer/run.py on a rank, with a function that is compiled in each of its training steps."""
+    compiled = []
+    step = TrainStep.run
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    def run(*args, **kwargs):
+        assert torch.compile(lambda x: x + 1, backend=backend)(torch.ones(1)) == 2
+        return step(*args, **kwargs)
+
+    TrainStep.run = run
+    code = main(list(arguments))
+    assert compiled, "torch.compile did nothing"
+    return code
+
+
+def test_torch_compile_works_on_the_command_line(warm, tmp_path):
+    """It was switched off for the whole process once, to save a second of the start."""
+    arguments = [*TINY, "teacher.epochs=1", "teacher.warmup_epochs=0", "--phase", "teacher", "--out", tmp_path / "out"]
+    finished = warm.call("tests.integration.test_launchers:compiles_while_it_trains", *map(str, arguments))
+    assert finished.code == 0, finished.output
 
 
 def test_student_classifies_without_deepspeed(chain, tmp_path):

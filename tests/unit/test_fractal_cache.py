@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from trainer import disk
 from trainer.config.data import DataConfig, FractalConfig
 from trainer.data import fractal_images, fractals
 from trainer.data.fractal_images import TRAIN, VAL, draw_images
@@ -140,7 +141,7 @@ def test_several_processes_at_once_end_with_one_complete_folder(config, tmp_path
 
     monkeypatch.setattr(fractals, "_make", counted)
     if not locks:
-        monkeypatch.setattr(fractals.fcntl, "flock", refusing(errno.ENOLCK))
+        monkeypatch.setattr(disk.fcntl, "flock", refusing(errno.ENOLCK))
     makers = [fork.Process(target=fractals.cached, args=(config(), "train")) for _ in range(3)]
     for maker in makers:
         maker.start()

@@ -6,7 +6,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from tests.hub_server import WRITER, HubServer
-from trainer.hub.retry import LONGEST_PAUSE, PAUSES, one_line, patiently
+from trainer.hub.retry import LONGEST_PAUSE, PAUSES, patiently, reason_of
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def test_errors_the_caller_deals_with_come_through_as_they_are(pauses):
 
 
 def test_one_line_without_the_token(monkeypatch):
-    assert one_line(ValueError(f"Illegal header value\n b'Bearer {WRITER}'")) == "Illegal header value b'Bearer ***'"
+    assert reason_of(ValueError(f"Illegal header value\n b'Bearer {WRITER}'")) == "Illegal header value b'Bearer ***'"
     monkeypatch.setenv("HF_TOKEN", "of-another-shape")
-    assert one_line(OSError("Bearer of-another-shape")) == "Bearer ***"
-    assert one_line(TimeoutError()) == "TimeoutError"
+    assert reason_of(OSError("Bearer of-another-shape")) == "Bearer ***"
+    assert reason_of(TimeoutError()) == "TimeoutError"

@@ -62,7 +62,7 @@ def test_cut_is_atomic(tmp_path, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trainer.tracking.metrics.os.replace", killed)
+    monkeypatch.setattr("trainer.disk.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         MetricsLog(path, resume_step=1)
     assert [row["step"] for row in read_metrics(path)] == [1, 2]

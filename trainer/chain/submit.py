@@ -6,16 +6,15 @@ the resolved recipe and DeepSpeed JSON, git commit and package versions.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import yaml
 
@@ -26,6 +25,7 @@ from trainer.chain.settings import ONLINE, Settings
 from trainer.config.ds_config import read_ds_config, resolve
 from trainer.config.load import load_recipe, to_dict
 from trainer.config.recipe import Recipe
+from trainer.disk import lock
 from trainer.request.graph import experts_in, row_of
 from trainer.request.stages import DOWNLOAD, FOLLOWING, Stage, chain
 
@@ -283,12 +283,7 @@ def _record(run: Path, row: Row) -> None:
         os.fsync(f.fileno())
 
 
-@contextmanager
-def _locked(run: Path) -> Iterator[None]:
+def _locked(run: Path) -> TextIO:
+    """Until it is closed, no other process submits this run. Raises ValueError when one does."""
     (run / "slurm").mkdir(parents=True, exist_ok=True)
-    with (run / "slurm/lock").open("w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another submission of {run} is under way: look at `status` in a moment") from None
-        yield
+    return lock(run / "slurm/lock", f"another submission of {run} is under way: look at `status` in a moment")

@@ -35,13 +35,22 @@ from trainer.disk import file_record, write_text
 from trainer.distributed.zero_state import AVERAGE, MASTER, UNTRAINED
 
 FORMAT = 2  # 1 was DeepSpeed's own files
-LATEST, MANIFEST = "latest.json", "manifest.json"
+LATEST = "latest.json"
+MANIFEST = "manifest.json"
 TAG = re.compile(r"step_\d+")
 FILE = re.compile(r"rank_\d{5,}\.(safetensors|json)")
 TYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 CHUNK = 1 << 24  # bytes written and hashed at a time, without python's lock
 NOTHING = "0" * 64  # stands for a SHA-256 where only the length of a text matters
 
@@ -67,12 +76,17 @@ class Layout:
 def plan(tensors: Sequence[tuple[str, torch.dtype, Sequence[int]]]) -> Layout:
     """Lay tensors out in a safetensors file: (key, type, shape) of each, keys all different."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    places, at = [(0, 0)] * len(tensors), 0
-    for i in sorted(range(len(tensors)), key=lambda i: -tensors[i][1].itemsize):  # every tensor lies aligned this way
-        key, dtype, shape = tensors[i]
-        places[i] = at, at + math.prod(shape) * dtype.itemsize
-        entries[key] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": list(places[i])}
-        at = places[i][1]
+    places = [(0, 0)] * len(tensors)
+    begin = 0
+    # the widest types first: every tensor lies aligned this way
+    for number in sorted(range(len(tensors)), key=lambda number: -tensors[number][1].itemsize):
+        key, dtype, shape = tensors[number]
+        end = begin + math.prod(shape) * dtype.itemsize
+        entries[key] = {"dtype": TYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        places[number] = (begin, end)
+        begin = end
+    assert len(entries) == 1 + len(tensors), "two tensors of a shard have one key"
+    # safetensors: 8 bytes of length, then JSON padded with spaces to a multiple of 8
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return Layout(len(text).to_bytes(8, "little") + text, places)
@@ -95,12 +109,23 @@ def write_tensors(path: Path, layout: Layout, parts: Iterable[Tensor]) -> dict[s
         f.write(layout.header)
         for part in parts:
             view = memoryview(part.numpy())
-            for at in range(0, len(view), CHUNK):
-                f.write(view[at : at + CHUNK])
-                digest.update(view[at : at + CHUNK])
+            for start in range(0, len(view), CHUNK):
+                chunk = view[start : start + CHUNK]
+                f.write(chunk)
+                digest.update(chunk)
         f.flush()
         os.fsync(f.fileno())
     return {"bytes": layout.bytes, "sha256": digest.hexdigest()}
+
+
+@dataclass(frozen=True)
+class _SavedPiece:
+    """Elements start to stop (exclusive) of a flattened tensor, in a shard."""
+
+    start: int
+    stop: int
+    shard: Any  # as from safe_open
+    key: str  # there
 
 
 class Reader:
@@ -109,20 +134,24 @@ class Reader:
     def __init__(self, folder: Path, manifest: dict[str, Any]):
         """Read the shards' headers. Raises ValueError when one is damaged."""
         self.folder = folder
-        self.shapes: dict[str, tuple[int, ...]] = {n: tuple(shape) for n, shape in manifest["parameters"].items()}
-        self._pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
-        for name in sorted(n for n in manifest["files"] if n.endswith(".safetensors")):
-            try:
-                shard = safe_open(folder / name, framework="pt")
-                for key in shard.keys():  # noqa: SIM118  not a dict
-                    kind, _, rest = key.partition("/")
-                    parameter, _, start = rest.rpartition("@")
-                    count = math.prod(shard.get_slice(key).get_shape())
-                    self._pieces[kind, parameter].append((int(start), int(start) + count, shard, key))
-            except (OSError, ValueError, SafetensorError) as error:
-                raise ValueError(f"{folder / name} is not a shard of a checkpoint: {error}") from None
+        self.shapes: dict[str, tuple[int, ...]] = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
+        self._pieces: dict[tuple[str, str], list[_SavedPiece]] = defaultdict(list)  # by kind and name
+        for file in sorted(manifest["files"]):
+            if file.endswith(".safetensors"):
+                try:
+                    self._add(safe_open(folder / file, framework="pt"))
+                except (OSError, ValueError, SafetensorError) as error:
+                    raise ValueError(f"{folder / file} is not a shard of a checkpoint: {error}") from None
         for pieces in self._pieces.values():
-            pieces.sort(key=lambda piece: piece[:2])
+            pieces.sort(key=lambda piece: (piece.start, piece.stop))
+
+    def _add(self, shard: Any) -> None:
+        """Take note of what an open shard holds: keys are KIND/NAME@START."""
+        for key in shard.keys():  # noqa: SIM118  not a dict
+            kind, _, rest = key.partition("/")
+            name, _, start = rest.rpartition("@")
+            count = math.prod(shard.get_slice(key).get_shape())
+            self._pieces[kind, name].append(_SavedPiece(int(start), int(start) + count, shard, key))
 
     @property
     def kinds(self) -> list[str]:
@@ -139,30 +168,42 @@ class Reader:
         Raises:
             ValueError: the checkpoint does not hold all of them.
         """
-        parts, at = [], start
-        for first, last, shard, key in self._pieces.get((kind, name), ()):
-            if first <= at < min(stop, last):
-                parts.append(shard.get_slice(key)[at - first : min(stop, last) - first])
-                at = min(stop, last)
-        if at < stop:
-            raise ValueError(f"checkpoint {self.folder} lacks {kind} of {name}, elements {at} to {stop}")
-        return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else torch.empty(0)
+        parts = []
+        have = start  # elements start to have are in parts
+        for piece in self._pieces.get((kind, name), ()):
+            end = min(stop, piece.stop)
+            if piece.start <= have < end:
+                parts.append(piece.shard.get_slice(piece.key)[have - piece.start : end - piece.start])
+                have = end
+        if have < stop:
+            raise ValueError(f"checkpoint {self.folder} lacks {kind} of {name}, elements {have} to {stop}")
+        if not parts:
+            return torch.empty(0)
+        if len(parts) == 1:  # not copied
+            return parts[0]
+        return torch.cat(parts)
 
     def whole(self, name: str, published: bool = False) -> Tensor:
         """A parameter or buffer of the model in its shape; a trained one in fp32, the average if that is published."""
-        shape, average = self.shapes[name], published and (AVERAGE, name) in self._pieces
-        return self.read(AVERAGE if average else self.kind(name), name, 0, math.prod(shape)).view(shape)
+        kind = self.kind(name)
+        if published and (AVERAGE, name) in self._pieces:
+            kind = AVERAGE
+        shape = self.shapes[name]
+        return self.read(kind, name, 0, math.prod(shape)).view(shape)
 
     def gaps(self) -> list[str]:
         """What is missing or there twice; empty when every kind holds every element of its parameters once."""
-        found = []
-        wanted = {(self.kind(name), name) for name in self.shapes} | set(self._pieces)
-        for kind, name in sorted(wanted):
-            ends = [0, *(end for piece in self._pieces.get((kind, name), ()) for end in piece[:2])]
-            ends.append(math.prod(self.shapes.get(name, (0,))))
-            if ends[::2] != ends[1::2]:  # each piece begins where the one before it ends
-                found.append(f"{kind} of {name} is not complete")
-        return found
+        problems = []
+        expected = {(self.kind(name), name) for name in self.shapes}
+        for kind, name in sorted(expected.union(self._pieces)):
+            pieces = self._pieces.get((kind, name), ())
+            starts = [piece.start for piece in pieces]
+            stops = [piece.stop for piece in pieces]
+            count = math.prod(self.shapes.get(name, (0,)))
+            # each piece begins where the one before it ends, and the last one ends with the parameter
+            if [*starts, count] != [0, *stops]:
+                problems.append(f"{kind} of {name} is not complete")
+        return problems
 
 
 def text_of(value: Any) -> str:
@@ -193,7 +234,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         signature = manifest.pop("sha256")
-        intact = signature == sign(manifest)["sha256"] and all(FILE.fullmatch(name) for name in manifest["files"])
+        intact = signature == sign(manifest)["sha256"] and all(map(FILE.fullmatch, manifest["files"]))
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         intact = False
     if not intact:
@@ -205,15 +246,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def damage(folder: Path, manifest: dict[str, Any], names: Iterable[str]) -> list[str]:
     """What is wrong with these files of a checkpoint, one line each."""
-    found = []
+    problems = []
     for name in names:
         try:
-            good = file_record(folder / name) == manifest["files"][name]
+            whole = file_record(folder / name) == manifest["files"][name]
         except OSError:
-            good = False
-        if not good:
-            found.append(f"{folder / name} is missing, truncated or altered")
-    return found
+            whole = False
+        if not whole:
+            problems.append(f"{folder / name} is missing, truncated or altered")
+    return problems
 
 
 def folder_of(root: Path, step: int) -> Path:
@@ -249,24 +290,25 @@ def candidates(root: Path) -> tuple[list[str], str | None]:
             raise ValueError(named)
     except (OSError, ValueError, TypeError, KeyError):
         return tags, f"{path} is truncated or altered"
-    return [named, *(tag for tag in tags if step_of(root / tag) < step_of(root / named))], None
+    older = [tag for tag in tags if step_of(root / tag) < step_of(root / named)]
+    return [named, *older], None
 
 
 def scores(root: Path) -> dict[int, float | None]:
     """Step -> score of every checkpoint with a good manifest."""
-    found = {}
+    score_of = {}
     for folder in complete(root):
         try:
-            found[step_of(folder)] = read_manifest(folder)["score"]
+            score_of[step_of(folder)] = read_manifest(folder)["score"]
         except ValueError:
             continue
-    return found
+    return score_of
 
 
 def best_of(scores: dict[int, float | None]) -> int | None:
     """The step with the highest score, the first of equals; None when none was evaluated."""
-    known = {step: score for step, score in scores.items() if score is not None and math.isfinite(score)}
-    return max(sorted(known), key=known.__getitem__, default=None)
+    evaluated = {step: score for step, score in scores.items() if score is not None and math.isfinite(score)}
+    return max(sorted(evaluated), key=evaluated.__getitem__, default=None)
 
 
 def surplus(scores: dict[int, float | None], *, keep: int, keep_best: bool, keep_every: int) -> set[int]:
@@ -275,7 +317,7 @@ def surplus(scores: dict[int, float | None], *, keep: int, keep_best: bool, keep
     if keep_best:
         kept.add(best_of(scores))
     if keep_every:
-        kept |= {step for step in scores if step % keep_every == 0}
+        kept.update(step for step in scores if step % keep_every == 0)
     return set(scores) - kept
 
 

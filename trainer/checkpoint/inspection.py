@@ -19,9 +19,10 @@ from torch import Tensor
 
 from trainer.checkpoint import files
 from trainer.checkpoint.files import LATEST, MANIFEST, TAG, Reader
-from trainer.disk import file_record
+from trainer.disk import file_record, replacing
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
 SHARDS = "model*.safetensors"  # a large published model has several
 
 
@@ -53,7 +54,8 @@ def inspect(path: str | Path) -> str:
             "them, or a folder with model.safetensors"
         )
     text = "\n".join(lines)
-    if damages := [line.strip() for line in lines if line.strip().startswith("DAMAGED")]:
+    damages = [line.strip() for line in lines if line.lstrip().startswith("DAMAGED")]
+    if damages:
         raise Damaged(f"{len(damages)} damaged in {path}: {damages[0]}", text)
     return text
 
@@ -75,35 +77,51 @@ def export(checkpoint: str | Path, out: str | Path) -> str:
         ValueError: no checkpoint there, a damaged one, or a model in the way.
         OSError: no room.
     """
-    folder, out = _whole(Path(checkpoint).resolve()), Path(out)
+    folder = _whole(Path(checkpoint).resolve())
+    out = Path(out)
     manifest = files.read_manifest(folder)
     reader = Reader(folder, manifest)
     config = folder.parents[1] / CONFIG
-    if manifest["phase"].startswith("train") and not config.is_file():
+    makes_student = manifest["phase"].startswith("train")
+    if makes_student and not config.is_file():
         raise ValueError(f"{config} is missing, which says how the model of {folder} is built: start its phase again")
-    if any((out / name).exists() for name in (WEIGHTS, CONFIG)):
+    if (out / WEIGHTS).exists() or (out / CONFIG).exists():
         raise ValueError(f"{out} holds a model already: give another --out")
-    prefix = "meta." if all(name.startswith("meta.") for name in reader.shapes) else ""  # as phase meta publishes it
-    names = {name.removeprefix(prefix): name for name in sorted(reader.shapes)}
+    saved_names = sorted(reader.shapes)
+    prefix = ""
+    if all(name.startswith("meta.") for name in saved_names):  # phase meta publishes its model without it
+        prefix = "meta."
+    names = {name.removeprefix(prefix): name for name in saved_names}
     written = _write(out, reader, names)
-    if manifest["phase"].startswith("train"):
+    if makes_student:
         shutil.copyfile(config, out / CONFIG)
     what = f"{manifest['phase']} after step {manifest['step']}, {len(names)} tensors, {written:,} bytes"
     return f"{out / WEIGHTS}: {what}"
 
 
 def _write(out: Path, reader: Reader, names: dict[str, str]) -> int:
-    """Write OUT/model.safetensors beside, then rename; returns its bytes."""
-    kinds = {name: torch.float32 if reader.kind(name) == files.MASTER else reader.whole(name).dtype
-             for name in names.values()}  # fmt: skip
-    layout = files.plan([(public, kinds[name], reader.shapes[name]) for public, name in names.items()])
-    order = sorted(zip(layout.places, names.values()))
+    """Write OUT/model.safetensors, tensor by tensor.
+
+    Args:
+        names: name to publish -> name in the checkpoint.
+
+    Returns:
+        Bytes of the file.
+    """
+    tensors = []
+    for public_name, name in names.items():
+        is_trained = reader.kind(name) == files.MASTER
+        dtype = torch.float32 if is_trained else reader.whole(name).dtype
+        tensors.append((public_name, dtype, reader.shapes[name]))
+    layout = files.plan(tensors)
     out.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(out).free) < layout.bytes:
+    free = shutil.disk_usage(out).free
+    if free < layout.bytes:
         raise OSError(f"not enough room in {out}: {layout.bytes:,} bytes needed, {free:,} free")
-    beside = out / f"{WEIGHTS}.tmp"
-    files.write_tensors(beside, layout, (_bytes(reader.whole(name, published=True)) for _, name in order))
-    beside.replace(out / WEIGHTS)
+    in_file_order = sorted(zip(layout.places, names.values()))
+    parts = (_bytes(reader.whole(name, published=True)) for _, name in in_file_order)
+    with replacing(out / WEIGHTS) as unfinished:
+        files.write_tensors(unfinished, layout, parts)
     return layout.bytes
 
 
@@ -114,12 +132,17 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _whole(path: Path) -> Path:
     """The checkpoint meant by a path, every file checked. Raises ValueError when there is none, or none is whole."""
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    folders = [path] if (path / MANIFEST).exists() else [root / tag for tag in files.candidates(root)[0]]
+    if (path / MANIFEST).exists():
+        folders = [path]
+    else:
+        tags, _ = files.candidates(root)
+        folders = [root / tag for tag in tags]
     problems = []
     for folder in folders:
-        if not (found := _damage(folder)):
+        damage = _damage(folder)
+        if not damage:
             return folder
-        problems += found
+        problems += damage
     if problems:
         raise ValueError(f"no checkpoint at {path} is whole: {'; '.join(problems)}")
     raise ValueError(f"no checkpoint at {path}: expected a step_* folder, or OUT/PHASE with checkpoints in it")
@@ -158,9 +181,11 @@ def _artifact(folder: Path) -> Iterator[str]:
         result = json.loads(path.read_text())
         metrics = ", ".join(f"{name} {value:.4g}" for name, value in result["metrics"].items())
         about = f"{result['phase']}, {result['steps']} steps, {result['epochs']} epochs, {result['world_size']} ranks"
-        problems = [f"{folder / name} is missing, truncated or altered" for name, record in result["files"].items()
-                    if not (folder / name).is_file() or file_record(folder / name) != record]  # fmt: skip
         size = sum(record["bytes"] for record in result["files"].values())
+        problems = []
+        for name, record in result["files"].items():
+            if not (folder / name).is_file() or file_record(folder / name) != record:
+                problems.append(f"{folder / name} is missing, truncated or altered")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         yield f"{folder}: artifact"
         yield f"  DAMAGED: {path} is truncated or altered"
@@ -176,28 +201,32 @@ def _artifact(folder: Path) -> Iterator[str]:
 
 def _weights(folder: Path) -> Iterator[str]:
     """The weights of a model, in one file or in shards."""
-    count, tensors, kinds = 0, 0, set()
+    tensors = 0
+    parameters = 0
+    dtypes = set()
     for path in sorted(folder.glob(SHARDS)):
         try:
             with safe_open(path, framework="pt") as weights:
                 slices = [weights.get_slice(name) for name in weights.keys()]  # noqa: SIM118  not a dict
-                count += sum(math.prod(part.get_shape()) for part in slices)
-                kinds |= {part.get_dtype() for part in slices}
                 tensors += len(slices)
+                parameters += sum(math.prod(part.get_shape()) for part in slices)
+                dtypes.update(part.get_dtype() for part in slices)
         except (OSError, SafetensorError) as error:
             yield f"  DAMAGED: {path}: {error}"
-    yield f"  {SHARDS}: {tensors} tensors, {count:,} parameters, {', '.join(sorted(kinds))}"
+    yield f"  {SHARDS}: {tensors} tensors, {parameters:,} parameters, {', '.join(sorted(dtypes))}"
 
 
 def _checkpoints(root: Path) -> Iterator[str]:
     """Every checkpoint of a phase, and which one is in force."""
     tags, problem = files.candidates(root)
     in_force = tags[0] if tags and (root / LATEST).exists() else "none"
-    yield f"{root}: in force {'unknown' if problem else in_force}"
     if problem:
+        yield f"{root}: in force unknown"
         yield f"  DAMAGED: {problem}"
-    elif in_force != "none" and not (root / in_force).is_dir():
-        yield f"  DAMAGED: {root / LATEST} names {in_force}, which does not exist"
+    else:
+        yield f"{root}: in force {in_force}"
+        if in_force != "none" and not (root / in_force).is_dir():
+            yield f"  DAMAGED: {root / LATEST} names {in_force}, which does not exist"
     for folder in sorted(root.glob("step_*")):
         if (folder / MANIFEST).exists() or folder.name == in_force:
             yield from _checkpoint(folder)
@@ -218,17 +247,20 @@ def _checkpoint(folder: Path) -> Iterator[str]:
 
 
 def _contents(folder: Path, manifest: dict[str, Any], damaged: bool) -> Iterator[str]:
-    t, shapes = manifest["topology"], manifest["parameters"].values()
-    yield f"{manifest['phase']} after step {manifest['step']}, " + (
-        "no score" if manifest["score"] is None else f"score {manifest['score']:.4g}"
-    )
+    score = "no score" if manifest["score"] is None else f"score {manifest['score']:.4g}"
+    yield f"{manifest['phase']} after step {manifest['step']}, {score}"
+    t = manifest["topology"]
+    precision = "bf16" if t["bf16"] else "fp32"
     yield (
-        f"saved by {t['world']} ranks, ep {t['ep_size']}, ZeRO {t['zero_stage']}, {'bf16' if t['bf16'] else 'fp32'}, "
+        f"saved by {t['world']} ranks, ep {t['ep_size']}, ZeRO {t['zero_stage']}, {precision}, "
         f"global batch {t['global_batch']} = {t['micro_batch']} x {t['accumulation']} x {t['world']}"
     )
+    shapes = manifest["parameters"].values()
+    parameters = sum(math.prod(shape) for shape in shapes)
     kinds = "" if damaged else f", as {', '.join(Reader(folder, manifest).kinds)}"
-    yield f"{len(shapes)} tensors, {sum(math.prod(shape) for shape in shapes):,} parameters{kinds}"
-    yield f"{len(manifest['files'])} files, {sum(record['bytes'] for record in manifest['files'].values()):,} bytes"
+    yield f"{len(shapes)} tensors, {parameters:,} parameters{kinds}"
+    size = sum(record["bytes"] for record in manifest["files"].values())
+    yield f"{len(manifest['files'])} files, {size:,} bytes"
 
 
 def _damage(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Saving and resuming inside a phase (format: checkpoint_files.py). Training waits for a copy to host memory only.
+"""Saving and resuming inside a phase (format: files.py). Training waits for a copy to host memory only.
 
 A save: all ranks copy their pieces of the training state (zero_state.py) into host memory, 12 bytes per trained
 parameter that a rank keeps (16 with train.ema), and go on training; a thread of each rank writes them. Rank 0's thread
@@ -47,8 +47,12 @@ class Saver:
     """Checkpoints of one phase; every method is for all ranks together."""
 
     def __init__(self, engine: Engine, folder: Path, run: RunConfig, dist: Dist):
-        self.engine, self.run, self.dist = engine, run, dist
-        self.phase, self.root = folder.name, folder / "checkpoints"
+        """`folder` is the phase's, OUT/PHASE."""
+        self.engine = engine
+        self.run = run
+        self.dist = dist
+        self.phase = folder.name
+        self.root = folder / "checkpoints"
         self._staging = Staging(dist.device)
         self._writing: Writing | None = None
         self._last: int | None = None  # step of the checkpoint loaded or saved last
@@ -78,19 +82,33 @@ class Saver:
         with self.dist.together():
             self._check_fits(folder, manifest)
             reader = Reader(folder, manifest)
-            if gaps := reader.gaps():
+            gaps = reader.gaps()
+            if gaps:
                 raise ValueError(f"checkpoint {folder}: {'; '.join(gaps[:3])}")
-        step, beside = manifest["optimizer_steps"], self.engine.beside_masters
-        zero_state.restore(self.engine.deepspeed, reader.read, step=step, beside=beside)
-        own = []
-        if self.dist.main:
-            texts = [(folder / name).read_text() for name in sorted(manifest["files"]) if name.endswith(".json")]
-            own = [json.loads(text)["own"] for text in texts]
+        zero_state.restore(
+            self.engine.deepspeed,
+            reader.read,
+            step=manifest["optimizer_steps"],
+            beside=self.engine.beside_masters,
+        )
+        own = _own_values(folder, manifest) if self.dist.main else None
         self._last = manifest["step"]
-        return Resumed(manifest["step"], manifest["state"], self.dist.gather(own)[0], manifest["topology"])
+        return Resumed(
+            step=manifest["step"],
+            state=manifest["state"],
+            own=self.dist.gather(own)[0],
+            topology=manifest["topology"],
+        )
 
-    def save(self, step: int, *, state: dict[str, Any], own: dict[str, Any], score: float | None = None,
-             wait: bool = False) -> None:  # fmt: skip
+    def save(
+        self,
+        step: int,
+        *,
+        state: dict[str, Any],
+        own: dict[str, Any],
+        score: float | None = None,
+        wait: bool = False,
+    ) -> None:
         """Start a checkpoint; the one before it is complete when this returns.
 
         Args:
@@ -126,28 +144,41 @@ class Saver:
         pieces = zero_state.pieces(self.engine.deepspeed, self.engine.beside_masters)
         layout = files.plan([(f"{p.kind}/{p.name}@{p.start}", p.values.dtype, p.values.shape) for p in pieces])
         manifest = {
-            "format": files.FORMAT, "phase": self.phase, "step": step, "score": score, "state": state,
-            "optimizer_steps": zero_state.optimizer_steps(self.engine.deepspeed), "topology": self._topology(),
+            "format": files.FORMAT,
+            "phase": self.phase,
+            "step": step,
+            "score": score,
+            "state": state,
+            "optimizer_steps": zero_state.optimizer_steps(self.engine.deepspeed),
+            "topology": self._topology(),
             "parameters": {name: list(shape) for name, shape in sorted(self._all_shapes().items())},
-        }  # fmt: skip
-        placeholder = text_of({"own": own, "shard": {"bytes": layout.bytes, "sha256": NOTHING}})
-        sizes = self.dist.gather((layout.bytes, len(placeholder.encode())))
-        records = {name: {"bytes": size, "sha256": NOTHING}
-                   for rank, pair in enumerate(sizes) for name, size in zip(names_of(rank), pair)}  # fmt: skip
-        needed = sum(map(sum, sizes)) + len(text_of(sign(manifest | {"files": records})).encode())
+        }
+        needed = self._bytes_needed(manifest, layout, own)
         with self.dist.together():
             if self.dist.main:
                 self._make_room(folder, needed)
-        data = self._staging.fill([p.values for p in pieces], layout)
+        data = self._staging.fill([piece.values for piece in pieces], layout)
         self._writing = Writing(folder, self.dist, layout, data, own, needed, lambda: self._commit(folder, manifest))
         self._writing.start()
         self._last = step
+
+    def _bytes_needed(self, manifest: dict[str, Any], layout: files.Layout, own: dict[str, Any]) -> int:
+        """Size of the whole checkpoint: every rank's two files, and the manifest that records them (collective)."""
+        text = text_of({"own": own, "shard": {"bytes": layout.bytes, "sha256": NOTHING}})
+        sizes_of_ranks = self.dist.gather((layout.bytes, len(text.encode())))
+        records = {}
+        for rank, sizes in enumerate(sizes_of_ranks):
+            for name, size in zip(names_of(rank), sizes):
+                records[name] = {"bytes": size, "sha256": NOTHING}
+        signed = text_of(sign(manifest | {"files": records}))
+        return sum(map(sum, sizes_of_ranks)) + len(signed.encode())
 
     def _settle(self) -> None:
         """Wait until the save in flight is in force, or raise what went wrong with it, on all ranks alike."""
         if self._writing is None:
             return
-        writing, self._writing = self._writing, None
+        writing = self._writing
+        self._writing = None
         writing.on_disk.wait()
         writing.all_have_written(failed=any(self.dist.gather(writing.error is not None)))
         writing.join()
@@ -183,10 +214,14 @@ class Saver:
         files.write_file(folder / MANIFEST, text_of(sign(manifest | {"files": records})))
         scores = files.scores(self.root)
         best = files.best_of(scores) if self.run.keep_best else None
-        latest = {"tag": folder.name} | ({} if best is None else {"best": files.folder_of(self.root, best).name})
+        latest = {"tag": folder.name}
+        if best is not None:
+            latest["best"] = files.folder_of(self.root, best).name
         files.write_file(self.root / LATEST, text_of(latest))
-        r = self.run
-        for step in files.surplus(scores, keep=r.keep, keep_best=r.keep_best, keep_every=r.keep_every):
+        surplus = files.surplus(
+            scores, keep=self.run.keep, keep_best=self.run.keep_best, keep_every=self.run.keep_every
+        )
+        for step in surplus:
             try:
                 files.remove(files.folder_of(self.root, step))
             except OSError as error:  # this checkpoint is in force all the same, and the next save tries again
@@ -198,20 +233,21 @@ class Saver:
         Raises:
             ValueError: there are checkpoints and all of them are damaged.
         """
-        found = files.candidates(self.root) if self.dist.main else None
-        tags, problem = self.dist.gather(found)[0]
+        candidates = files.candidates(self.root) if self.dist.main else None
+        tags, problem = self.dist.gather(candidates)[0]
         problems = [problem] if problem else []
         for tag in tags:
             folder = self.root / tag
-            manifest, bad = self.dist.gather(_manifest(folder) if self.dist.main else None)[0]
+            of_rank_0 = _manifest(folder) if self.dist.main else None
+            manifest, damage = self.dist.gather(of_rank_0)[0]
             names = sorted(manifest.get("files", ()))[self.dist.rank :: self.dist.world]
-            shares = self.dist.gather(files.damage(folder, manifest, names))
-            bad += [line for share in shares for line in share]
-            if not bad:
+            for damage_of_rank in self.dist.gather(files.damage(folder, manifest, names)):
+                damage += damage_of_rank
+            if not damage:
                 if problems and self.dist.main:
                     log.warning("DAMAGED: %s. GOING ON FROM %s, the newest that is whole", "; ".join(problems), folder)
                 return folder, manifest
-            problems.append(bad[0])
+            problems.append(damage[0])
         if problems:
             listed = "; ".join(problems)
             raise ValueError(f"no checkpoint is whole: {listed}. To start this phase over, delete {self.root}")
@@ -219,7 +255,8 @@ class Saver:
 
     def _check_fits(self, folder: Path, manifest: dict[str, Any]) -> None:
         """ValueError when a checkpoint is of another model, or its next step would see other images."""
-        saved, here = manifest["topology"], self._topology()
+        saved = manifest["topology"]
+        here = self._topology()
         if saved["global_batch"] != here["global_batch"]:
             raise ValueError(
                 f"checkpoint {folder} was saved with a global batch of {saved['global_batch']} images and this run has "
@@ -227,14 +264,18 @@ class Saver:
                 f'{here["world"]} ranks): set "train_batch_size" to {saved["global_batch"]} in the DeepSpeed JSON, or '
                 f'"train_micro_batch_size_per_gpu" and "gradient_accumulation_steps" so that they make it'
             )
-        there = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
-        ours = self._all_shapes()
-        differing = [f"{name}: {there.get(name, 'missing')} there, {ours.get(name, 'missing')} in the model"
-                     for name in sorted(there.keys() | ours.keys()) if there.get(name) != ours.get(name)]  # fmt: skip
+        saved_shapes = {name: tuple(shape) for name, shape in manifest["parameters"].items()}
+        model_shapes = self._all_shapes()
+        differing = []
+        for name in sorted(saved_shapes.keys() | model_shapes.keys()):
+            in_checkpoint = saved_shapes.get(name, "missing")
+            in_model = model_shapes.get(name, "missing")
+            if in_checkpoint != in_model:
+                differing.append(f"{name}: {in_checkpoint} there, {in_model} in the model")
         if differing:
             raise ValueError(
-                f"checkpoint {folder} is of another model: {len(differing)} of its {len(there)} parameters differ, "
-                f"among them {'; '.join(differing[:3])}. Use the recipe it was made with, or another --out"
+                f"checkpoint {folder} is of another model: {len(differing)} of its {len(saved_shapes)} parameters "
+                f"differ, among them {'; '.join(differing[:3])}. Use the recipe it was made with, or another --out"
             )
 
     def _all_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -245,12 +286,22 @@ class Saver:
         return self._shapes
 
     def _topology(self) -> dict[str, Any]:
-        s = self.engine.settings
+        settings = self.engine.settings
         return {
-            "world": self.dist.world, "ep_size": s.ep_size, "zero_stage": s.config["zero_optimization"]["stage"],
-            "bf16": s.bf16, "global_batch": s.global_batch, "micro_batch": s.micro_batch,
-            "accumulation": s.accumulation,
-        }  # fmt: skip
+            "world": self.dist.world,
+            "ep_size": settings.ep_size,
+            "zero_stage": settings.config["zero_optimization"]["stage"],
+            "bf16": settings.bf16,
+            "global_batch": settings.global_batch,
+            "micro_batch": settings.micro_batch,
+            "accumulation": settings.accumulation,
+        }
+
+
+def _own_values(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each rank gave to save() as `own`, by rank."""
+    texts = [(folder / name).read_text() for name in sorted(manifest["files"]) if name.endswith(".json")]
+    return [json.loads(text)["own"] for text in texts]
 
 
 def _manifest(folder: Path) -> tuple[dict[str, Any], list[str]]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from trainer.checkpoint.files import Layout, text_of, write_file, write_tensors
 from trainer.distributed.ranks import Dist
 
-POLLS = (0.005, 1.0)  # seconds between two looks for the other ranks' files, growing from the first to the second
+FIRST_POLL = 0.005  # seconds between two looks for the other ranks' files, at first; twice as long each time
+LONGEST_POLL = 1.0  # seconds
 VISIBLE = 90.0  # seconds until what one node has written is seen by another: NFS remembers a folder for up to 60
 ADVICE = "The previous checkpoint is untouched; free some space and start the same command again"
 
@@ -49,19 +50,42 @@ class Staging:
 class Writing(threading.Thread):
     """One save: writes this rank's files; on rank 0 also waits for those of all ranks and then calls `commit`.
 
+    Args:
+        folder: of the checkpoint; it exists.
+        layout: of this rank's shard.
+        data: the bytes behind its header; must not change until `on_disk` is set.
+        own: JSON values of this rank.
+        needed: bytes of the whole checkpoint, for messages.
+        commit: puts the checkpoint in force.
+
     Attributes:
         on_disk: set when this rank's files are written and flushed, or have failed.
         error: what went wrong, None as long as nothing has.
     """
 
-    def __init__(self, folder: Path, dist: Dist, layout: Layout, data: Tensor, own: dict[str, Any], needed: int,
-                 commit: Callable[[], None]):  # fmt: skip
+    def __init__(
+        self,
+        folder: Path,
+        dist: Dist,
+        layout: Layout,
+        data: Tensor,
+        own: dict[str, Any],
+        needed: int,
+        commit: Callable[[], None],
+    ):
         # a daemon: the end of a rank that has failed must not wait for it
         super().__init__(name="checkpoint", daemon=True)
-        self.folder, self.dist, self.layout, self.data, self.own = folder, dist, layout, data, own
-        self.needed, self.commit = needed, commit
-        self.on_disk, self._met, self._abandoned = threading.Event(), threading.Event(), False
+        self.folder = folder
+        self.dist = dist
+        self.layout = layout
+        self.data = data
+        self.own = own
+        self.needed = needed
+        self.commit = commit
+        self.on_disk = threading.Event()
         self.error: Exception | None = None
+        self._met = threading.Event()  # every rank's on_disk is set
+        self._abandoned = False  # one of them has failed
 
     def all_have_written(self, failed: bool) -> None:
         """Tell the thread that every rank's `on_disk` is set, and whether one of them has failed."""
@@ -93,8 +117,10 @@ class Writing(threading.Thread):
 
     def _finish(self) -> None:
         """Rank 0: commit when the files of all ranks are there, or give up."""
-        wanted, pause, patience = {names_of(rank)[1] for rank in range(self.dist.world)}, POLLS[0], VISIBLE
-        while missing := wanted - set(os.listdir(self.folder)):
+        expected = {names_of(rank)[1] for rank in range(self.dist.world)}
+        pause = FIRST_POLL
+        patience = VISIBLE
+        while missing := expected - set(os.listdir(self.folder)):
             if self._met.is_set():
                 if self._abandoned:
                     return
@@ -104,5 +130,5 @@ class Writing(threading.Thread):
                 patience -= pause
             else:
                 self._met.wait(pause)
-            pause = min(2 * pause, POLLS[1])
+            pause = min(2 * pause, LONGEST_POLL)
         self.commit()

@@ -6,6 +6,8 @@ import os
 import re
 from collections.abc import Iterable
 
+from trainer.config.load import one_line
+
 # tokens of the hub and of trackers by their shape, and user:password@ or token@ of an address
 PATTERN = re.compile(r"\bhf_[A-Za-z0-9]{20,}|\bapi_org_[A-Za-z0-9]{20,}|(?<=://)[^/\s@]+(?=@)")
 VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD")
@@ -20,6 +22,11 @@ def redact(text: str) -> str:
         if len(secret) >= SHORTEST:
             text = text.replace(secret, BLANK)
     return PATTERN.sub(BLANK, text)
+
+
+def safe_line(error: BaseException) -> str:
+    """What an error says, in one line without secrets; the name of its type when it says nothing."""
+    return redact(one_line(error) or type(error).__name__)
 
 
 def refuse_secrets(texts: Iterable[str], where: str) -> None:

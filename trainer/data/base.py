@@ -76,7 +76,9 @@ class ImageSource(ABC):
     def subset(self, indices: np.ndarray) -> ImageSource:
         """A view of this source on the images of these indices, in this order."""
         view = copy.copy(self)
-        view.rows, view.targets, view.skipped = self.rows[indices], self.targets[indices], set()
+        view.rows = self.rows[indices]
+        view.targets = self.targets[indices]
+        view.skipped = set()
         return view
 
     def spread(self, count: int) -> ImageSource:

@@ -6,7 +6,6 @@ under that name only when it is complete, so a generator that was killed leaves 
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -29,12 +28,15 @@ from trainer.config.data import DataConfig, FractalConfig
 from trainer.data import fractal_images
 from trainer.data.base import ImageSource
 from trainer.data.fractal_images import TRAIN, VAL, colours
+from trainer.disk import file_record, lock, move_into_place
 
 logger = logging.getLogger(__name__)
 FORMAT = 1  # raise it when the same parameters give other images or other files
 ARRAYS = ("images", "palettes", "labels")
 RECORD = "record.json"  # written last
-JOBS, JOB_PIXELS = 20, 1 << 22  # a split is made in parts, 20 at most, of 4 million pixels or more
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # what flock answers where there are none
+JOBS = 20  # parts a split is made in, at most (where there are no more cores)
+JOB_PIXELS = 1 << 22  # a part has at least as many
 
 
 class FractalSource(ImageSource):
@@ -46,12 +48,12 @@ class FractalSource(ImageSource):
 
     def __init__(self, data: DataConfig, split: str):
         folder = cached(data.fractals, split)
-        self._images_NSS, self._palettes_N23, labels_N = (
-            np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS
-        )
+        self._images_NSS = np.load(folder / "images.npy", mmap_mode="r")
+        self._palettes_N23 = np.load(folder / "palettes.npy", mmap_mode="r")
+        labels_N = np.load(folder / "labels.npy")
         names = [f"fractal {label:03d}" for label in range(data.fractals.classes)]
         self.origin = f"procedural fractals, {folder.name}"
-        super().__init__(f"fractals {split}", names, np.array(labels_N), data)
+        super().__init__(f"fractals {split}", names, labels_N, data)
 
     def _read(self, row: int) -> Image.Image:
         image = Image.fromarray(self._images_NSS[row])
@@ -107,9 +109,9 @@ def _complete(folder: Path, values: dict[str, Any]) -> bool:
     """Whether the folder has a record of these parameters, and every file the size in it (the sums are not checked)."""
     try:
         record = json.loads((folder / RECORD).read_text())
-        return record["parameters"] == values and all(
-            (folder / name).stat().st_size == about["bytes"] for name, about in record["files"].items()
-        )
+        if record["parameters"] != values:
+            return False
+        return all((folder / name).stat().st_size == about["bytes"] for name, about in record["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -125,23 +127,22 @@ def _make(folder: Path, values: dict[str, Any], alone: bool) -> None:
         _reserve(part, values)
         _draw(part, values)
         files = {f"{name}.npy": _sealed(part / f"{name}.npy") for name in ARRAYS}
-        (part / RECORD).write_text(json.dumps({"parameters": values, "files": files}, indent=2) + "\n")
+        record = {"parameters": values, "files": files}
+        (part / RECORD).write_text(json.dumps(record, indent=2) + "\n")
         _sealed(part / RECORD)
         if folder.exists() and not _complete(folder, values):
             logger.warning("%s is damaged, its files are not those of its %s: made anew", folder, RECORD)
             shutil.rmtree(folder)
-        part.rename(folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was quicker
-            raise
+        move_into_place(part, folder, RECORD)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def _reserve(part: Path, values: dict[str, Any]) -> None:
     """Create the arrays with all their bytes: a full disk is an error now and not a SIGBUS in the middle."""
-    count, size = values["classes"] * values["per_class"], values["size"]
-    shapes = {"images": (count, size, size), "palettes": (count, 2, 3)}
+    count = values["classes"] * values["per_class"]
+    size = values["size"]
+    shapes = {"images": (count, size, size), "palettes": (count, 2, 3)}  # bytes; a label takes 8
     needed = count * (size * size + 6 + 8)
     free = shutil.disk_usage(part).free
     if needed > free:
@@ -168,11 +169,16 @@ def _no_room(part: Path, needed: int, free: int) -> OSError:
 
 def _draw(part: Path, values: dict[str, Any]) -> None:
     """Fill the arrays with as many processes as this one may use cores, class by class."""
-    classes, kind = values["classes"], TRAIN if values["split"] == "train" else VAL
-    cores, started = len(os.sched_getaffinity(0)), time.monotonic()
+    kind = TRAIN if values["split"] == "train" else VAL
+    started = time.monotonic()
+    cores = len(os.sched_getaffinity(0))
+    classes = values["classes"]
     count = classes * values["per_class"]
-    parts = min(classes, max(cores, min(JOBS, count * values["size"] ** 2 // JOB_PIXELS)))
-    jobs = list(itertools.pairwise(classes * number // parts for number in range(parts + 1)))
+    # parts: a core each at least, no smaller than a class
+    worthwhile = min(JOBS, count * values["size"] ** 2 // JOB_PIXELS)
+    parts = min(classes, max(cores, worthwhile))
+    borders = [classes * number // parts for number in range(parts + 1)]
+    jobs = list(itertools.pairwise(borders))  # first class, and the one after the last
     logger.info("making %d fractals (%s) in %s", count, values["split"], part.parent)
     running: deque[subprocess.Popen] = deque()
     try:
@@ -191,42 +197,39 @@ def _draw(part: Path, values: dict[str, Any]) -> None:
 
 def _started(part: Path, kind: int, labels: tuple[int, int], values: dict[str, Any]) -> subprocess.Popen:
     """A process with numpy alone: it starts in a tenth of a second, and no thread or device of ours is copied."""
-    asked = json.dumps({"folder": str(part), "kind": kind, "labels": labels, "maker": os.getpid(), **values})
-    command = [sys.executable, "-P", fractal_images.__file__, asked]
+    task = {"folder": str(part), "kind": kind, "labels": labels, "maker": os.getpid(), **values}
+    command = [sys.executable, "-P", fractal_images.__file__, json.dumps(task)]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def _finished(process: subprocess.Popen) -> None:
-    said = process.communicate()[1].decode(errors="replace").strip().splitlines()
-    if process.returncode:
-        how = f"ended with exit code {process.returncode}: {said[-1] if said else 'it said nothing'}"
-        killed = f"was killed by signal {-process.returncode} (9: out of memory, or somebody's kill)"
-        raise OSError(
-            f"a process that draws fractals {killed if process.returncode < 0 else how}. Nothing was kept; "
-            "start the same command again."
-        )
+    """Wait for a process that draws. Raises OSError when it has failed."""
+    _, errors = process.communicate()
+    if process.returncode == 0:
+        return
+    if process.returncode < 0:
+        end = f"was killed by signal {-process.returncode} (9: out of memory, or somebody's kill)"
+    else:
+        lines = errors.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        end = f"ended with exit code {process.returncode}: {lines[-1]}"
+    raise OSError(f"a process that draws fractals {end}. Nothing was kept; start the same command again.")
 
 
 def _sealed(path: Path) -> dict[str, Any]:
     """Make sure that the file is on the disk; its size and SHA-256 for the record."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    return file_record(path)
 
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
     """Hold the lock file; False where the file system has no locks. The kernel frees it when the holder dies."""
-    with path.open("a") as file:
-        try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                logger.info("another process makes the fractals: waiting for %s", path)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
-                raise
-            yield False
-        else:
-            yield True
+    try:
+        held = lock(path, f"another process makes the fractals: waiting for {path}", wait=True)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        held = None
+    with held or contextlib.nullcontext():
+        yield held is not None

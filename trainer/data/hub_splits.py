@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.config.data import DataConfig
+from trainer.config.load import one_line
 from trainer.data.decode import printable
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def load_splits(path: str) -> tuple["datasets.DatasetDict", str]:
         raise
     except Exception as error:  # whatever the library raises, from its readers to its HTTP client: it cannot be loaded
         cause = error.__cause__ or error  # DatasetGenerationError says nothing itself
-        reason = printable(" ".join(str(cause).split())[:REASON_SHOWN]).rstrip(".")
+        reason = printable(one_line(cause)[:REASON_SHOWN]).rstrip(".")
         what = f"{type(cause).__name__}: {reason}"
         raise ValueError(f"data.path {path!r} cannot be loaded: {what}. {EXPECTED}") from error
     if isinstance(loaded, datasets.Dataset):  # save_to_disk of one split does not keep a split's name as a key
@@ -61,8 +62,8 @@ def check_columns(split: "datasets.Dataset", data: DataConfig) -> None:
     """Raise a ValueError that lists the columns when the image or the label column is not among them."""
     for key, column in (("data.image_key", data.image_key), ("data.label_key", data.label_key)):
         if column not in split.features:
-            there = listed(split.features)
-            raise ValueError(f"{key} {column!r} is not a column of {data.path}; columns there: {there}.")
+            columns = listed(split.features)
+            raise ValueError(f"{key} {column!r} is not a column of {data.path}; columns there: {columns}.")
 
 
 def labels_and_targets(
@@ -79,7 +80,8 @@ def labels_and_targets(
     for name, split in ((data.train_split, train), (data.val_split, chosen)):
         if not len(split):
             raise ValueError(f"split {name!r} of {data.path} has no rows: set data.train_split and data.val_split.")
-    feature, values = chosen.features[data.label_key], _column(chosen, data.label_key)
+    feature = chosen.features[data.label_key]
+    values = _column(chosen, data.label_key)
     if isinstance(feature, datasets.ClassLabel):
         labels = train.features[data.label_key].names
         if feature.names != labels:
@@ -88,16 +90,17 @@ def labels_and_targets(
             )
     else:
         train_values = _column(train, data.label_key)
-        kinds = {type(value) for value in [*train_values, *values]}
+        kinds = set(map(type, train_values)) | set(map(type, values))
         if kinds == {int}:
             largest = max(train_values)
             if largest >= MAX_CLASSES:
                 raise ValueError(f"{what} goes up to {largest}, expected numbers from 0 to below {MAX_CLASSES}.")
-            labels = [str(number) for number in range(largest + 1)]
+            labels = list(map(str, range(largest + 1)))
         elif kinds == {str}:
             labels = sorted(set(train_values))
-            numbers = {label: number for number, label in enumerate(labels)}
-            values = [numbers.get(value, value) for value in values]
+            number_of = {label: number for number, label in enumerate(labels)}
+            # a label that the train split does not have stays a text, and is refused below
+            values = [number_of.get(value, value) for value in values]
         else:
             raise ValueError(f"{what} holds {feature}, expected class labels, integers or strings and no gaps.")
     for row, value in enumerate(values):
@@ -123,8 +126,8 @@ def refuse_outside(images: "datasets.Dataset", key: str, path: str) -> None:
 
     config = datasets.config
     roots = [Path(path).expanduser(), config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE]
-    real = [os.path.realpath(root) for root in roots]
-    allowed = tuple(os.path.join(os.path.abspath(root), "") for root in roots + real)
+    roots += list(map(os.path.realpath, roots))
+    allowed = tuple(os.path.join(os.path.abspath(root), "") for root in roots)
     for row, file in _named_files(images, key):
         if not os.path.abspath(file).startswith(allowed):
             raise ValueError(
@@ -136,18 +139,23 @@ def refuse_outside(images: "datasets.Dataset", key: str, path: str) -> None:
 def listed(names: Iterable[Any]) -> str:
     """Sorted names in one line, cut when they are many."""
     names = sorted(names)
+    shown = ", ".join(map(str, names[:NAMES_SHOWN]))
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return printable(", ".join(map(str, names[:NAMES_SHOWN])) or "none") + more
+    return printable(shown or "none") + more
 
 
 def _named_files(images: "datasets.Dataset", key: str) -> Iterable[tuple[int, str]]:
     """(row of the table, path) of every image without content; the contents themselves are not touched."""
     start = 0
     for chunk in images.data.column(key).chunks:
-        content, names = chunk.field("bytes"), chunk.field("path")
+        content = chunk.field("bytes")
+        names = chunk.field("path")
         if content.null_count:
-            rows = np.flatnonzero(content.is_null().to_numpy(zero_copy_only=False))
-            yield from ((start + row, names[row].as_py()) for row in rows.tolist() if names[row].as_py())
+            without_content = content.is_null().to_numpy(zero_copy_only=False)
+            for row in np.flatnonzero(without_content).tolist():
+                name = names[row].as_py()
+                if name:
+                    yield start + row, name
         start += len(chunk)
 
 
@@ -165,8 +173,9 @@ def _refuse_other_files(folder: Path) -> None:
         if not files:
             raise ValueError(f"split {state.parent.name!r} has no rows")
         names += [file["filename"] for file in files]
-    if odd := [name for name in names if not _plain(name)]:
-        raise ValueError(f"{odd[0]!r} is not a plain name of something in this folder")
+    for name in names:
+        if not _plain(name):
+            raise ValueError(f"{name!r} is not a plain name of something in this folder")
 
 
 def _plain(name: Any) -> bool:
@@ -177,8 +186,9 @@ def _commit(loaded: Any) -> str | None:
     """The commit of the hub that `datasets` read, from its record of the files; None when it keeps none."""
     for split in loaded.values():
         for file in split.info.download_checksums or ():
-            if found := HUB_FILE.match(file):
-                return found[1]
+            address = HUB_FILE.match(file)
+            if address:
+                return address[1]
     return None
 
 

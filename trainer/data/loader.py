@@ -26,6 +26,8 @@ MixFunction = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, to
 
 @dataclass(frozen=True)
 class Batch:
+    """A micro-batch of training or a batch of an evaluation."""
+
     images: torch.Tensor  # (B, C, H, W) float32
     labels: torch.Tensor  # (B,) int64; 0 where mask is False
     mask: torch.Tensor  # (B,) bool, False on padding and on skipped images
@@ -33,14 +35,20 @@ class Batch:
     skipped: tuple[int, ...] = ()  # indices found unreadable while this batch was made (skip_unreadable)
 
     def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device; from pinned memory without waiting."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
+        """The same batch in pinned memory; torch's DataLoader calls it."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{k: function(v) for k, v in values.items() if isinstance(v, torch.Tensor)})
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, torch.Tensor):
+                changed[field.name] = function(value)
+        return replace(self, **changed)
 
 
 def train_batches(
@@ -143,10 +151,12 @@ class _TrainImages(Dataset):
         self.transform = transform
 
     def __getitem__(self, request: TrainRequest) -> Batch:
-        images, used = [], []
-        known = set(self.source.skipped)
+        indices, seeds = request
+        images = []
+        used = []  # the index of each image; not the one asked for where that is unreadable
+        skipped_before = set(self.source.skipped)
         with _kept_random_state():
-            for index, seed in zip(*(array.tolist() for array in request), strict=True):
+            for index, seed in zip(indices.tolist(), seeds.tolist(), strict=True):
                 image, read = self.source.image_or_next(index)
                 _seed_all(seed)
                 images.append(self.transform(image))
@@ -156,7 +166,7 @@ class _TrainImages(Dataset):
             labels=torch.tensor([self.source.label(index) for index in used]),
             mask=torch.ones(len(used), dtype=torch.bool),
             index=torch.tensor(used),
-            skipped=tuple(self.source.skipped - known),
+            skipped=tuple(self.source.skipped - skipped_before),
         )
 
 
@@ -170,14 +180,20 @@ class _EvalImages(Dataset):
         images_BCHW = torch.zeros(self.shape)
         labels = torch.zeros(self.shape[0], dtype=torch.int64)
         index = torch.full_like(labels, -1)
-        known = set(self.source.skipped)
-        for place, wanted in enumerate(request.tolist()):
-            image = self.source.try_image(wanted)
+        skipped_before = set(self.source.skipped)
+        for place, position in enumerate(request.tolist()):
+            image = self.source.try_image(position)
             if image is not None:
                 images_BCHW[place] = self.transform(image)
-                labels[place] = self.source.label(wanted)
-                index[place] = wanted
-        return Batch(images_BCHW, labels, index >= 0, index, tuple(self.source.skipped - known))
+                labels[place] = self.source.label(position)
+                index[place] = position
+        return Batch(
+            images=images_BCHW,
+            labels=labels,
+            mask=index >= 0,
+            index=index,
+            skipped=tuple(self.source.skipped - skipped_before),
+        )
 
 
 def _load(
@@ -205,13 +221,15 @@ def _outlast_a_warning(_worker: int) -> None:
 @contextmanager
 def _kept_random_state() -> Iterator[None]:
     """Restore the states of `random`, numpy and torch (CPU) on the way out."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    state_of_random = random.getstate()
+    state_of_numpy = np.random.get_state()
+    state_of_torch = torch.get_rng_state()
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        random.setstate(state_of_random)
+        np.random.set_state(state_of_numpy)
+        torch.set_rng_state(state_of_torch)
 
 
 def _seed_all(seed: int) -> None:

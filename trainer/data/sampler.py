@@ -43,7 +43,8 @@ def train_requests(
     step_size = world * micro_batch * accumulation
     for number in range(epoch, epoch + epochs):
         order, seeds = epoch_plan(n, repeats=repeats, seed=seed, epoch=number)
-        for step in range(start_step if number == epoch else 0, n // step_size):
+        first_step = start_step if number == epoch else 0
+        for step in range(first_step, n // step_size):
             for micro_step in range(accumulation):
                 begin = step * step_size + (micro_step * world + rank) * micro_batch
                 yield order[begin : begin + micro_batch], seeds[begin : begin + micro_batch]

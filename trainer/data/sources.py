@@ -4,6 +4,7 @@ A source is random access (`image(i)`, `label(i)`), because a map-style source w
 a streamed one with a shuffle buffer does not. Images are decoded by decode.py for every source alike.
 """
 
+import itertools
 import logging
 import os
 from pathlib import Path
@@ -43,7 +44,8 @@ class DigitsSource(ImageSource):
 
     def __init__(self, data: DataConfig, split: str):
         with np.load(DIGITS_FILE) as arrays:
-            values_NHW, targets = arrays["images"], arrays["labels"].astype(np.int64)
+            values_NHW = arrays["images"]
+            targets = arrays["labels"].astype(np.int64)
         is_val = np.zeros(len(targets), dtype=bool)
         is_val[np.argsort(targets, kind="stable")[::5]] = True
         chosen = is_val if split == "val" else ~is_val
@@ -61,7 +63,7 @@ class FolderSource(ImageSource):
     def __init__(self, data: DataConfig, split: str):
         root = Path(data.path).expanduser()
         train_classes = _class_folders(root, data.train_split, "data.train_split")
-        name = data.train_split if split == "train" else data.val_split
+        name = _name_of(split, data)
         classes = _class_folders(root, name, f"data.{split}_split")
         if classes != train_classes:
             raise ValueError(
@@ -69,12 +71,12 @@ class FolderSource(ImageSource):
                 f"only in {data.train_split}: {listed(set(train_classes) - set(classes))}; "
                 f"only in {name}: {listed(set(classes) - set(train_classes))}. Give both the same folders."
             )
-        paths = [_pictures(root / name / label) for label in classes]
-        if not any(paths):
+        paths_of = [_pictures(root / name / label) for label in classes]
+        if not any(paths_of):
             raise ValueError(f"no images under {root / name}; expected {', '.join(IMG_EXTENSIONS)} in class folders.")
         # one array, not a million str objects: reference counts would copy those into every worker process
-        self._paths = np.array([path for found in paths for path in found])
-        targets = np.repeat(np.arange(len(classes)), [len(found) for found in paths])
+        self._paths = np.array(list(itertools.chain.from_iterable(paths_of)))
+        targets = np.repeat(np.arange(len(classes)), list(map(len, paths_of)))
         self.origin = str(root)
         super().__init__(f"folder {root / name}", classes, targets, data)
 
@@ -90,11 +92,11 @@ class HubSource(ImageSource):
         import datasets
 
         splits, self.origin = load_splits(data.path)
-        name = data.train_split if split == "train" else data.val_split
-        for key, wanted in (("data.train_split", data.train_split), (f"data.{split}_split", name)):
-            if wanted not in splits:
-                raise ValueError(f"{key} {wanted!r} is not in {data.path}; splits there: {listed(splits)}.")
-            check_columns(splits[wanted], data)
+        name = _name_of(split, data)
+        for key, split_name in (("data.train_split", data.train_split), (f"data.{split}_split", name)):
+            if split_name not in splits:
+                raise ValueError(f"{key} {split_name!r} is not in {data.path}; splits there: {listed(splits)}.")
+            check_columns(splits[split_name], data)
         labels, targets = labels_and_targets(splits[data.train_split], splits[name], data)
         # undecoded, so that every source decodes alike and an error can name the file
         images = splits[name].with_format(None).select_columns([data.image_key])
@@ -111,8 +113,11 @@ class HubSource(ImageSource):
 
     def _read(self, row: int) -> Image.Image:
         file = self._images[row][self._image_key] or {}
-        content, path = file.get("bytes"), file.get("path")
-        description = f"row {row} of {self.name}" + (f" ({path})" if path else "")
+        content = file.get("bytes")
+        path = file.get("path")
+        description = f"row {row} of {self.name}"
+        if path:
+            description += f" ({path})"
         if content is None and path is None:
             raise UnreadableImageError(f"image {description} is empty. {SKIP_HINT}")
         return decode(path if content is None else content, description, self.max_pixels)
@@ -127,18 +132,24 @@ def _fractals(data: DataConfig, split: str) -> ImageSource:
 _SOURCES = {"digits": DigitsSource, "fractals": _fractals, "folder": FolderSource, "hub": HubSource}
 
 
+def _name_of(split: str, data: DataConfig) -> str:
+    """What the data set calls "train" or "val"."""
+    return data.train_split if split == "train" else data.val_split
+
+
 def _class_folders(root: Path, split: str, key: str) -> list[str]:
     folder = root / split
     if not folder.is_dir():
         if not root.is_dir():
             raise ValueError(f"data.path {root} is not a folder: give the one that holds the splits.")
-        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        raise ValueError(f"{key} {split!r} is not a folder in {root}; folders there: {listed(found)}.")
+        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        raise ValueError(f"{key} {split!r} is not a folder in {root}; folders there: {listed(folders)}.")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
         raise ValueError(f"no class folders in {folder}; expected images in {folder}/<class>/.")
-    if odd := [name for name in classes if not name.isprintable()]:  # they become labels in JSON files and reports
-        raise ValueError(f"the class folder {odd[0]!a} of {folder} has a name that is no text: give it another.")
+    for name in classes:
+        if not name.isprintable():  # it becomes a label in JSON files and reports
+            raise ValueError(f"the class folder {name!a} of {folder} has a name that is no text: give it another.")
     return classes
 
 
@@ -149,15 +160,17 @@ def _pictures(folder: Path) -> list[bytes]:
         ValueError: a folder that is reached twice, through links in a circle or to one place: ImageFolder would count
             its images many times over, or never end.
     """
-    found, seen = [], set()
+    pictures_in = {}  # folder -> its pictures
+    read_already = set()
     for path, _, files in os.walk(folder, followlinks=True, onerror=_raise):
-        about = os.stat(path)
-        if (about.st_dev, about.st_ino) in seen:
+        status = os.stat(path)
+        identity = (status.st_dev, status.st_ino)  # the same whichever link leads to it
+        if identity in read_already:
             raise ValueError(f"{printable(path)} leads to a folder that was read already: remove the link.")
-        seen.add((about.st_dev, about.st_ino))
+        read_already.add(identity)
         pictures = [name for name in sorted(files) if name.lower().endswith(IMG_EXTENSIONS)]
-        found.append((path, [os.fsencode(os.path.join(path, name)) for name in pictures]))
-    return [name for _, names in sorted(found) for name in names]
+        pictures_in[path] = [os.fsencode(os.path.join(path, name)) for name in pictures]
+    return list(itertools.chain.from_iterable(pictures_in[path] for path in sorted(pictures_in)))
 
 
 def _raise(error: OSError) -> None:

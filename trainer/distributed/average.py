@@ -29,13 +29,16 @@ class WeightAverage:
     """
 
     def __init__(self, engine: Any, decay: float):
-        self._engine, self.decay = engine, decay
+        self._engine = engine
+        self.decay = decay
         self._masters = zero_state.masters(engine)
         self.flats: list[Tensor] = [flat.clone() for flat in self._masters]  # laid out as the masters
 
     def update(self, number: int) -> None:
         """After a step that changed the weights, `number` of them having been before it."""
+        # d = min(decay, (1 + n) / (10 + n))
         decay = min(self.decay, (1 + number) / (10 + number))
+        # average <- d average + (1 - d) masters, all groups in one call
         get_ema_multi_avg_fn(decay)(self.flats, self._masters, None)
 
     @contextmanager

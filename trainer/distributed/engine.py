@@ -5,6 +5,7 @@ The engine wraps only what is trained. Frozen models (teacher, meta model) stay 
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,11 +87,13 @@ class Engine:
             return full_state_dict(self.module)
         from deepspeed.utils import safe_get_full_fp32_param
 
+        # safe_get_full_fp32_param is collective: all masters first, in one order on every rank
         masters = {name: safe_get_full_fp32_param(p) for name, p in self.module.named_parameters()}
         working = {name: p.data for name, p in self.module.named_parameters()}
         try:
             for name, p in self.module.named_parameters():
-                p.data = masters[name] if masters[name] is not None else p.data.float()
+                master = masters[name]  # None = not trained
+                p.data = p.data.float() if master is None else master
             return full_state_dict(self.module)
         finally:
             for name, p in self.module.named_parameters():
@@ -116,9 +119,15 @@ def working_type(settings: Settings) -> torch.dtype:
 
 
 def build_engine(
-    module: nn.Module, schedule: ScheduleConfig, settings: Settings, *, steps_per_epoch: int, dist: Dist,
-    layer_decay: float = 1.0, ema: float = 0.0,
-) -> Engine:  # fmt: skip
+    module: nn.Module,
+    schedule: ScheduleConfig,
+    settings: Settings,
+    *,
+    steps_per_epoch: int,
+    dist: Dist,
+    layer_decay: float = 1.0,
+    ema: float = 0.0,
+) -> Engine:
     """Wrap a module for training.
 
     Args:
@@ -133,9 +142,11 @@ def build_engine(
 
     expert_parallel(module, settings.ep_size)
     _set_checkpointing(module, settings.activation_checkpointing)
+    # linear scaling: the recipe's rate is that of a batch of REFERENCE_BATCH
     lr = schedule.lr * settings.global_batch / REFERENCE_BATCH
     optimizer = _optimizer(module, schedule, lr, layer_decay)
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(settings.config))
+    with _without_compiler():
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(settings.config))
     cosine = CosineLRScheduler(
         engine.optimizer,
         t_initial=schedule.epochs * steps_per_epoch,
@@ -144,7 +155,26 @@ def build_engine(
         warmup_lr_init=min(schedule.warmup_lr, lr),
         t_in_epochs=False,  # the published code changes the rate once per epoch; per step is smoother and as cheap
     )
-    return Engine(engine, cosine, settings, WeightAverage(engine, ema) if ema else None)
+    average = WeightAverage(engine, ema) if ema else None
+    return Engine(engine, cosine, settings, average)
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Inside the block torch.compile leaves functions as they are.
+
+    deepspeed.initialize compiles functions of an optimiser we never use (Muon), which loads torch's compiler: 1 s and
+    more. torch reads the variable whenever torch.compile is called, so after the block it compiles again.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
 
 
 def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
@@ -157,16 +187,24 @@ def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float 
     (arXiv 2106.08254), but the last block has the head's rate.
     """
     after = blocks_after(module) if layer_decay < 1 else {}
+    # (without weight decay, blocks after them) -> parameters
     members: dict[tuple[bool, int], list[nn.Parameter]] = defaultdict(list)
     for name, p in module.named_parameters():
         if p.requires_grad:
-            plain = p.ndim <= 1 or name.split(".")[-1] in NO_DECAY_NAMES
-            members[plain, after.get(name, 0)].append(p)
+            undecayed = p.ndim <= 1 or name.split(".")[-1] in NO_DECAY_NAMES
+            members[undecayed, after.get(name, 0)].append(p)
     groups = []
-    for (plain, blocks), params in sorted(members.items(), key=lambda item: item[0]):
-        group = {"params": params, "weight_decay": 0.0 if plain else weight_decay}
-        group["name"] = ("no_decay" if plain else "decay") + (f"_{blocks}_before_the_end" if blocks else "")
-        groups.append(group | ({"lr_scale": layer_decay**blocks} if after else {}))
+    for undecayed, blocks in sorted(members):
+        group = {"params": members[undecayed, blocks], "weight_decay": weight_decay, "name": "decay"}
+        if undecayed:
+            group["weight_decay"] = 0.0
+            group["name"] = "no_decay"
+        if blocks:
+            group["name"] += f"_{blocks}_before_the_end"
+        if after:
+            # rate of a block = layer_decay x the rate of the block after it
+            group["lr_scale"] = layer_decay**blocks
+        groups.append(group)
     return groups
 
 
@@ -175,13 +213,15 @@ def blocks_after(module: nn.Module) -> dict[str, int]:
 
     All of them for the embeddings, none for the last block, norm and head; a stitch counts as its block.
     """
-    found = {}
+    after = {}
     for prefix, part in module.named_modules():
         if isinstance(part, VisionTransformer):
+            depth = len(part.blocks)
             layers = group_parameters(part, part.group_matcher(), reverse=True)  # 0 = embeddings, 1 = first block
-            start, depth = f"{prefix}." if prefix else "", len(part.blocks)
-            found |= {start + name: max(0, depth - layer) for name, layer in layers.items()}
-    return found
+            for name, layer in layers.items():
+                full_name = f"{prefix}.{name}" if prefix else name
+                after[full_name] = max(0, depth - layer)
+    return after
 
 
 def _optimizer(module: nn.Module, schedule: ScheduleConfig, lr: float, layer_decay: float) -> torch.optim.Optimizer:

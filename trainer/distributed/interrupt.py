@@ -43,7 +43,10 @@ class Interruption:
     """
 
     def __init__(self, dist: Dist, done: int):
-        self.dist, self.last, self.next, self.asked = dist, done, done + 1, time.monotonic()
+        self.dist = dist
+        self.last = done  # step after which they asked last
+        self.next = done + 1  # step after which they ask next
+        self.asked = time.monotonic()  # when they asked last
 
     def agreed(self, done: int, failed: bool = False) -> Literal["", "warned", "failed"]:
         """Why all ranks stop after step `done`, "" = they go on (collective at some steps, the same on every rank).
@@ -54,17 +57,25 @@ class Interruption:
         if done < self.next:
             return ""
         now = time.monotonic()
-        pace = (now - self.asked) / (done - self.last)
-        warned, broken, slowest = float(_warned.is_set()), float(failed), pace
+        warned = float(_warned.is_set())
+        broken = float(failed)
+        slowest = (now - self.asked) / (done - self.last)  # seconds per step
         if self.dist.world > 1:  # on a GPU this waits for the queued steps, once a second
             import torch
 
             answer = torch.tensor([warned, broken, slowest], dtype=torch.float64, device=self.dist.device)
             torch.distributed.all_reduce(answer, op=torch.distributed.ReduceOp.MAX)
             warned, broken, slowest = answer.tolist()
-        self.last, self.asked = done, now
-        self.next = done + max(1, min(ASK_AT_MOST, int(ASK_EVERY / max(slowest, 1e-6))))
-        return "failed" if broken else "warned" if warned else ""
+        self.last = done
+        self.asked = now
+        # as many steps as the slowest rank makes in ASK_EVERY seconds
+        steps = int(ASK_EVERY / max(slowest, 1e-6))
+        self.next = done + max(1, min(ASK_AT_MOST, steps))
+        if broken:
+            return "failed"
+        if warned:
+            return "warned"
+        return ""
 
 
 class Heartbeat:
@@ -114,5 +125,8 @@ HEARTBEAT = Heartbeat()
 
 def _note(number: int, _frame: object) -> None:
     _warned.set()
-    # warnings are repeated, and python puts the default back at its end: the next one would kill a rank that has saved
-    signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.SIG_IGN)
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
+    else:
+        # it is repeated, and python puts the default back at its end: the next one would kill a rank that has saved
+        signal.signal(number, signal.SIG_IGN)

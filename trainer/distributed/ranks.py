@@ -73,10 +73,12 @@ class Dist:
 
     def agree(self, error: Exception | None) -> None:
         """Raise the same error on every rank when one has failed, so that no rank waits for a dead one (collective)."""
-        found = self.gather(None if error is None else (isinstance(error, ValueError), str(error)))
-        if failed := [report for report in found if report]:
-            bad_input, message = failed[0]
-            raise (AgreedValueError if bad_input else AgreedOSError)(message) from error
+        report = None if error is None else (isinstance(error, ValueError), str(error))
+        for failed in self.gather(report):
+            if failed is not None:  # the lowest rank that has failed speaks for all
+                bad_input, message = failed
+                kind = AgreedValueError if bad_input else AgreedOSError
+                raise kind(message) from error
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -102,6 +104,7 @@ def ranks_from_environment(environ: dict[str, str] | os._Environ = os.environ) -
         }
     if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ and int(environ.get("SLURM_NTASKS", 1)) > 0:
         world = int(environ["SLURM_STEP_NUM_TASKS"])
+        # like "4(x2),3": 4 tasks on two nodes, 3 on another
         per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", str(world)).split("(")[0].split(",")[0]
         return {
             "rank": int(environ["SLURM_PROCID"]),
@@ -126,8 +129,9 @@ def start() -> Dist:
             "start one process per GPU (deepspeed --num_gpus N, or srun --ntasks-per-node N)"
         )
     _export(ranks)
-    device = torch.device("cuda", ranks["local_rank"]) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", ranks["local_rank"])
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one node share its cores instead of fighting for them
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks["local_world"]))
@@ -143,6 +147,7 @@ def stop() -> None:
 
 def seed_everything(seed: int, rank: int, deterministic: bool) -> None:
     """Seed random, numpy and torch by (seed, rank): each rank draws its own noise, every run the same."""
+    # seed x a prime + rank x a prime: no two ranks or neighbouring seeds share a stream
     mixed = (seed * 1_000_003 + rank * 7919) % 2**31
     random.seed(mixed)
     np.random.seed(mixed)
@@ -163,16 +168,18 @@ def seed_draws(seed: int, step: int, place: int) -> None:
         step: optimiser steps done before.
         place: number of the micro-batch in the step, micro_step x world + rank, as in trainer/data/sampler.py.
     """
-    words = np.random.SeedSequence([seed, step, place]).generate_state(2)
-    random.seed(int(words[0]))
-    np.random.seed(words[0])
-    torch.manual_seed(int(words[0]) << 31 | int(words[1]) >> 1)
+    first, second = np.random.SeedSequence([seed, step, place]).generate_state(2)  # 32 bits each
+    random.seed(int(first))
+    np.random.seed(first)
+    # 63 bits for torch: both words, without the last bit of the second
+    torch.manual_seed(int(first) << 31 | int(second) >> 1)
 
 
 def _export(ranks: dict[str, int]) -> None:
     """Write the ranks where DeepSpeed and torch look for them, with a rendezvous address for a world of one."""
-    for name, key in (("RANK", "rank"), ("WORLD_SIZE", "world"), ("LOCAL_RANK", "local_rank")):
-        os.environ[name] = str(ranks[key])
+    os.environ["RANK"] = str(ranks["rank"])
+    os.environ["WORLD_SIZE"] = str(ranks["world"])
+    os.environ["LOCAL_RANK"] = str(ranks["local_rank"])
     if ranks["world"] == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(_free_port()))

@@ -61,15 +61,15 @@ def pieces(engine: Any, beside: Flats | None = None) -> list[Piece]:
     Raises:
         RuntimeError: this version of DeepSpeed keeps its state in another way.
     """
-    found = []
+    saved = []
     for share in _shares(engine):
         share.check()
-        flats = share.flats(engine.optimizer.optimizer, beside or {})
-        found += [Piece(kind, share.name, share.start, share.of(flat)) for kind, flat in flats.items()]
+        for kind, flat in share.flats(engine.optimizer.optimizer, beside or {}).items():
+            saved.append(Piece(kind, share.name, share.start, share.of(flat)))
     for untrained in _untrained(engine.module):
         if untrained.ours:
-            found.append(Piece(UNTRAINED, untrained.name, 0, untrained.values.reshape(-1)))
-    return found
+            saved.append(Piece(UNTRAINED, untrained.name, 0, untrained.values.reshape(-1)))
+    return saved
 
 
 def shapes(engine: Any) -> dict[str, tuple[int, ...]]:
@@ -114,7 +114,8 @@ def restore(engine: Any, read: Read, *, step: int, beside: Flats | None = None) 
     for share in shares:
         share.check()
     engine.optimizer._hp_optimizer_states_linked = False  # DeepSpeed finds the new moments at its next step
-    engine.global_steps, engine.skipped_steps = step, 0
+    engine.global_steps = step
+    engine.skipped_steps = 0
     engine.micro_steps = step * engine.gradient_accumulation_steps()
     engine.global_samples = step * engine.train_batch_size()
 
@@ -142,6 +143,7 @@ class _Share:
 
     def check(self) -> None:
         """A layout misread would give experts each other's weights: the model must work with these very masters."""
+        # master, rounded to the working type = the weights of the model, bit for bit
         working = self.working.detach().flatten()[self.start : self.start + self.count]
         master = self.of(self.flat.detach()).to(working)
         if not torch.allclose(working, master, rtol=0, atol=0, equal_nan=True):
@@ -156,12 +158,24 @@ def _shares(engine: Any) -> Iterator[_Share]:
     try:
         groups = engine.optimizer.optimizer.param_groups
         for key, parameter in engine.module.named_parameters():
-            # None: all of it is kept by other ranks
-            if parameter.requires_grad and (mapping := parameter._hp_mapping) is not None:
-                here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-                group = mapping.param_group_index
-                (flat,) = groups[group]["params"]
-                yield _Share(names[key], parameter, here.start, here.numel, there.start, group, flat)
+            if not parameter.requires_grad:
+                continue
+            mapping = parameter._hp_mapping
+            if mapping is None:  # all of it is kept by other ranks
+                continue
+            in_parameter = mapping.lp_fragment_address
+            in_master = mapping.hp_fragment_address
+            group = mapping.param_group_index
+            (flat,) = groups[group]["params"]
+            yield _Share(
+                name=names[key],
+                working=parameter,
+                start=in_parameter.start,
+                count=in_parameter.numel,
+                place=in_master.start,
+                group=group,
+                flat=flat,
+            )
     except (AttributeError, ValueError) as error:
         raise _foreign(error) from error
 
@@ -191,7 +205,8 @@ def _make_moments(optimizer: torch.optim.Optimizer, step: int) -> None:
         probe = nn.Parameter(flat.detach().new_zeros(1))
         probe.grad = torch.zeros_like(probe)
         twin = copy.copy(optimizer)
-        twin.state, twin.param_groups = defaultdict(dict), [{**group, "params": [probe]}]
+        twin.state = defaultdict(dict)
+        twin.param_groups = [{**group, "params": [probe]}]
         twin.step()
         for kind, value in twin.state[probe].items():
             is_counter = torch.is_tensor(value) and not value.dim()
@@ -212,12 +227,15 @@ def _untrained(module: nn.Module) -> Iterator[_Untrained]:
     names = plain_names(module)
     for key, values in module.state_dict().items():
         if key not in trained:
-            plain, own, group = names[key]
+            names_of_experts, ours, group = names[key]
             # every rank has the dense ones; of experts, each group of ranks that share them out has one set
-            ranks = torch_dist.get_process_group_ranks(group) if len(plain) > 1 else [torch_dist.get_rank()]
-            yield _Untrained(plain[own], values, 0 in ranks)
+            if len(names_of_experts) > 1:
+                holders = torch_dist.get_process_group_ranks(group)
+            else:
+                holders = [torch_dist.get_rank()]
+            yield _Untrained(names_of_experts[ours], values, ours=0 in holders)
 
 
 def _own_names(module: nn.Module) -> dict[str, str]:
     """State-dict key -> plain name, in which this rank's experts have their global numbers."""
-    return {key: plain[own] for key, (plain, own, _) in plain_names(module).items()}
+    return {key: names[ours] for key, (names, ours, _) in plain_names(module).items()}

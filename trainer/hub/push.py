@@ -25,7 +25,7 @@ from trainer import artifacts
 from trainer.config.recipe import Recipe
 from trainer.config.runtime import HubConfig
 from trainer.hub.card import hub_id, taught, trained_with, write_card
-from trainer.hub.retry import one_line, patiently
+from trainer.hub.retry import patiently, reason_of
 from trainer.request import graph
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class Plan:
     @property
     def card(self) -> str:
         """README.md."""
-        return next(file.content for file in self.files if file.path == "README.md").decode()
+        (card,) = (file for file in self.files if file.path == "README.md")
+        return card.content.decode()
 
     @property
     def digests(self) -> dict[str, str]:
@@ -87,14 +88,17 @@ def plan(run_dir: Path, recipe: Recipe, teacher_license: str | None = None) -> P
     files = _published(folder, result, "")
     stages = _stages(recipe)
     for stage in stages:
-        folder_of, result_of = artifacts.require(run_dir, stage, recipe, "--phase push with hub.stages=all")
-        files += _published(folder_of, result_of, f"{stage}/")
+        stage_folder, stage_result = artifacts.require(run_dir, stage, recipe, "--phase push with hub.stages=all")
+        files += _published(stage_folder, stage_result, f"{stage}/")
         for name in ("config.yaml", "result.json"):  # what trainer/teaching/reuse.py asks of a teaching pair
-            files.append(_made(f"{stage}/{name}", (folder_of / name).read_bytes()))
+            files.append(_in_memory(f"{stage}/{name}", (stage_folder / name).read_bytes()))
     saved = yaml.safe_load((folder / "config.yaml").read_text())
-    files.append(_made("recipe.yaml", yaml.safe_dump(saved["recipe"], sort_keys=False).encode()))
-    files.append(_made("ds_config.json", (json.dumps(saved["ds_config"], indent=1) + "\n").encode()))
-    files += [_made(path, data) for path, data in write_card(run_dir, recipe, teacher_license, stages).items()]
+    recipe_text = yaml.safe_dump(saved["recipe"], sort_keys=False)
+    files.append(_in_memory("recipe.yaml", recipe_text.encode()))
+    ds_config_text = json.dumps(saved["ds_config"], indent=1) + "\n"
+    files.append(_in_memory("ds_config.json", ds_config_text.encode()))
+    for path, content in write_card(run_dir, recipe, teacher_license, stages).items():
+        files.append(_in_memory(path, content))
     return Plan(recipe.hub.repo, recipe.hub.revision, tuple(sorted(files, key=lambda file: file.path)))
 
 
@@ -146,14 +150,17 @@ def push(plan: Plan, hub: HubConfig) -> str:
 
 def find_teacher_license(run_dir: Path, recipe: Recipe) -> str | None:
     """Licence of a teacher from the hub as its page names it; None when there is none or it cannot be asked."""
-    found = hub_id(trained_with(run_dir, recipe)) if recipe.teacher.source else None
-    if found is None or constants.HF_HUB_OFFLINE:
+    if not recipe.teacher.source:
         return None
+    teacher_on_hub = hub_id(trained_with(run_dir, recipe))
+    if teacher_on_hub is None or constants.HF_HUB_OFFLINE:
+        return None
+    teacher_id, revision = teacher_on_hub
     try:
-        card = HfApi().model_info(found[0], revision=found[1]).card_data
+        card = HfApi().model_info(teacher_id, revision=revision).card_data
     # whatever went wrong, the card then says that the licence is on the teacher's page
     except (OSError, ValueError, HTTPError) as error:
-        log.warning("licence of teacher %s not found: %s", found[0], one_line(error))
+        log.warning("licence of teacher %s not found: %s", teacher_id, reason_of(error))
         return None
     return card.get("license") if card else None
 
@@ -165,8 +172,8 @@ def _stages(recipe: Recipe) -> list[str]:
     if not taught(recipe):
         log.warning("hub.stages=all has no effect: this student was not taught by modules")
         return []
-    own_teacher = graph.own_teacher(recipe)
-    return [*own_teacher, "meta", *(graph.artifact_name("distill", i) for i in range(recipe.modules))]
+    distilled = [graph.artifact_name("distill", module) for module in range(recipe.modules)]
+    return [*graph.own_teacher(recipe), "meta", *distilled]
 
 
 def _published(folder: Path, result: dict[str, Any], place: str) -> list[PlannedFile]:
@@ -178,7 +185,7 @@ def _published(folder: Path, result: dict[str, Any], place: str) -> list[Planned
     ]
 
 
-def _made(path: str, content: bytes) -> PlannedFile:
+def _in_memory(path: str, content: bytes) -> PlannedFile:
     return PlannedFile(path, content, len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -187,7 +194,7 @@ def _client(hub: HubConfig) -> HfApi:
     try:
         validate_repo_id(hub.repo)
     except HFValidationError as error:
-        raise ValueError(f"hub.repo is {hub.repo!r}, which is no legal name: {one_line(error)}") from None
+        raise ValueError(f"hub.repo is {hub.repo!r}, which is no legal name: {reason_of(error)}") from None
     if "/" not in hub.repo:
         raise ValueError(f"hub.repo is {hub.repo!r}, expected OWNER/NAME: the owner is your user or organisation")
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)*", hub.revision) or ".." in hub.revision:
@@ -209,55 +216,64 @@ def _client(hub: HubConfig) -> HfApi:
 
 def _check_rights(hub: HubConfig, who: dict[str, Any]) -> None:
     """Refuse a token that cannot write to hub.repo, from what whoami says."""
-    owner, me = hub.repo.split("/")[0], who["name"]
+    owner, _ = hub.repo.split("/")
+    me = who["name"]
     access = who.get("auth", {}).get("accessToken", {})
     advice = "make one that may write on https://huggingface.co/settings/tokens and log in with `hf auth login`"
     if access.get("role") == "read":
         raise ValueError(f"the token of {me} may only read, so it cannot push to {hub.repo}: {advice}")
     if access.get("role") == "fineGrained":
-        scopes = [s for s in access.get("fineGrained", {}).get("scoped", []) if "repo.write" in s["permissions"]]
-        if not {owner, hub.repo} & {scope["entity"].get("name") for scope in scopes}:
+        scopes = access.get("fineGrained", {}).get("scoped", [])
+        writable = {scope["entity"].get("name") for scope in scopes if "repo.write" in scope["permissions"]}
+        if owner not in writable and hub.repo not in writable:
             raise ValueError(f"the fine-grained token of {me} has no write permission for {hub.repo}: {advice}")
-    orgs = {org["name"]: org.get("roleInOrg") for org in who.get("orgs", [])}
-    if owner != me and orgs.get(owner, "read" if owner in orgs else None) in (None, "read"):
-        writable = [me, *(name for name, role in orgs.items() if role != "read")]
-        raise ValueError(f"{hub.repo} is not yours: {me} can push to {', '.join(f'{name}/...' for name in writable)}")
+    role_in = {org["name"]: org.get("roleInOrg") for org in who.get("orgs", [])}
+    if owner != me and role_in.get(owner) in (None, "read"):
+        owners = [me, *(name for name, role in role_in.items() if role != "read")]
+        places = ", ".join(f"{name}/..." for name in owners)
+        raise ValueError(f"{hub.repo} is not yours: {me} can push to {places}")
 
 
 def _bring(api: HfApi, plan: Plan) -> str:
     """One attempt; safe to repeat after it has failed anywhere."""
     head = api.repo_info(plan.repo, revision=plan.revision).sha
-    todo, stale = _difference(api, plan, head)
-    if todo or stale:
-        log.info("%s@%s: %d files to send, %d stale ones to delete", plan.repo, plan.revision, len(todo), len(stale))
-        operations = [*map(_addition, todo), *(CommitOperationDelete(path) for path in stale)]
-        message = "Push of a finished run by m2mkd"
-        head = api.create_commit(
-            plan.repo, operations, commit_message=message, revision=plan.revision, parent_commit=head
-        ).oid
-        todo, stale = _difference(api, plan, head)
-        if todo or stale:
-            wrong = ", ".join([*(file.path for file in todo), *stale])
-            raise OSError(f"{plan.repo} took commit {head} without {wrong}: does a .gitignore of the repo name them?")
-    return head
+    to_send, stale = _difference(api, plan, head)
+    if not to_send and not stale:
+        return head
+    log.info("%s@%s: %d files to send, %d stale ones to delete", plan.repo, plan.revision, len(to_send), len(stale))
+    commit = api.create_commit(
+        plan.repo,
+        [*map(_addition, to_send), *map(CommitOperationDelete, stale)],
+        commit_message="Push of a finished run by m2mkd",
+        revision=plan.revision,
+        parent_commit=head,
+    )
+    missing, stale = _difference(api, plan, commit.oid)
+    if missing or stale:
+        wrong = ", ".join([*(file.path for file in missing), *stale])
+        raise OSError(f"{plan.repo} took commit {commit.oid} without {wrong}: does a .gitignore of the repo name them?")
+    return commit.oid
 
 
 def _difference(api: HfApi, plan: Plan, commit: str) -> tuple[list[PlannedFile], list[str]]:
     """What a commit lacks of the plan, and what it holds of an earlier push."""
     entries = api.list_repo_tree(plan.repo, revision=commit, recursive=True)
-    there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    stored = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    lacking = [file for file in plan.files if file.path not in stored or not _same(file, stored[file.path])]
     planned = {file.path for file in plan.files}
-    todo = [file for file in plan.files if file.path not in there or not _same(file, there[file.path])]
-    return todo, sorted(path for path in there if path not in planned and OURS.fullmatch(path))
+    stale = [path for path in stored if path not in planned and OURS.fullmatch(path)]
+    return lacking, sorted(stale)
 
 
-def _same(file: PlannedFile, there: RepoFile) -> bool:
-    if file.size != there.size:
+def _same(file: PlannedFile, stored: RepoFile) -> bool:
+    if file.size != stored.size:
         return False
-    if there.lfs is not None:
-        return there.lfs.sha256 == file.sha256
-    content = file.content if isinstance(file.content, bytes) else file.content.read_bytes()  # small: kept in git
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == there.blob_id
+    if stored.lfs is not None:
+        return stored.lfs.sha256 == file.sha256
+    content = file.content
+    if isinstance(content, Path):
+        content = content.read_bytes()  # small: kept in git
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == stored.blob_id
 
 
 def _addition(file: PlannedFile) -> CommitOperationAdd:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from huggingface_hub import constants
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-from trainer.config.redaction import redact
+from trainer.config.redaction import safe_line
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -23,6 +23,7 @@ PAUSES = (1, 2, 4, 8, 15, 30, 60, 60)  # seconds between attempts; what the hub 
 LONGEST_PAUSE = 600  # seconds, whatever Retry-After says
 # the same request may succeed later: busy, restarting, or (409, 412) somebody else's commit came first
 PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+LONGEST_REASON = 400  # characters
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -46,43 +47,49 @@ def patiently(what: str, call: Callable[[], T], leave: type[Exception] | tuple[t
             if pause is None or not _may_pass(error):
                 raise _for_people(what, error) from error
             pause = min(_retry_after(error) or pause, LONGEST_PAUSE)
-            log.warning("%s: %s; again in %.0f s", what, one_line(error), pause)
+            log.warning("%s: %s; again in %.0f s", what, reason_of(error), pause)
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
 
 
-def one_line(error: BaseException) -> str:
-    """What an error says, in one line without the token."""
-    inner = [*_chain(error)][-1] if isinstance(error, RuntimeError) else error
-    return redact(" ".join(str(inner).split()) or type(inner).__name__)[:400]
+def reason_of(error: BaseException) -> str:
+    """What an error says, in one line without the token; of a wrapped one, what the innermost says."""
+    if isinstance(error, RuntimeError):
+        *_, error = _chain(error)
+    return safe_line(error)[:LONGEST_REASON]
 
 
 def _may_pass(error: Exception) -> bool:
-    if (answer := _answer(error)) is not None:
+    """Whether the same request may succeed later."""
+    answer = _answer(error)
+    if answer is not None:
         return answer.status_code in PASSING
     if isinstance(error, OfflineModeIsEnabled):
         return False
     if isinstance(error, json.JSONDecodeError):  # cut off, or a proxy's page instead of the hub's answer
         return True
     # no answer at all; the hub's storage client (hf_xet) says so by a bare RuntimeError
-    return isinstance(error, RuntimeError) or any(isinstance(e, HTTPError | ConnectionError) for e in _chain(error))
+    if isinstance(error, RuntimeError):
+        return True
+    return any(isinstance(cause, HTTPError | ConnectionError) for cause in _chain(error))
 
 
 def _for_people(what: str, error: Exception) -> Exception:
-    answer, said = _answer(error), one_line(error)
-    if answer is None and not _may_pass(error):
-        return error if isinstance(error, OSError) else ValueError(f"{what}: {said}")
-    status = None if answer is None else answer.status_code
-    if status == 401:
-        return ValueError(f"{what}: the token is not valid (expired, revoked or mistyped): {LOG_IN}")
-    if status == 403:
-        return ValueError(f"{what}: the hub refuses it to this token: {said}")
-    if status is None or status in PASSING:
+    """What patiently raises for an error that it gives up on."""
+    reason = reason_of(error)
+    if _may_pass(error):
         return OSError(
-            f"{what}: {said} ({constants.ENDPOINT}, {len(PAUSES) + 1} attempts). Start the same command again later: "
+            f"{what}: {reason} ({constants.ENDPOINT}, {len(PAUSES) + 1} attempts). Start the same command again later: "
             "what is stored already is not sent twice"
         )
-    return ValueError(f"{what}: HTTP {status}: {said}")
+    answer = _answer(error)
+    if answer is None:  # of the disk, or of the client itself
+        return error if isinstance(error, OSError) else ValueError(f"{what}: {reason}")
+    if answer.status_code == 401:
+        return ValueError(f"{what}: the token is not valid (expired, revoked or mistyped): {LOG_IN}")
+    if answer.status_code == 403:
+        return ValueError(f"{what}: the hub refuses it to this token: {reason}")
+    return ValueError(f"{what}: HTTP {answer.status_code}: {reason}")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -94,12 +101,18 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _answer(error: BaseException):
     """The hub's answer behind an error, None when there was none."""
-    answers = (getattr(e, "response", None) for e in _chain(error) if isinstance(e, HTTPError))
-    return next((answer for answer in answers if answer is not None), None)
+    for cause in _chain(error):
+        if isinstance(cause, HTTPError):
+            answer = getattr(cause, "response", None)
+            if answer is not None:
+                return answer
+    return None
 
 
 def _retry_after(error: BaseException) -> float | None:
     """Seconds the hub asks to wait."""
     answer = _answer(error)
-    text = answer.headers.get("Retry-After", "") if answer is not None else ""
+    if answer is None:
+        return None
+    text = answer.headers.get("Retry-After", "")
     return float(text) if text.isdecimal() else None

@@ -55,25 +55,42 @@ def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, di
             raise
     loop.saver.close()
     loop.monitor.close()
-    images = loop.done * engine.settings.global_batch
-    return Outcome(of_published(loop.evaluation), loop.seconds, loop.done, images, loop.start, loop.health.summary())
+    return Outcome(
+        evaluation=of_published(loop.evaluation),
+        seconds=loop.seconds,
+        steps=loop.done,
+        images_seen=loop.done * engine.settings.global_batch,
+        start=loop.start,
+        health=loop.health.summary(),
+    )
 
 
 class _Loop:
     """The state of fit() between two steps."""
 
     def __init__(self, engine: Engine, objective: Any, data: Data, task: Task, folder: Path, dist: Dist):
-        self.engine, self.objective, self.data, self.task, self.dist = engine, objective, data, task, dist
+        self.engine = engine
+        self.objective = objective
+        self.data = data
+        self.task = task
+        self.dist = dist
         self.per_epoch = epoch_length(data, engine.settings)
         self.saver = Saver(engine, folder, task.run, dist)
         self.step = TrainStep(engine, objective, data, task, dist)
         self.health = Health(task.run, task.description)
-        self.routing, self.measures = RoutingWatch(objective.module, len(data.val), dist), Measures()
-        self.done, self.seconds, self.evaluation, self.evaluated = 0, 0.0, {}, 0  # evaluated: after which step
-        self.start: dict[str, float] = {}
-        if resumed := self.saver.resume():
-            self.done, self.seconds = resumed.step, resumed.state["seconds"]
-            self.evaluation, self.start = resumed.state["evaluation"], resumed.state["start"]
+        self.routing = RoutingWatch(objective.module, len(data.val), dist)
+        self.measures = Measures()  # of the routing, in the last evaluation
+        self.done = 0  # optimiser steps
+        self.seconds = 0.0  # of training, up to the last save
+        self.start: dict[str, float] = {}  # the evaluation before the first step
+        self.evaluation: dict[str, float] = {}  # the last one
+        self.evaluated = 0  # after which step that was
+        resumed = self.saver.resume()
+        if resumed:
+            self.done = resumed.step
+            self.seconds = resumed.state["seconds"]
+            self.evaluation = resumed.state["evaluation"]
+            self.start = resumed.state["start"]
             self.health.restore(resumed.state["health"])
             self.step.restore(resumed.own)
             self.routing.restore([own["routing"] for own in resumed.own])
@@ -83,25 +100,29 @@ class _Loop:
 
     def train(self) -> None:
         """Every step that is left."""
-        run, interruption = self.task.run, Interruption(self.dist, self.done)
+        run = self.task.run
+        interruption = Interruption(self.dist, self.done)
         total = self.task.epochs * self.per_epoch
         if self.task.evaluate_start and not self.done:
             self.start = self._evaluate()
             self.monitor.eval_row(0, self.start | self.measures.per_layer)
         for micro_batches in self.step.batches(self.done, self.per_epoch):
-            epoch, inside = divmod(self.done + 1, self.per_epoch)
-            ended, last = inside == 0, self.done + 1 == total
-            row_due = ended or (self.done + 1) % run.log_every == 0
-            made = self.step.run(self.done, micro_batches, total=total, row_due=row_due)
-            self.done += 1
+            number = self.done + 1
+            epoch, steps_inside = divmod(number, self.per_epoch)
+            epoch_ends = steps_inside == 0
+            last = number == total
+            row_due = epoch_ends or number % run.log_every == 0
+            update_made = self.step.run(self.done, micro_batches, total=total, row_due=row_due)
+            self.done = number
             HEARTBEAT.beat()
-            why = interruption.agreed(self.done, self.saver.failed)
-            if why == "failed":
+            reason = interruption.agreed(self.done, self.saver.failed)
+            if reason == "failed":
                 self.saver.close()  # raises on every rank what one of them has met
-            stopping = why == "warned" and not last
-            save = last or stopping or self.done % run.save_every == 0 or (ended and epoch % run.save_epochs == 0)
-            self._look(made, row_due, saving=save)
-            if last or (ended and epoch % run.eval_every == 0):
+            stopping = reason == "warned" and not last
+            save_due = number % run.save_every == 0 or (epoch_ends and epoch % run.save_epochs == 0)
+            save = last or stopping or save_due
+            self._look(update_made, row_due, saving=save)
+            if last or (epoch_ends and epoch % run.eval_every == 0):
                 self.evaluation = self._evaluate()
                 self.evaluated = self.done
                 self.monitor.eval_row(self.done, self.evaluation | self.measures.per_layer)
@@ -113,32 +134,38 @@ class _Loop:
                 what = f"{self.task.description}: interrupted, saved after step {self.done}"
                 raise Interrupted(f"{what}; the same command continues")
 
-    def _look(self, made: bool, row_due: bool, saving: bool) -> None:
+    def _look(self, update_made: bool, row_due: bool, saving: bool) -> None:
         """Write the metrics row, judge what happened, and go back to the newest checkpoint when that is the answer."""
-        done, health = self.done, self.health
-        findings = [] if made else [health.refused_step(done, self.step.cause())]
-        if row_due and (row := self.step.take_metrics()):
-            self.monitor.train_row(done, row | health.counts(), self.engine.lr)
-            findings += health.look(done, row)
+        health = self.health
+        findings = []
+        if not update_made:
+            findings.append(health.refused_step(self.done, self.step.cause()))
+        row = self.step.take_metrics() if row_due else None
+        if row:
+            self.monitor.train_row(self.done, row | health.counts(), self.engine.lr)
+            findings += health.look(self.done, row)
         broken = saving and not self.step.weights_are_finite()
         if broken:
-            findings.append(health.broken_weights(done))
+            findings.append(health.broken_weights(self.done))
         if any(finding.roll_back for finding in findings):
             resumed = self.saver.resume()
-            findings.append(health.rolled_back(done, resumed.step if resumed else None, needed=broken))
-        self.monitor.warn(done, *findings)
+            step = resumed.step if resumed else None
+            findings.append(health.rolled_back(self.done, step, needed=broken))
+        self.monitor.warn(self.done, *findings)
 
     def _evaluate(self) -> dict[str, float]:
         """Of the weights, and with train.ema of their average as well, as accuracy_ema and loss_ema."""
-        objective, dtype, batch = self.objective, self.engine.dtype, eval_batch(self.task.run, self.engine.settings)
-        found = evaluate(objective, self.data, dtype, batch, self.dist, observe=self.routing.observe)
+        dtype = self.engine.dtype
+        batch = eval_batch(self.task.run, self.engine.settings)
+        evaluation = evaluate(self.objective, self.data, dtype, batch, self.dist, observe=self.routing.observe)
         self.measures = self.routing.take()
-        found |= self.measures.means
-        if self.engine.average is None:
-            return found
-        with self.engine.published():
-            average = evaluate(objective, self.data, dtype, batch, self.dist)
-        return found | {f"{name}_ema": average[name] for name in ("accuracy", "loss")}
+        evaluation |= self.measures.means
+        if self.engine.average is not None:
+            with self.engine.published():
+                of_average = evaluate(self.objective, self.data, dtype, batch, self.dist)
+            evaluation["accuracy_ema"] = of_average["accuracy"]
+            evaluation["loss_ema"] = of_average["loss"]
+        return evaluation
 
     def _save(self, wait: bool) -> None:
         self.seconds = time.perf_counter() - self.started
@@ -156,16 +183,21 @@ class _Loop:
 
 def epoch_length(data: Data, settings: Settings) -> int:
     """Optimiser steps per epoch. Raises ValueError when the data is smaller than one global batch."""
-    s = settings
-    world = s.global_batch // (s.micro_batch * s.accumulation)
-    return steps_per_epoch(len(data.train), micro_batch=s.micro_batch, accumulation=s.accumulation, world=world)
+    return steps_per_epoch(
+        len(data.train),
+        micro_batch=settings.micro_batch,
+        accumulation=settings.accumulation,
+        world=settings.global_batch // (settings.micro_batch * settings.accumulation),
+    )
 
 
 class _Monitor:
     """Rank 0's metrics.jsonl and progress; on other ranks it does nothing."""
 
     def __init__(self, folder: Path, task: Task, per_epoch: int, done: int, dist: Dist):
-        self.task, self.per_epoch, self.main = task, per_epoch, dist.main
+        self.task = task
+        self.per_epoch = per_epoch
+        self.main = dist.main
         if self.main:
             self.log = MetricsLog(folder / "metrics.jsonl", resume_step=done, trackers=task.run.trackers)
             self.progress = Progress(task.epochs * per_epoch, per_epoch, task.description, start_step=done)
@@ -174,25 +206,30 @@ class _Monitor:
 
     def train_row(self, done: int, metrics: dict[str, Any], lr: float) -> None:
         if self.main:
-            row = {"kind": "train", "phase": self.task.phase, "epoch": done // self.per_epoch, "step": done, "lr": lr}
-            row |= metrics | {"time": time.time()}
+            row = self._head("train", done) | {"lr": lr, **metrics, "time": time.time()}
             self.log.write(row)
             self.progress.update(done, row)
 
     def eval_row(self, done: int, evaluation: dict[str, float]) -> None:
         if self.main:
-            row = {"kind": "eval", "phase": self.task.phase, "epoch": done // self.per_epoch, "step": done}
-            self.log.write(row | evaluation | {"time": time.time()})
+            self.log.write(self._head("eval", done) | evaluation | {"time": time.time()})
             if done == self.task.epochs * self.per_epoch:
-                found = of_published(evaluation)
-                raw = f" (without averaging {found['accuracy_raw']:.1%})" if "accuracy_raw" in found else ""
-                self.progress.note(f"accuracy {found['accuracy']:.1%}{raw} on {found['images']} images")
+                published = of_published(evaluation)
+                raw = ""
+                if "accuracy_raw" in published:
+                    raw = f" (without averaging {published['accuracy_raw']:.1%})"
+                self.progress.note(f"accuracy {published['accuracy']:.1%}{raw} on {published['images']} images")
 
     def warn(self, done: int, *findings: Finding) -> None:
-        for finding in findings if self.main else ():
-            row = {"kind": "warning", "phase": self.task.phase, "epoch": done // self.per_epoch, "step": done}
-            self.log.write(row | finding.about | {"message": finding.message, "time": time.time()})
-            self.progress.note(f"warning: {finding.message}")
+        if self.main:
+            for finding in findings:
+                row = self._head("warning", done) | finding.about
+                self.log.write(row | {"message": finding.message, "time": time.time()})
+                self.progress.note(f"warning: {finding.message}")
+
+    def _head(self, kind: str, done: int) -> dict[str, Any]:
+        """What every metrics row begins with."""
+        return {"kind": kind, "phase": self.task.phase, "epoch": done // self.per_epoch, "step": done}
 
     def close(self) -> None:
         if self.main:

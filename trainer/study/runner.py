@@ -7,7 +7,6 @@ complete artifact are only ever replaced, never rewritten in place.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import signal
@@ -23,7 +22,7 @@ import yaml
 
 from trainer.config.load import build, first_difference, read_yaml, to_dict
 from trainer.config.recipe import Recipe
-from trainer.disk import write_text
+from trainer.disk import lock, replacing, write_text
 from trainer.request.job import EXIT_FAILED, EXIT_INTERRUPTED
 from trainer.study.plan import TEACHERS, Cell, Step, key_of
 
@@ -71,13 +70,10 @@ class Runner:
         self.broken: dict[str, str] = {}  # key of an artifact that could not be made -> the cell that tried
         self.stopping = 0.0  # when the first signal came; 0 = none yet
         out.mkdir(parents=True, exist_ok=True)
-        self.lock = (out / ".lock").open("w")
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another start of a study, or a process it left behind, works in {out}: wait for its end or end it"
-            ) from None
+        self.lock = lock(
+            out / ".lock",
+            f"another start of a study, or a process it left behind, works in {out}: wait for its end or end it",
+        )
         self.makers = self._makers()
 
     def run(self) -> int:
@@ -241,9 +237,8 @@ def link_artifact(source: Path, target: Path) -> None:
         try:
             os.link(path, target / path.name)
         except OSError:  # another disk, or one without hard links
-            half_copied = target / f"{path.name}.tmp"
-            shutil.copy2(path, half_copied)
-            half_copied.replace(target / path.name)
+            with replacing(target / path.name) as unfinished:
+                shutil.copy2(path, unfinished)
 
 
 def _signal(work: Work, number: int) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from models.modules.basis import Basis, basis_of, from_tensors, to_tensors
 from models.modules.meta import MetaModel
 from trainer.data.loader import eval_batches
+from trainer.disk import replacing
 from trainer.distributed.interrupt import HEARTBEAT
 from trainer.distributed.ranks import Dist
 from trainer.loop.fit import Data
@@ -57,9 +58,8 @@ def save(folder: Path, bases: list[Basis]) -> None:
     """Write them into the folder of the meta model."""
     if not bases:  # a single module has no border
         return
-    beside = folder / (FILE + ".tmp")
-    save_file(to_tensors(bases), beside)
-    beside.replace(folder / FILE)
+    with replacing(folder / FILE) as unfinished:
+        save_file(to_tensors(bases), unfinished)
 
 
 def load(folder: Path, borders: int, width: int) -> list[Basis]:

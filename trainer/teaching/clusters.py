@@ -28,6 +28,7 @@ from trainer import artifacts
 from trainer.context import Run, Trained, save_weights
 from trainer.data.base import ImageSource
 from trainer.data.loader import Batch, eval_batches
+from trainer.disk import move_into_place
 from trainer.distributed.interrupt import HEARTBEAT
 from trainer.loop.fit import Outcome
 from trainer.request import graph
@@ -242,11 +243,8 @@ def _assigned(states: _States, source: ImageSource, centers: tuple[Tensor, Tenso
 def _put_in_place(aside: Path, out: Path, name: str) -> None:
     """Move the whole folder at once, unless another job was first."""
     try:
-        (aside / name).rename(out / name)
-    except OSError:
-        if not (out / name / "result.json").is_file():
-            raise
-        log.info("%s was made by another job meanwhile", out / name)
+        if not move_into_place(aside / name, out / name, "result.json"):
+            log.info("%s was made by another job meanwhile", out / name)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

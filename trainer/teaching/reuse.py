@@ -131,9 +131,8 @@ class _Artifact:
         path = self.files.weights()[0]
         if disk.file_record(path) != self.result["files"].get(path.name):
             raise ValueError(f"{self.files}: {path.name} is truncated or altered (SHA-256 differs from result.json)")
-        beside = folder / f"{path.name}.tmp"
-        shutil.copyfile(path, beside)
-        beside.replace(folder / path.name)
+        with disk.replacing(folder / path.name) as unfinished:
+            shutil.copyfile(path, unfinished)
         basis = self.files.find(bases.FILE)  # of a meta model
         if basis is not None:
             shutil.copyfile(basis, folder / bases.FILE)

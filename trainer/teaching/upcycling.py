@@ -29,6 +29,7 @@ from trainer import artifacts
 from trainer.config.load import first_difference, split_evenly, to_dict
 from trainer.context import Run
 from trainer.data.loader import eval_batches
+from trainer.disk import move_into_place
 from trainer.distributed.interrupt import HEARTBEAT
 from trainer.teaching.families import family_of
 
@@ -137,11 +138,7 @@ def _make(run: Run, student: nn.Module, layers: list[int], folder: Path) -> None
     beside.mkdir(parents=True, exist_ok=True)
     student.save_pretrained(beside, preprocessing=run.teacher.preprocessing, labels=run.labels)
     artifacts.write_result(beside, _result(run, len(images), layers, clustered, time.perf_counter() - begun))
-    try:
-        beside.rename(folder)
-    except OSError:  # another job was faster: its folder is in the way
-        if not (folder / "result.json").is_file():
-            raise
+    if not move_into_place(beside, folder, "result.json"):  # another job was faster
         shutil.rmtree(beside)
     with contextlib.suppress(OSError):  # another job may still be at work there
         beside.parent.rmdir()

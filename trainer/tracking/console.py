@@ -9,10 +9,8 @@ import warnings
 
 
 def quieten() -> None:
-    """Keep what is not about this run out of its log and its start; before the heavy imports."""
+    """Keep what is not about this run out of its log; before the heavy imports."""
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)  # DeepSpeed's
-    # DeepSpeed compiles a function of an optimiser we never use while it is imported: 0.9 s for torch's compiler
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if not sys.stderr.isatty():  # bars drawn into files
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -26,5 +24,11 @@ def set_up_logging(main: bool) -> None:
 
 def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
     """Left-aligned columns; the last one as long as it wants."""
-    widths = [max(len(line[i]) for line in [head, *lines]) for i in range(len(head) - 1)] + [0]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths)).rstrip() for line in [head, *lines])
+    rows = [head, *lines]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths[-1] = 0
+    texts = []
+    for row in rows:
+        cells = map(str.ljust, row, widths)
+        texts.append("  ".join(cells).rstrip())
+    return "\n".join(texts)

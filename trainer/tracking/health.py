@@ -16,7 +16,8 @@ from typing import Any
 
 from trainer.config.runtime import RunConfig
 
-ROWS, FEWEST_ROWS = 32, 8  # rows a spike is measured against: at most, and before any is called one
+ROWS = 32  # rows a spike is measured against, at most
+FEWEST_ROWS = 8  # before any is called a spike
 LEAST_SPREAD = 0.01  # of the median: on a plateau the deviation is so small that noise would be a spike
 DEAD_SHARE = 0.01  # of an equal share of the choices: an expert below it counts as without tokens
 COLLAPSED_SHARE = 0.9  # of the first choices: an expert above it leaves the others nothing to do
@@ -44,7 +45,8 @@ class Health:
     """
 
     def __init__(self, run: RunConfig, description: str):
-        self.run, self.description = run, description
+        self.run = run
+        self.description = description
         self.nonfinite: list[int] = []  # steps whose loss or gradient was no number: their update was never made
         self.rollbacks: list[list[int]] = []  # [step after which, step whose weights came back]
         self.losses: list[float] = []  # of the last rows
@@ -67,7 +69,8 @@ class Health:
         self.nonfinite.append(step)
         policy = self.run.on_nonfinite
         self._stop_at_limit(step, f"{cause} is not finite", len(self.nonfinite), stop=policy == "stop")
-        return self._found(f"{cause} is not finite at step {step}: the step is skipped", roll_back=policy == "rollback")
+        text = f"{cause} is not finite at step {step}: the step is skipped"
+        return self._finding(text, roll_back=policy == "rollback")
 
     def broken_weights(self, step: int) -> Finding:
         """Judge weights that are not finite after a step whose gradient was: they must not reach a checkpoint.
@@ -78,7 +81,7 @@ class Health:
         self.nonfinite.append(step)
         stop = self.run.on_nonfinite != "rollback"  # the step is made: it cannot be skipped any more
         self._stop_at_limit(step, "a weight is not finite", len(self.nonfinite), stop=stop)
-        return self._found(f"a weight is not finite after step {step}", roll_back=True)
+        return self._finding(f"a weight is not finite after step {step}", roll_back=True)
 
     def look(self, step: int, row: dict[str, Any]) -> list[Finding]:
         """Judge a metrics row (the same on all ranks): its loss against the rows before, and the load of its experts.
@@ -90,17 +93,20 @@ class Health:
 
     def look_at_evaluation(
         self, step: int, evaluation: dict[str, float], layers: Mapping[str, Mapping[str, Any]]
-    ) -> list[Finding]:  # fmt: skip
+    ) -> list[Finding]:
         """Judge an evaluation: images on which the model's output is no number, idle experts, collapsed routers.
 
         Args:
             layers: per MoE layer "load" and "first", as from Choices.summary.
         """
-        found = [finding for layer, values in layers.items() for finding in self._routing(step, layer, values)]
-        if count := evaluation.get("nonfinite_images", 0):
+        findings = []
+        for layer, values in layers.items():
+            findings += self._routing(step, layer, values)
+        count = evaluation.get("nonfinite_images", 0)
+        if count:
             text = f"the model's output is not finite on {count} of {evaluation['images']} validation images"
-            found.append(self._found(text))
-        return found
+            findings.append(self._finding(text))
+        return findings
 
     def rolled_back(self, step: int, to: int | None, *, needed: bool) -> Finding:
         """Note that the weights after `step` are those of step `to` again, so that its images are not seen once more.
@@ -114,10 +120,10 @@ class Health:
         """
         if to is None:
             self._stop_at_limit(step, "a weight is not finite and there is no checkpoint yet", 1, stop=needed)
-            return self._found("there is no checkpoint to go back to yet: going on with the weights as they are")
+            return self._finding("there is no checkpoint to go back to yet: going on with the weights as they are")
         self.rollbacks.append([step, to])
         text = f"rolled back to the weights of step {to}: updates since then are given up, the next step is {step + 1}"
-        return self._found(text, about={"rolled_back_to": to})
+        return self._finding(text, about={"rolled_back_to": to})
 
     def counts(self) -> dict[str, int]:
         """What a metrics row tells, where there is something to tell."""
@@ -126,10 +132,17 @@ class Health:
 
     def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint; copies, because a checkpoint is written while training goes on."""
-        return copy.deepcopy({
-            "nonfinite": self.nonfinite, "rollbacks": self.rollbacks, "losses": self.losses, "spiking": self.spiking,
-            "idle": self.idle, "unused": self.unused, "collapsed": self.collapsed, "warnings": self.warnings,
-        })  # fmt: skip
+        state = {
+            "nonfinite": self.nonfinite,
+            "rollbacks": self.rollbacks,
+            "losses": self.losses,
+            "spiking": self.spiking,
+            "idle": self.idle,
+            "unused": self.unused,
+            "collapsed": self.collapsed,
+            "warnings": self.warnings,
+        }
+        return copy.deepcopy(state)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put back what state() returned."""
@@ -138,65 +151,89 @@ class Health:
 
     def summary(self) -> dict[str, Any]:
         """What result.json tells of it."""
-        dead = {layer: self._dead(layer) for layer in self.idle if self._dead(layer)}
-        return {"nonfinite_steps": self.nonfinite, "rollbacks": self.rollbacks, "dead_experts": dead,
-                "warnings": self.warnings}  # fmt: skip
+        dead = {layer: self._dead(layer) for layer in self.idle}
+        return {
+            "nonfinite_steps": self.nonfinite,
+            "rollbacks": self.rollbacks,
+            "dead_experts": {layer: experts for layer, experts in dead.items() if experts},
+            "warnings": self.warnings,
+        }
 
     def _spike(self, step: int, loss: float) -> list[Finding]:
         """A loss far above the median of the rows before, measured in robust standard deviations (MAD x 1.4826)."""
-        known, before, self.spiking = self.losses, self.spiking, False
-        if self.run.spike_factor and len(known) >= FEWEST_ROWS:
-            middle = median(known)
-            spread = max(1.4826 * median(abs(x - middle) for x in known), LEAST_SPREAD * abs(middle))
+        losses = self.losses
+        was_spiking = self.spiking
+        self.spiking = False
+        if self.run.spike_factor and len(losses) >= FEWEST_ROWS:
+            middle = median(losses)
+            # MAD = median |loss - median|; x 1.4826 it estimates the standard deviation of a normal distribution
+            deviation = 1.4826 * median(abs(x - middle) for x in losses)
+            spread = max(deviation, LEAST_SPREAD * abs(middle))
+            # loss > median + spike_factor x spread, or no number
             self.spiking = not loss <= middle + self.run.spike_factor * spread
         roll_back = self.spiking and self.run.on_spike == "rollback"
         if not roll_back and math.isfinite(loss):
-            self.losses = [*known, loss][-ROWS:]
-        if not self.spiking or (before and not roll_back):
+            self.losses = [*losses, loss][-ROWS:]
+        if not self.spiking or (was_spiking and not roll_back):
             return []  # a spike is told once, not in each of its rows
-        what = f"the loss jumped to {loss:.4g} (median of the {len(known)} rows before: {median(known):.4g})"
+        what = f"the loss jumped to {loss:.4g} (median of the {len(losses)} rows before: {median(losses):.4g})"
         if roll_back:
             self._stop_at_limit(step, what, len(self.rollbacks) + 1, stop=False)
-        return [self._found(f"{what} at step {step}", roll_back=roll_back)]
+        return [self._finding(f"{what} at step {step}", roll_back=roll_back)]
 
     def _dead_experts(self, step: int, row: dict[str, Any]) -> list[Finding]:
         """Experts that have just been without tokens for run.dead_after rows; each is told once until it revives."""
-        found = []
-        for layer, load in ((k.removeprefix("load/"), v) for k, v in row.items() if k.startswith("load/")):
-            rows = self.idle.get(layer, [0] * len(load))
-            self.idle[layer] = [n + 1 if share * len(load) < DEAD_SHARE else 0 for n, share in zip(rows, load)]
-            if not self.run.dead_after or self.run.dead_after not in self.idle[layer]:
+        findings = []
+        for key, load in row.items():
+            if not key.startswith("load/"):
+                continue
+            layer = key.removeprefix("load/")
+            idle = self.idle.setdefault(layer, [0] * len(load))
+            for expert, share in enumerate(load):
+                # share / (1 / experts), relative to an equal share
+                if share * len(load) < DEAD_SHARE:
+                    idle[expert] += 1
+                else:
+                    idle[expert] = 0
+            if not self.run.dead_after or self.run.dead_after not in idle:
                 continue
             dead = self._dead(layer)
-            alive = [e for e in range(len(load)) if e not in dead]
-            text = f"layer {layer}: no tokens for {_experts(dead)} in {self.run.dead_after} rows, at step {step}"
             if len(dead) * 2 > len(load):
+                alive = [expert for expert in range(len(load)) if expert not in dead]
                 text = f"layer {layer}: the router has collapsed to {_experts(alive)} of {len(load)} at step {step}"
-            found.append(self._found(text, about={"layer": layer, "dead_experts": dead}))
-        return found
+            else:
+                text = f"layer {layer}: no tokens for {_experts(dead)} in {self.run.dead_after} rows, at step {step}"
+            findings.append(self._finding(text, about={"layer": layer, "dead_experts": dead}))
+        return findings
 
     def _routing(self, step: int, layer: str, values: Mapping[str, Any]) -> list[Finding]:
         """What the validation images say of a layer, told once; what the training rows have told is not told again."""
+        findings = []
         dead = self._dead(layer) if layer in self.idle else []
-        before, unused = self.unused.get(layer, []), [e for e, share in enumerate(values["load"]) if not share]
-        why = collapse(values["first"])
-        new = [expert for expert in unused if expert not in before and expert not in dead]
-        known = layer in self.collapsed or len(dead) * 2 > len(values["load"])
+        unused = [expert for expert, share in enumerate(values["load"]) if not share]
+        told = {*dead, *self.unused.get(layer, ())}
+        new = [expert for expert in unused if expert not in told]
         self.unused[layer] = unused
-        self.collapsed = [name for name in self.collapsed if name != layer] + ([layer] if why else [])
-        found = []
         if new:
             text = f"layer {layer}: not one validation token for {_experts(new)}, at step {step}"
-            found.append(self._found(text, about={"layer": layer, "unused_experts": unused}))
-        if why and not known:
-            text = f"layer {layer}: the router has collapsed on the validation images: {why}, at step {step}"
-            found.append(self._found(text, about={"layer": layer, "first_choices": values["first"]}))
-        return found
+            findings.append(self._finding(text, about={"layer": layer, "unused_experts": unused}))
+        cause = collapse(values["first"])
+        collapse_told = layer in self.collapsed or len(dead) * 2 > len(values["load"])
+        self.collapsed = [name for name in self.collapsed if name != layer]
+        if cause:
+            self.collapsed.append(layer)
+        if cause and not collapse_told:
+            text = f"layer {layer}: the router has collapsed on the validation images: {cause}, at step {step}"
+            findings.append(self._finding(text, about={"layer": layer, "first_choices": values["first"]}))
+        return findings
 
     def _dead(self, layer: str) -> list[int]:
-        return [e for e, rows in enumerate(self.idle[layer]) if self.run.dead_after and rows >= self.run.dead_after]
+        """Experts of a layer that have been without tokens for run.dead_after rows; none when that is 0."""
+        if not self.run.dead_after:
+            return []
+        return [expert for expert, rows in enumerate(self.idle[layer]) if rows >= self.run.dead_after]
 
-    def _found(self, message: str, **values: Any) -> Finding:
+    def _finding(self, message: str, **values: Any) -> Finding:
         self.warnings += 1
         return Finding(message, **values)
 
@@ -217,6 +254,7 @@ def collapse(first: Sequence[float]) -> str | None:
     """
     if len(first) < 2:
         return None
+    # H = -sum p log p, relative to log E of an even spread
     entropy = -sum(share * math.log(share) for share in first if share > 0) / math.log(len(first))
     if max(first) <= COLLAPSED_SHARE and entropy >= COLLAPSED_ENTROPY:
         return None

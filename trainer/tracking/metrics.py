@@ -11,7 +11,6 @@ happened to the run: {"event": "resumed", "step": 8, "time": ...}.
 
 import json
 import math
-import os
 import re
 import resource
 import sys
@@ -21,6 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
+from trainer.disk import write_text
 from trainer.tracking.trackers import Trackers
 
 
@@ -43,16 +43,17 @@ class MetricsLog:
     def __init__(self, path: str | Path, resume_step: int = 0, trackers: Sequence[str] = ()) -> None:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        before = _parsed_lines(self.path) if resume_step > 0 and self.path.exists() else []
-        kept = [line for line, row in before if row["step"] <= resume_step]
-        rewritten = self.path.with_name(self.path.name + ".tmp")
-        with rewritten.open("w") as file:
-            file.writelines(line + "\n" for line in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(rewritten, self.path)
+        before = []
+        if resume_step > 0 and self.path.exists():
+            before = _parsed_lines(self.path)
+        kept = []
+        sent = {}  # kind -> step of its last row: steps only grow
+        for line, row in before:
+            sent[row.get("kind")] = row["step"]
+            if row["step"] <= resume_step:
+                kept.append(line + "\n")
+        write_text(self.path, "".join(kept))
         self._file = self.path.open("a")
-        sent = {row.get("kind"): row["step"] for _, row in before}  # steps only grow: the last one of each kind stays
         self._trackers = Trackers(trackers, self.path.parent, resume_step, sent)
         if resume_step:
             self.event("resumed", resume_step)
@@ -60,9 +61,11 @@ class MetricsLog:
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; arrays and tensors become lists, non-finite floats null with their keys under "nonfinite"."""
         assert {"kind", "phase", "epoch", "step"} <= row.keys(), f"not a metrics row: {sorted(row)}"
-        plain, nonfinite = {}, []
+        plain = {}
+        nonfinite = []
         for key, value in row.items():
-            value = value.tolist() if hasattr(value, "tolist") else value
+            if hasattr(value, "tolist"):
+                value = value.tolist()
             plain[key] = _finite_or_none(value)
             if plain[key] != value:
                 nonfinite.append(key)
@@ -75,9 +78,11 @@ class MetricsLog:
     def event(self, name: str, step: int, **details: Any) -> None:
         """Append to events.jsonl beside the file, which no resume cuts: "resumed", "rolled back", ..."""
         with self.path.with_name("events.jsonl").open("a") as file:
-            file.write(json.dumps({"event": name, "step": step, "time": time.time(), **details}) + "\n")
+            row = {"event": name, "step": step, "time": time.time(), **details}
+            file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
+        """Close the file, and let every tracker write what it still holds."""
         self._file.close()
         self._trackers.close()
 
@@ -104,15 +109,20 @@ def peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     try:
         status = Path("/proc/self/status").read_text()
-        return int(re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)[1]) * 1024
+        kibibytes = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)[1]
+        return int(kibibytes) * 1024
     except (OSError, TypeError):  # not Linux. There, ru_maxrss would count the launcher this process was forked from
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def relative_load(shares: Sequence[float]) -> list[float]:
     """Turn the load of one layer's experts (any unit) into shares of uniform load: 1.0 = that of the average expert."""
-    total = sum(float(share) for share in shares)
-    return [float(share) * len(shares) / total if total else 0.0 for share in shares]
+    loads = list(map(float, shares))
+    total = sum(loads)
+    if not total:
+        return [0.0] * len(loads)
+    # load / (total / experts)
+    return [load * len(loads) / total for load in loads]
 
 
 class Progress:
@@ -136,24 +146,36 @@ class Progress:
         interval: float = 10.0,
         start_step: int = 0,
     ) -> None:
-        self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
-        self.description, self.interval = description, interval
+        self.total_steps = total_steps
+        self.steps_per_epoch = steps_per_epoch
+        self.description = description
+        self.interval = interval
         self._stream = sys.stderr if stream is None else stream
-        self._anchor = (start_step, time.monotonic())  # (step, seconds) from which the speed for the ETA is measured
+        # from where the speed for the ETA is measured: first the start, then the end of the first step
+        self._anchor_step = start_step
+        self._anchor_time = time.monotonic()
         self._anchored = False
         self._last_line = -math.inf
         self._bar = None
         if self._stream.isatty():
             from tqdm import tqdm
 
-            form = "{desc} {percentage:3.0f}%|{bar:8}| {postfix[0]}"
-            self._bar = tqdm(total=total_steps, initial=start_step, file=self._stream, desc=f"[{description}]",
-                             bar_format=form, postfix=["starting"], dynamic_ncols=True)  # fmt: skip
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                file=self._stream,
+                desc=f"[{description}]",
+                bar_format="{desc} {percentage:3.0f}%|{bar:8}| {postfix[0]}",
+                postfix=["starting"],
+                dynamic_ncols=True,
+            )
 
     def update(self, step: int, row: Mapping[str, Any]) -> None:
         """Show the training row of optimizer step `step` (1 = the first one is done)."""
         now = time.monotonic()
-        position, numbers, eta = self._position(step), _row_text(row), f"eta {self._eta(step, now)}"
+        position = self._position(step)
+        numbers = _row_text(row)
+        eta = f"eta {self._eta(step, now)}"
         if self._bar is not None:
             self._bar.postfix[0] = f"{eta} {position} {numbers}"  # a narrow terminal cuts off the end
             self._bar.update(step - self._bar.n)
@@ -170,6 +192,7 @@ class Progress:
             print(f"[{self.description}] {text}", file=self._stream, flush=True)
 
     def close(self) -> None:
+        """Leave the bar as it is; a log needs nothing."""
         if self._bar is not None:
             self._bar.close()
 
@@ -185,9 +208,12 @@ class Progress:
         return f"epoch {epoch + 1}/{epochs} step {min(step, step_in_epoch + 1)}/{self.steps_per_epoch}"
 
     def _eta(self, step: int, now: float) -> timedelta | str:
-        done, seconds = step - self._anchor[0], now - self._anchor[1]
+        done = step - self._anchor_step
+        seconds = now - self._anchor_time
         if not self._anchored:  # the first steps compile and fill caches: measure from here on
-            self._anchor, self._anchored = (step, now), True
+            self._anchor_step = step
+            self._anchor_time = now
+            self._anchored = True
         if done <= 0:
             return "?"
         return timedelta(seconds=round((self.total_steps - step) * seconds / done))
@@ -195,22 +221,23 @@ class Progress:
 
 def _row_text(row: Mapping[str, Any]) -> str:
     """Render a training row, e.g. "loss 1.234 lr 1.2e-3 2310 img/s load 0.71-1.32 kept 100% gates 0.56"."""
-    rate = row["images_per_s"]
     learning_rate = re.sub(r"e([+-])0", r"e\1", f"{row['lr']:.1e}")
-    parts = [
-        f"loss {row['loss']:.3f}",
-        f"lr {learning_rate}",
-        f"{rate:.0f} img/s" if rate >= 100 else f"{rate:.3g} img/s",
-    ]
+    rate = row["images_per_s"]
+    digits = ".0f" if rate >= 100 else ".3g"
+    parts = [f"loss {row['loss']:.3f}", f"lr {learning_rate}", f"{rate:{digits}} img/s"]
     if "accuracy" in row:
         parts.append(f"acc {row['accuracy']:.1%}")
-    load = [share for shares in _by_layer(row, "load/") for share in relative_load(shares)]
-    if load:
-        parts.append(f"load {min(load):.2f}-{max(load):.2f}")
-    kept = [float(value) for value in _by_layer(row, "kept/")]
-    if kept:  # of the worst layer, rounded down: 100% means that nothing was dropped
-        parts.append(f"kept {math.floor(round(min(kept) * 1000, 6)) / 10:g}%")
-    gates = [float(value) for value in _by_layer(row, "gate_sum/")]
+    loads = []
+    for shares in _by_layer(row, "load/"):
+        loads += relative_load(shares)
+    if loads:
+        parts.append(f"load {min(loads):.2f}-{max(loads):.2f}")
+    kept = list(map(float, _by_layer(row, "kept/")))
+    if kept:
+        # of the worst layer, in tenths of a percent rounded down: 100% means that nothing was dropped
+        thousandths = math.floor(round(min(kept) * 1000, 6))
+        parts.append(f"kept {thousandths / 10:g}%")
+    gates = list(map(float, _by_layer(row, "gate_sum/")))
     if gates:
         parts.append(f"gates {sum(gates) / len(gates):.2f}")
     return " ".join(parts)
@@ -222,11 +249,14 @@ def _by_layer(row: Mapping[str, Any], prefix: str) -> list[Any]:
 
 def _finite_or_none(value: Any) -> Any:
     if isinstance(value, list):
-        return [_finite_or_none(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return list(map(_finite_or_none, value))
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def _parsed_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(line, row) of every line, without a last one that is cut off. Raises ValueError as read_metrics."""
     # errors="replace" and only "\n" ends a line: a killed node can leave any bytes at the end of the file
     lines = path.read_text(errors="replace").removesuffix("\n").split("\n")
     parsed = []

@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trainer.config.load import one_line
-from trainer.config.redaction import redact
+from trainer.config.redaction import safe_line
 from trainer.config.runtime import TRACKERS
 from trainer.disk import write_json
 
@@ -42,8 +41,9 @@ def chosen(names: Sequence[str]) -> tuple[str, ...]:
             f"run.trackers asks for {', '.join(missing)}, which cannot be imported here: "
             f"pip install {' '.join(missing)}, or leave it out of run.trackers"
         )
-    wanted = ["tensorboard" if name == "auto" else name for name in names]
-    return tuple(dict.fromkeys(name for name in wanted if _installed(name)))
+    by_name = ["tensorboard" if name == "auto" else name for name in names]
+    usable = filter(_installed, by_name)
+    return tuple(dict.fromkeys(usable))  # each once, in the order given
 
 
 class Trackers:
@@ -62,13 +62,16 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], folder: Path, resume_step: int, sent: Mapping[str, int]) -> None:
         self._running: dict[str, GeneralTracker] = {}
-        self._sent = sent if resume_step else {}
-        ids = _read_ids(folder / IDS) if resume_step else {}
+        self._sent: Mapping[str, int] = {}
+        ids: dict[str, str] = {}
+        if resume_step:
+            self._sent = sent
+            ids = _read_ids(folder / IDS)
         for name in chosen(names):
             try:
                 self._running[name] = _start(name, folder, resume_step, ids)
             except Exception as error:
-                text = f"tracker {name} does not start: {_said(error)}"
+                text = f"tracker {name} does not start: {safe_line(error)}"
                 if name in names:
                     raise ValueError(
                         f"{text}. See its own documentation for login and offline mode (WANDB_MODE=offline, "
@@ -87,7 +90,7 @@ class Trackers:
             try:
                 tracker.log(values, step=row["step"])
             except Exception as error:  # whatever a tracker's server does, the training goes on
-                log.warning("tracker %s failed and is left out from here: %s", name, _said(error))
+                log.warning("tracker %s failed and is left out from here: %s", name, safe_line(error))
                 del self._running[name]
 
     def close(self) -> None:
@@ -96,7 +99,7 @@ class Trackers:
             try:
                 tracker.finish()
             except Exception as error:
-                log.warning("tracker %s did not finish cleanly: %s", name, _said(error))
+                log.warning("tracker %s did not finish cleanly: %s", name, safe_line(error))
         self._running = {}
 
 
@@ -106,11 +109,16 @@ def _start(name: str, folder: Path, resume_step: int, ids: dict[str, str]) -> Ge
     from accelerate.state import PartialState
 
     PartialState()  # accelerate's loggers ask for it; the process group exists, so it only reads
-    project, run, known = _name(folder.resolve().parent.name), _name(folder.name), name in ids
+    project = _name(folder.resolve().parent.name)
+    run = _name(folder.name)
+    known = name in ids
     if name == "tensorboard":
-        if not resume_step:
+        purge_step = None
+        if resume_step:
+            purge_step = resume_step + 1  # TensorBoard forgets what came from there on
+        else:
             shutil.rmtree(folder / name, ignore_errors=True)
-        tracker = tracking.TensorBoardTracker(name, folder, purge_step=resume_step + 1 if resume_step else None)
+        tracker = tracking.TensorBoardTracker(name, folder, purge_step=purge_step)
         tracker.start()
         return tracker
     if name == "wandb":
@@ -154,25 +162,23 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _flat(values: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
+    """(WHERE + key, value) of every value, those of nested tables under section.key; a list or null as text."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{where}{key}.")
+        elif isinstance(value, str | int | float | bool):
+            yield where + key, value
         else:
-            yield where + key, value if isinstance(value, str | int | float | bool) else str(value)
+            yield where + key, str(value)
 
 
 def _read_ids(path: Path) -> dict[str, str]:
     try:
-        found = json.loads(path.read_text())
-        return {name: found[name] for name in TRACKERS if isinstance(found.get(name), str)}
+        saved = json.loads(path.read_text())
+        return {name: saved[name] for name in TRACKERS if isinstance(saved.get(name), str)}
     except (OSError, ValueError, AttributeError):
         return {}  # a new run in the tracker is better than no training
 
 
 def _name(text: str) -> str:
     return re.sub(r"[^\w.-]", "-", text) or "m2mkd"
-
-
-def _said(error: Exception) -> str:
-    """What an error says, on one line and without secrets."""
-    return redact(one_line(error)) or type(error).__name__
