@@ -122,7 +122,7 @@ def _objective(run: Run, student: nn.Module) -> tuple[Objective, int]:
     teacher, guide, flops = MetaModel(run.teacher_stages()), None, 0
     if schedule.routing_weight:
         routers, flops = routers_of(run, student)
-        guide = Guide(routers, teacher, student, schedule.routing_weight)
+        guide = Guide(routers, teacher, schedule.routing_weight)
     return LearnFromTeacher(student, teacher, schedule, tokens, smoothing, borders, guide), flops
 
 
