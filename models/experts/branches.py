@@ -60,7 +60,11 @@ def stand_ins(centroid_ED: Tensor, present: Sequence[bool]) -> list[int]:
     # below any cosine where a cluster is not present
     cosine_EE = (unit_ED @ unit_ED.T).masked_fill(~present_E, -2.0)
     nearest_E = cosine_EE.argmax(1).tolist()
-    return [e if present[e] else nearest_E[e] for e in range(len(present))]
+    source = list(range(len(present)))
+    for e, is_present in enumerate(present):
+        if not is_present:
+            source[e] = nearest_E[e]
+    return source
 
 
 def router_rows(sum_ED: Tensor, count_E: Tensor, source: Sequence[int]) -> Tensor:

@@ -156,7 +156,9 @@ def teacher_routers(
                 if block in sources:
                     gates[block].append(_rows(logits_BTE, drawn_BN).softmax(-1))
     student.train(training)
-    means, centroids, temperatures = [], [], []
+    means: list[Tensor] = []
+    centroids: list[Tensor] = []
+    temperatures: list[float] = []
     for block, source in sources.items():
         x_ND = torch.cat(features[source])
         mean_D, centroid_ED, temperature = _cluster(x_ND, num_experts, seed + block)
@@ -229,6 +231,7 @@ class Guide:
     def targets(self, beside: Mapping[str, Any]) -> dict[int, Tensor]:
         """Wanted share of each expert, (B, T, E) by student block, from the states the teacher's forward left."""
         states = _states(beside)
+        assert states.keys() >= self.sources, "the teacher was not asked for guide.sources"
         device = next(iter(states.values())).device
         return self.routers.to(device)(states)
 
@@ -305,7 +308,8 @@ def _cluster(x_ND: Tensor, num_experts: int, seed: int) -> tuple[Tensor, Tensor,
 def _temperature(cosine_NE: Tensor) -> float:
     """At which the mean entropy of the shares is SURENESS x log E; found by halving on a log scale."""
     log_E = max(math.log(cosine_NE.shape[1]), 1e-9)
-    low, high = 1e-3, 10.0
+    low = 1e-3
+    high = 10.0
     for _ in range(30):
         middle = math.sqrt(low * high)
         share_NE = (cosine_NE / middle).softmax(-1)

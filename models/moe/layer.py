@@ -154,8 +154,9 @@ class MoE(Routed):
         """
         routing, row_NK, rows = self.route_images(x_BTD, out)
         rows = int(rows)
-        E, D = self.config.num_experts, self.dim
         N, K = row_NK.shape
+        E = self.config.num_experts
+        D = self.dim
         expert_NK = routing.expert_GSK.reshape(N, K)
         # place of a choice among the E x R rows of all experts; one place more collects the dropped ones
         place_NK = torch.where(row_NK >= 0, expert_NK * rows + row_NK, E * rows)

@@ -103,15 +103,13 @@ def route(
         raise ValueError(f"capacity must be at least 1, got {capacity}; None means that nothing is dropped.")
     if noise_GSE is not None and config.noise_std == 0:
         raise ValueError("noise was given but noise_std is 0: set noise_std above 0, or leave the noise out.")
+    # in backward the gradients of the logits are added up against the order in which the logits are used here: another
+    # order gives other last digits
     logits_GSE = logits_GSE.float()
-    clean_gates_GSE = logits_GSE.softmax(-1)
     sigma = config.noise_std / config.num_experts
-    noisy_GSE = logits_GSE
-    gates_GSE = clean_gates_GSE
-    if noise_GSE is not None:
-        # gates = softmax(logits + sigma x noise)
-        noisy_GSE = logits_GSE + sigma * noise_GSE.float()
-        gates_GSE = noisy_GSE.softmax(-1)
+    noisy_GSE = logits_GSE if noise_GSE is None else logits_GSE + sigma * noise_GSE.float()
+    clean_gates_GSE = logits_GSE.softmax(-1)
+    gates_GSE = clean_gates_GSE if noise_GSE is None else noisy_GSE.softmax(-1)
 
     # the K largest gates; a stable sort, because torch.topk does not promise the lowest index on ties
     expert_GSK = gates_GSE.argsort(dim=-1, descending=True, stable=True)[..., : config.k]
@@ -132,16 +130,15 @@ def route(
         slot_GSK = slot_GSK.where(kept_GSK, -1)
         weight_GSK = weight_GSK.where(kept_GSK, 0.0)
 
-    load_G = logits_GSE.new_zeros(len(logits_GSE))
-    if noise_GSE is not None:
-        threshold_GS1 = noisy_GSE.gather(-1, expert_GSK[..., -1:])
-        load_G = _load_loss(logits_GSE, threshold_GS1, sigma)
     losses = {
         # importance of an expert = sum of its clean gates over the tokens
         "importance": squared_variation(clean_gates_GSE.sum(1)),
-        "load": load_G,
+        "load": logits_GSE.new_zeros(len(logits_GSE)),
         "gshard": _gshard_loss(gates_GSE, expert_GSK),
     }
+    if noise_GSE is not None:
+        threshold_GS1 = noisy_GSE.gather(-1, expert_GSK[..., -1:])
+        losses["load"] = _load_loss(logits_GSE, threshold_GS1, sigma)
     gate_GS = gate_GSK.detach().sum(-1)
     return Routing(expert_GSK, slot_GSK, weight_GSK, losses, count_GE, gate_GS, config)
 

@@ -63,6 +63,9 @@ class VMoE(VisionTransformer, ModelHubMixin):
     """
 
     def __init__(self, config: VMoEConfig) -> None:
+        norm_layer = None  # timm's own
+        if config.norm_eps:
+            norm_layer = functools.partial(LayerNorm, eps=config.norm_eps)
         super().__init__(
             img_size=config.image_size,
             patch_size=config.patch_size,
@@ -80,7 +83,7 @@ class VMoE(VisionTransformer, ModelHubMixin):
             drop_path_rate=config.drop_path_rate,
             dynamic_img_size=config.dynamic_img_size,
             weight_init="skip",
-            norm_layer=functools.partial(LayerNorm, eps=config.norm_eps) if config.norm_eps else None,
+            norm_layer=norm_layer,
             act_layer=functools.partial(nn.GELU, approximate=GELU[config.gelu]),
             block_fn=functools.partial(_block, config),
         )
@@ -145,7 +148,9 @@ class VMoE(VisionTransformer, ModelHubMixin):
         Raises:
             ValueError: images that are not square.
         """
-        height, width = self.patch_embed.img_size if img_size is None else to_2tuple(img_size)
+        if img_size is None:
+            img_size = self.patch_embed.img_size
+        height, width = to_2tuple(img_size)
         if height != width:
             raise ValueError(f"a V-MoE is built for square images, got {height}x{width}; dynamic_img_size takes any.")
         patch_size = patch_size or self.config.patch_size
@@ -190,8 +195,8 @@ class VMoE(VisionTransformer, ModelHubMixin):
         with torch.device("meta"):
             expected = VMoE(self.config).state_dict()
         for name in sorted(expected.keys() | state.keys()):
-            given_shape = tuple(state[name].shape) if name in state else "missing"
-            model_shape = tuple(expected[name].shape) if name in expected else "missing"
+            given_shape = _shape(state, name)
+            model_shape = _shape(expected, name)
             if given_shape != model_shape:
                 raise ValueError(
                     f"{name} is {given_shape} in the weights to save and {model_shape} in a model of this config."
@@ -289,6 +294,10 @@ def _block(config: VMoEConfig, dim: int, depth: int, **options: Any) -> VMoEBloc
     elif width is not None:
         block.stitch = nn.Sequential(stitch(dim, width), stitch(width, dim))
     return block
+
+
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
+    return tuple(state[name].shape) if name in state else "missing"
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """V-MoE against the official model (tests/fixtures/vmoe/model_token_k2.npz), published sizes, save and load."""
 
 import copy
+import gc
 import json
 import math
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +21,7 @@ from torch.testing import assert_close
 from models.modules.stages import assemble, split
 from models.moe import layer as moe
 from models.moe.layer import MoE, MoEConfig, official
-from models.moe.out import auxiliary_loss, routing_metrics
+from models.moe.out import auxiliary_loss, routing_metrics, routings
 from models.preprocessing import Preprocessing
 from models.vmoe.import_names import google_state
 from models.vmoe.model import VARIANTS, VMoE, VMoEConfig, decode_variant, moe_numbers
@@ -85,6 +87,25 @@ def test_gradients_are_the_official_ones_with_and_without_checkpointing(model, r
     (main + auxiliary_loss(out)).backward()
     for name, gradient in google_state(reference, "train/softmax_xent/grad/").items():
         assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_of_a_forward_stays_once_out_is_dropped(recompute):
+    """Also the graph of a loss that no backward went through: under checkpointing it holds the block's frame."""
+    model = VMoE(TINY).train()
+    model.set_grad_checkpointing(recompute)
+    out = {}
+    logits = model(torch.randn(2, 3, 32, 32), out, states=(0, 3))
+    assert [number for number, told in out["blocks"].items() if "state" in told] == ["0", "3"]
+    (logits.sum() + auxiliary_loss(out)).backward()
+    told = [weakref.ref(loss) for routing in routings(out).values() for loss in routing.losses.values()]
+    assert len(told) == 6 and all(loss() is not None for loss in told)
+    gc.disable()  # nothing goes round in circles either
+    try:
+        del out, logits
+        assert all(loss() is None for loss in told)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.moe.layer import routed_layers
 from models.moe.out import Out
 from trainer.config.ds_config import Settings
 from trainer.config.runtime import RunConfig
@@ -57,6 +58,7 @@ def evaluate(
     modes = [module.training for module in modules]
     for module in modules:
         module.eval()
+    tells = observe is not None and bool(routed_layers(objective.module))  # other models need not take `out`
     totals = torch.zeros(4, dtype=torch.float64, device=dist.device)
     batches = eval_batches(
         data.val, data.preprocessing, batch=batch, world=dist.world, rank=dist.rank, workers=data.workers
@@ -65,13 +67,13 @@ def evaluate(
         for b in batches:
             HEARTBEAT.beat()
             images = b.images.to(dist.device, dtype)
-            if observe is None:
-                logits = objective.predict(images).float()
-            else:
-                out: Out = {}
-                logits = objective.predict(images, out).float()
+            out: Out = {}
+            logits = objective.predict(images, out) if tells else objective.predict(images)
+            logits = logits.float()
+            if observe is not None:
                 observe(b, logits, out)
-            labels, mask = b.labels.to(dist.device), b.mask.to(dist.device)
+            labels = b.labels.to(dist.device)
+            mask = b.mask.to(dist.device)
             loss = F.cross_entropy(logits, labels, reduction="none")
             finite = mask & torch.isfinite(loss)
             correct = (logits.argmax(-1) == labels) & finite
@@ -98,7 +100,7 @@ def eval_batch(run: RunConfig, settings: Settings) -> int:
 class Predictor:
     """The part of an objective that evaluation needs, for models that are not being trained.
 
-    `predict` takes images, and where the evaluation is observed `out` as well.
+    `predict` takes images, and where MoE layers are observed `out` as well.
     """
 
     module: nn.Module

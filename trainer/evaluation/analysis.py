@@ -127,8 +127,9 @@ def _classes(truth: np.ndarray, predicted: np.ndarray, labels: list[str]) -> dic
         times[true] = count
     matrix = None
     if len(labels) <= MATRIX_CLASSES:
-        matrix = np.zeros((len(labels), len(labels)), dtype=np.int64)
-        matrix[pairs[:, 0], pairs[:, 1]] = counts
+        counts_CC = np.zeros((len(labels), len(labels)), dtype=np.int64)
+        counts_CC[pairs[:, 0], pairs[:, 1]] = counts
+        matrix = counts_CC.tolist()
     return {
         "labels": list(labels),
         "classes": {
@@ -138,7 +139,7 @@ def _classes(truth: np.ndarray, predicted: np.ndarray, labels: list[str]) -> dic
             "taken_for": taken_for.tolist(),
             "taken_count": times.tolist(),
         },
-        "confusion": None if matrix is None else matrix.tolist(),
+        "confusion": matrix,
         "confusions": [[true, other, count] for count, true, other in confused[:TOP_CONFUSIONS]],
     }
 

@@ -156,7 +156,8 @@ class RoutingWatch:
         # of every layer, and last the number of tokens
         counts = torch.zeros(len(self.num_experts) + 1, dtype=torch.float64, device=self.dist.device)
         for index in self.now.keys() & self.before.keys():
-            now_LT, before_LT = self.now[index], self.before[index]
+            now_LT = self.now[index]
+            before_LT = self.before[index]
             if now_LT.shape == before_LT.shape:
                 differ_L = (now_LT != before_LT).sum(1)
                 counts += torch.tensor([*differ_L.tolist(), now_LT.shape[1]], device=self.dist.device)

@@ -92,7 +92,8 @@ class TrainStep:
         self.routing = []
         for part, batch in enumerate(micro_batches):
             place = part * self.dist.world + self.dist.rank
-            images, target = batch.images, batch.labels
+            images = batch.images
+            target = batch.labels
             if self.mixup is not None:
                 number = done * len(micro_batches) * self.dist.world + place
                 images, target = self.mixup(images, target, self.task.seed * 1_000_003 + number)
@@ -125,7 +126,8 @@ class TrainStep:
         ranks = [str(rank) for rank, is_broken in enumerate(self.dist.gather(broken)) if is_broken]
         if not ranks:
             return "the gradient"
-        return f"the loss of rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
+        word = "ranks" if len(ranks) > 1 else "rank"
+        return f"the loss of {word} {', '.join(ranks)}"
 
     def weights_are_finite(self) -> bool:
         """Whether every weight on every rank is (collective; waits for the device)."""
@@ -201,7 +203,11 @@ def _means(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Means over the micro-batches of a step."""
     if not values:
         return {}
-    return {name: torch.stack([each[name].float() for each in values]).mean(0) for name in values[0]}
+    means = {}
+    for name in values[0]:
+        stacked = torch.stack([each[name].float() for each in values])
+        means[name] = stacked.mean(0)
+    return means
 
 
 def _mean_over_ranks(values: dict[str, Tensor], dist: Dist) -> dict[str, Any]:
@@ -215,8 +221,10 @@ def _mean_over_ranks(values: dict[str, Tensor], dist: Dist) -> dict[str, Any]:
     for name, value in values.items():
         stop = start + value.numel()
         mean = [x / dist.world for x in total[start:stop]]
-        # losses as they are, a load to five digits
-        means[name] = [round(x, 5) for x in mean] if value.dim() else mean[0]
+        if value.dim():
+            means[name] = [round(x, 5) for x in mean]
+        else:
+            means[name] = mean[0]
         start = stop
     means["memory"] = int(max(total[start:]))
     return means

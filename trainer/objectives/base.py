@@ -19,6 +19,8 @@ Forward = Callable[..., Any]  # the engine in a run, the bare module in a unit t
 class Objective:
     """One kind of training step; the loop moves `module` (trained) and `frozen` to the device.
 
+    A subclass says what a step is (`step`), what is evaluated (`predict`) and what a step passes through (`passes`).
+
     Attributes:
         module: all that is trained.
         frozen: what runs beside it.
@@ -42,6 +44,12 @@ class Objective:
             progress: share of the phase's steps that are done, 0..1.
             out: takes what the forward of `module` tells of its routing, by names inside `module` (models/moe/out.py).
         """
+        if out is None:
+            out = {}
+        return self.step(forward, images, target, progress, out)
+
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """What a subclass does when it is called."""
         raise NotImplementedError
 
     def predict(self, images: Tensor, out: Out | None = None) -> Tensor:

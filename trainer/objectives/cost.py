@@ -45,6 +45,7 @@ def flops_per_image(passes: Iterable[Pass], tokens: int) -> int:
     """
     total = 0
     for each in passes:
+        assert 0 <= each.share <= 1, each
         if isinstance(each.part, TeacherRouters):
             forward = each.part.flops_per_image(tokens)
         else:

@@ -63,19 +63,18 @@ class Distill(Objective):
         self.predecessors = predecessors
         self.guide = guide
         self.frozen = [teacher_stage, meta, *predecessors]
-        last = index == meta.num_modules - 1
-        self.border = "none" if last else config.border
-        self.logit_weight = 1.0 if last else config.logit_weight
+        self.border = config.border
+        self.logit_weight = config.logit_weight
+        if index == meta.num_modules - 1:
+            self.border = "none"
+            self.logit_weight = 1.0
         # by the teacher's logits
         self.taught = self.logit_weight > 0 and max(config.alpha, config.alpha_end or 0) > 0
         # the teacher module is run
         self.taught_here = self.taught or self.border != "none" or guide is not None
 
-    def __call__(
-        self, forward: Forward, images: Tensor, target: Tensor, progress: float = 0.0, out: Out | None = None
-    ) -> Step:
-        """See Objective and `loss`."""
-        out = {} if out is None else out
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__ and `loss`."""
         with torch.no_grad():
             lesson = self._lesson(images)
             fed = self._fed(images, lesson.h)
@@ -100,6 +99,7 @@ class Distill(Objective):
             parts["routing"] = routing.detach()
         if self.border != "none":
             # + border_weight x distance(student's state, teacher's)
+            assert lesson.state is not None, "the teacher module has not run"
             border = self.border_error(lesson.h, state, lesson.state)
             loss = loss + config.border_weight * border
             parts["border"] = border.detach()
@@ -192,13 +192,17 @@ class Distill(Objective):
         if self.config.target == "hard":
             return F.cross_entropy(logits, teacher_logits.argmax(-1))
         kl = soft_kl(teacher_logits, logits, tau)
-        # the published code divides the sum by batch x classes, which makes the term C times weaker
-        return kl / logits.shape[-1] if self.config.kl_reduction == "reference" else kl
+        if self.config.kl_reduction == "reference":
+            # the published code divides the sum by batch x classes, which makes the term C times weaker
+            return kl / logits.shape[-1]
+        return kl
 
 
 def _at(progress: float, start: float, end: float | None) -> float:
     """A value that changes linearly from start to end over the phase."""
-    return start if end is None else start + (end - start) * progress
+    if end is None:
+        return start
+    return start + (end - start) * progress
 
 
 def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,25 +31,30 @@ class Classify(Objective):
         self.tokens = tokens
         self.label_smoothing = label_smoothing
         self.frozen: list[nn.Module] = []
-        self.routes = bool(routed_layers(module))  # teachers and meta models tell nothing
+        self.routes = bool(routed_layers(module))
 
-    def __call__(
-        self, forward: Forward, images: Tensor, target: Tensor, progress: float = 0.0, out: Out | None = None
-    ) -> Step:
-        """See Objective; parts: label, balance. loss = CE + balance losses."""
-        out = {} if out is None else out
-        logits = forward(images, out) if self.routes else forward(images)
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__; parts: label, balance. loss = CE + balance losses."""
+        logits = self._run(forward, images, out)
         label = label_loss(logits.float(), target, self.label_smoothing)
         balance = auxiliary_loss(out)
         return label + balance, {"label": label.detach(), "balance": balance.detach()}
 
     def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
         """Logits (B, C) as evaluated."""
-        return self.module(images, out) if self.routes else self.module(images)
+        return self._run(self.module, images, out)
 
     def passes(self) -> list[Pass]:
         """The model alone."""
         return trained(self.module)
+
+    def _run(self, forward: Forward, images: Tensor, out: Out | None, states: Collection[int] = ()) -> Tensor:
+        """Logits; a model that tells nothing, as a teacher or a dense student may be timm's own, takes no `out`."""
+        if states:
+            return forward(images, out, states)
+        if self.routes:
+            return forward(images, out)
+        return forward(images)
 
 
 @dataclass(frozen=True)
@@ -96,20 +101,19 @@ class LearnFromTeacher(Classify):
         if borders is not None or guide is not None:
             self.fading = min(config.border_epochs / config.epochs, 1.0)
 
-    def __call__(
-        self, forward: Forward, images: Tensor, target: Tensor, progress: float = 0.0, out: Out | None = None
-    ) -> Step:
-        """See Objective; parts: label, balance, kd, routing, border."""
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__; parts: label, balance, kd, routing, border."""
         config = self.config
-        out = {} if out is None else out
-        # fade = max(0, 1 - progress / fading)
-        fade = max(0.0, 1 - progress / self.fading) if self.fading else 0.0
-        guide = self.guide if fade else None
-        borders = self.borders if fade else None
+        fade = self._fade(progress)
+        guide = borders = None
+        if fade:
+            guide = self.guide
+            borders = self.borders
         if config.kd_weight or fade:
-            taught, teacher_logits, targets = self._teach(images, guide)
+            teacher_states, teacher_logits, targets = self._teach(images, guide)
+        compared = () if borders is None else borders.last_blocks
 
-        logits = forward(images, out, borders.last_blocks if borders is not None else ()).float()
+        logits = self._run(forward, images, out, compared).float()
         label = label_loss(logits, target, self.label_smoothing)
         balance = auxiliary_loss(out)
         # (1 - w) CE + balance
@@ -128,9 +132,9 @@ class LearnFromTeacher(Classify):
         if borders is not None:
             # + border_weight x fade x sum over borders of |z - U^T (h - mean)|^2 / |U^T (h - mean)|^2
             border = 0
-            for block, project, h in zip(borders.last_blocks, borders.projections, taught):
-                state = out["blocks"][str(block)]["state"]
-                border = border + relative_mse(state, project(h))
+            for block, project, h in zip(compared, borders.projections, teacher_states):
+                z = out["blocks"][str(block)]["state"]
+                border = border + relative_mse(z, project(h))
             loss = loss + config.border_weight * fade * border
             parts["border"] = border.detach()
         return loss, parts
@@ -142,6 +146,12 @@ class LearnFromTeacher(Classify):
         if self.guide is not None:
             passes += forward_only(self.guide.routers, share=self.fading)
         return passes
+
+    def _fade(self, progress: float) -> float:
+        """max(0, 1 - progress / fading): what borders and guide count, from 1 to 0."""
+        if not self.fading:
+            return 0.0
+        return max(0.0, 1 - progress / self.fading)
 
     @torch.no_grad()
     def _teach(self, images: Tensor, guide: Guide | None) -> tuple[list[Tensor], Tensor, dict[int, Tensor]]:

@@ -26,10 +26,8 @@ class Incubate(Objective):
         self.label_smoothing = label_smoothing
         self.frozen = [meta]
 
-    def __call__(
-        self, forward: Forward, images: Tensor, target: Tensor, progress: float = 0.0, out: Out | None = None
-    ) -> Step:
-        """See Objective; parts: label."""
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__; parts: label."""
         with torch.no_grad():
             h = self.meta.front(images, self.index)
         logits = self.meta.back(forward(h), self.index).float()

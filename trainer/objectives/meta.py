@@ -43,6 +43,7 @@ class MatchTeacher(Objective):
     def __init__(
         self, meta: MetaModel, stages: list[Stage], config: MetaConfig, tokens: int, label_smoothing: float = 0.0
     ):
+        assert len(stages) == meta.num_modules, "one stage of the teacher per stage of the meta model"
         self.module = MetaWithForcedStages(meta)
         self.teacher = MetaModel(stages)  # the teacher as a chain of its own modules
         self.config = config
@@ -62,12 +63,10 @@ class MatchTeacher(Objective):
         elif any(self.weights):
             self.teacher_runs = num_borders
         # the meta stages that also run on the teacher's states
-        self.forced_stages = range(1, self.teacher_runs if forced else 1)
+        self.forced_stages = range(1, self.teacher_runs) if forced else range(0)
 
-    def __call__(
-        self, forward: Forward, images: Tensor, target: Tensor, progress: float = 0.0, out: Out | None = None
-    ) -> Step:
-        """See Objective; parts: match, kl, label."""
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__; parts: match, kl, label."""
         with torch.no_grad():
             teacher_states = self.teacher.hidden_states(images, self.teacher_runs)
         free, logits, forced = forward(images, teacher_states[: len(self.forced_stages)])
@@ -76,11 +75,12 @@ class MatchTeacher(Objective):
         teacher_logits = teacher_states[num_borders:]  # none where nobody asks for them
 
         # sum over free and forced borders of weight |a - b|^2 / |b|^2
-        match = logits.new_zeros((), dtype=torch.float32)  # a single module has no border
+        errors = []
         pairs = [*zip(free, borders), *zip(forced, borders[1:])]
         for weight, (state, border) in zip(self.weights, pairs):
             if weight:
-                match = match + weight * relative_mse(state, border)
+                errors.append(weight * relative_mse(state, border))
+        match = sum(errors, start=logits.new_zeros((), dtype=torch.float32))  # a single module has no border
         loss = match
         parts = {"match": match.detach()}
         if teacher_logits:
@@ -137,6 +137,7 @@ class Theseus(Objective):
         label_smoothing: float = 0.0,
         seed: int = 0,
     ):
+        assert len(stages) == meta.num_modules, "one stage of the teacher per stage of the meta model"
         self.module = MixedStages(meta)
         self.teacher = MetaModel(stages)
         self.config = config
@@ -145,10 +146,8 @@ class Theseus(Objective):
         self.seed = seed
         self.frozen = [self.teacher]
 
-    def __call__(
-        self, forward: Forward, images: Tensor, target: Tensor, progress: float = 0.0, out: Out | None = None
-    ) -> Step:
-        """See Objective; parts: label, kl."""
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__; parts: label, kl."""
         stand_ins = []
         for replaced, teacher_stage in zip(self.draw(progress), self.teacher.stages):
             stand_ins.append(None if replaced else teacher_stage)
@@ -191,7 +190,7 @@ class Theseus(Objective):
 
     @functools.cached_property
     def flops_per_image(self) -> int:
-        """See Objective; the mean over all draws of all steps."""
+        """See Objective.__call__; the mean over all draws of all steps."""
         ours = [forward_flops(stage, self.tokens) for stage in self.module.meta.stages]
         theirs = [forward_flops(stage, self.tokens) for stage in self.teacher.stages]
         mixed = replacing_flops(self.config.replace_rate, ours, theirs)
@@ -199,7 +198,9 @@ class Theseus(Objective):
 
     def passes(self) -> list[Pass]:
         """What every step runs beside the mixed model: the whole teacher, where its logits count."""
-        return forward_only(*self.teacher.stages) if self.config.kl_weight else []
+        if not self.config.kl_weight:
+            return []
+        return forward_only(*self.teacher.stages)
 
 
 class MixedStages(nn.Module):

@@ -44,6 +44,7 @@ class Together(Objective):
         label_smoothing: float = 0.0,
         guides: Sequence[Guide | None] = (),
     ):
+        assert len(students) == len(teacher_stages) == meta.num_modules, "one pair per stage of the meta model"
         self.pairs: list[Distill] = []
         for i, (student, stage) in enumerate(zip(students, teacher_stages)):
             guide = guides[i] if guides else None
@@ -55,11 +56,8 @@ class Together(Objective):
         self.frozen = [meta, *teacher_stages]
         self.teacher_runs = sum(pair.taught_here for pair in self.pairs)  # modules, from the first on
 
-    def __call__(
-        self, forward: Forward, images: Tensor, target: Tensor, progress: float = 0.0, out: Out | None = None
-    ) -> Step:
-        """See Objective; the parts are those of the pairs, with /<module> behind the name."""
-        out = {} if out is None else out
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__; the parts are those of the pairs, with /<module> behind the name."""
         with torch.no_grad():
             lessons = self._teach(images)
         outputs = forward(images, out)
