@@ -24,7 +24,8 @@ if not __package__:
 import models  # noqa: F401  isort: skip  first: it mends torchvision beside a CPU torch
 import torch
 
-from models.moe.layer import MoEConfig, routing_metrics
+from models.moe.layer import MoEConfig
+from models.moe.out import routing_metrics
 from models.preprocessing import Preprocessing
 from models.vmoe.model import VMoE, VMoEConfig
 from trainer.config.ds_config import read_ds_config, resolve
@@ -51,7 +52,9 @@ def main() -> None:
     kinds = {"bare": lambda: _bare(step, batch), "watched": lambda: step.run(0, [batch], total=1, row_due=False)}
     seconds = _in_turn(kinds, STEPS, options.rounds)
     step.run(0, [batch], total=1, row_due=True)
-    layers = routing_metrics(step.engine.module)
+    out = {}
+    step.engine(batch.images.to(dist.device, step.engine.dtype), out)
+    layers = routing_metrics(out)
     rows = {"one all-reduce": step.take_metrics, "three per layer": lambda: _row_of_many(layers, dist)}
     row_seconds = _in_turn(rows, STEPS, options.rounds)
     waits = {name: _waits(work) for name, work in kinds.items()} if dist.device.type == "cuda" else {}

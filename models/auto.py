@@ -24,7 +24,7 @@ from transformers import (
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .moe.layer import auxiliary_loss
+from .moe.out import auxiliary_loss
 from .preprocessing import Preprocessing
 from .teacher.convert import to_processor
 from .vmoe.config import MODEL_TYPE
@@ -86,20 +86,23 @@ class VMoEForImageClassification(PreTrainedModel):
             ValueError: naming it.
         """
         model, info = super().from_pretrained(name, *arguments, output_loading_info=True, **options)
-        if wrong := sorted(info["missing_keys"]) or sorted(info["unexpected_keys"]):
+        wrong = sorted(info["missing_keys"]) or sorted(info["unexpected_keys"])
+        if wrong:
             raise ValueError(f"the weights of {name} do not fit its config.json: {wrong[:3]} are missing or left over.")
         model.vmoe.preprocessing = _preprocessing(model.config.to_dict())
         labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
-        model.vmoe.labels = None if labels == [f"LABEL_{i}" for i in range(len(labels))] else labels
+        invented = [f"LABEL_{i}" for i in range(len(labels))]  # what transformers calls classes without names
+        model.vmoe.labels = None if labels == invented else labels
         return (model, info) if output_loading_info else model
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
         """Images (B, channels, H, W) and class indices (B,) -> logits (B, C) and, with labels, the loss."""
-        logits = self.vmoe(pixel_values)
+        out = {}
+        logits = self.vmoe(pixel_values, out)
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels, logits, self.config) + auxiliary_loss(self.vmoe)
+            loss = self.loss_function(labels, logits, self.config) + auxiliary_loss(out)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     def save_pretrained(
@@ -119,8 +122,10 @@ class VMoEForImageClassification(PreTrainedModel):
         if push_to_hub:
             raise ValueError("save_pretrained does not push: call model.push_to_hub(repo_id) as well.")
         if is_main_process:
-            prefix = f"{self.base_model_prefix}."
-            state = state_dict and {name.removeprefix(prefix): value for name, value in state_dict.items()}
+            state = state_dict
+            if state:
+                prefix = f"{self.base_model_prefix}."
+                state = {name.removeprefix(prefix): value for name, value in state.items()}
             self.vmoe.save_pretrained(save_directory, state=state, max_shard_size=max_shard_size)
 
 
@@ -129,8 +134,10 @@ class _FromModelConfig:
 
     @classmethod
     def get_image_processor_dict(cls, name: str | Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        content, rest = super().get_image_processor_dict(name, **options | {"image_processor_filename": "config.json"})
-        if (preprocessing := _preprocessing(content)) is None:
+        in_config = options | {"image_processor_filename": "config.json"}
+        content, rest = super().get_image_processor_dict(name, **in_config)
+        preprocessing = _preprocessing(content)
+        if preprocessing is None:
             return super().get_image_processor_dict(name, **options)
         return to_processor(preprocessing).to_dict(), rest
 

@@ -18,20 +18,25 @@ def forward_flops(module: nn.Module, tokens: int) -> int:
     """FLOPs of one image through every layer of `module`.
 
     Args:
-        module: a timm VisionTransformer, a Stage, a StudentModule or a MetaModel (layers are found by type); on plain
-            torch, so before it is made expert parallel.
+        module: a timm VisionTransformer, a Stage, a StudentModule or a MetaModel (layers are found by type), on plain
+            torch or expert parallel.
         tokens: length of the token sequence T, prefix tokens included.
     """
-    if isinstance(module, MoE):  # router, then k experts of two products each
-        return 2 * tokens * (module.dim * module.config.num_experts + module.config.k * 2 * module.dim * module.hidden)
-    if isinstance(module, nn.Conv2d):  # a patch embedding: one product per patch (the few prefix tokens counted too)
+    if isinstance(module, MoE) or hasattr(module, "deepspeed_moe"):
+        # T (D E + k 2 D H): the router, then k experts of two products each
+        router = module.dim * module.config.num_experts
+        experts = module.config.k * 2 * module.dim * module.hidden
+        return 2 * tokens * (router + experts)
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        # a patch embedding is one product per patch (the few prefix tokens are counted too)
         return 2 * tokens * module.weight.numel()
-    if isinstance(module, nn.Linear):
-        return 2 * tokens * module.weight.numel()
-    scores = 2 * 2 * tokens * tokens * module.qkv.in_features if hasattr(module, "qkv") else 0
-    return scores + sum(
-        forward_flops(child, 1 if name in ONE_TOKEN else tokens) for name, child in module.named_children()
-    )
+    total = 0
+    if hasattr(module, "qkv"):
+        # T^2 D twice: scores q k^T, and the values they mix
+        total += 2 * 2 * tokens * tokens * module.qkv.in_features
+    for name, child in module.named_children():
+        total += forward_flops(child, 1 if name in ONE_TOKEN else tokens)
+    return total
 
 
 def num_tokens(vit: nn.Module) -> int:

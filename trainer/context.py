@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.flops import forward_flops, num_tokens
+from models.flops import num_tokens
 from models.modules.stages import split
 from models.teacher.load import Teacher, fingerprint, load_teacher
 from trainer import artifacts
@@ -303,8 +303,3 @@ def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Write safetensors, whole or not at all."""
     with replacing(path) as unfinished:
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, unfinished)
-
-
-def training_flops(module: nn.Module, tokens: int) -> int:
-    """Forward and backward FLOPs of one image through a model trained whole."""
-    return 3 * forward_flops(module, tokens)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..moe.layer import MoE, run_experts
+from ..moe.out import Out
 
 Watch = Callable[[str, Tensor, Tensor], None]  # name of a layer, its input (N, D), cluster of every token (N,)
 SCALES_S = torch.logspace(-2, 2, 41)  # tried for the length of router rows; neighbours differ by a quarter
@@ -40,21 +41,30 @@ def merged_state(
         raise ValueError(f"none of the {len(dense)} experts was trained, so there is nothing to put together.")
     merged = {}
     for name, value in state.items():
-        expert = re.fullmatch(r"(.*\.mlp)\.experts\.(\d+)\.(.+)", name)
-        if expert:
-            merged[name] = dense[source[int(expert[2])]][f"{expert[1]}.{expert[3]}"]
+        match = re.fullmatch(r"(.*\.mlp)\.experts\.(\d+)\.(.+)", name)
+        if match:
+            mlp, expert, rest = match.groups()
+            merged[name] = dense[source[int(expert)]][f"{mlp}.{rest}"]
         elif ".mlp.router." in name:
             merged[name] = value
         else:
-            merged[name] = torch.stack([each[name].double() for each in trained]).mean(0).to(value.dtype)
+            values = torch.stack([each[name].double() for each in trained])
+            merged[name] = values.mean(0).to(value.dtype)
     return merged
 
 
-def stand_ins(centroid_ED: Tensor, there: Sequence[bool]) -> list[int]:
-    """For every cluster itself where it is there, else the one with the nearest centroid (cosine) that is."""
+def stand_ins(centroid_ED: Tensor, present: Sequence[bool]) -> list[int]:
+    """For every cluster itself where it is present, else the one with the nearest centroid (cosine) that is."""
     unit_ED = F.normalize(centroid_ED.float(), dim=1)
-    cosine_EE = (unit_ED @ unit_ED.T).masked_fill(~torch.tensor(there, device=unit_ED.device), -2.0)
-    return [e if there[e] else int(cosine_EE[e].argmax()) for e in range(len(there))]
+    present_E = torch.tensor(present, device=unit_ED.device)
+    # below any cosine where a cluster is not present
+    cosine_EE = (unit_ED @ unit_ED.T).masked_fill(~present_E, -2.0)
+    nearest_E = cosine_EE.argmax(1).tolist()
+    source = list(range(len(present)))
+    for e, is_present in enumerate(present):
+        if not is_present:
+            source[e] = nearest_E[e]
+    return source
 
 
 def router_rows(sum_ED: Tensor, count_E: Tensor, source: Sequence[int]) -> Tensor:
@@ -67,16 +77,25 @@ def router_rows(sum_ED: Tensor, count_E: Tensor, source: Sequence[int]) -> Tenso
         sum_ED, count_E: sum of the inputs of each cluster's tokens, and their number.
         source: as from stand_ins, by whether a cluster has tokens.
     """
-    own = [e for e, other in enumerate(source) if e == other]
+    with_tokens = [e for e, other in enumerate(source) if e == other]
+    # u_e = mean input of cluster e at length 1; row_e = u_e - mean u
     unit_ED = F.normalize(sum_ED / count_E.clamp(min=1).unsqueeze(1), dim=1)
-    row_ED = unit_ED - unit_ED[own].mean(0)
-    return torch.stack([row_ED[other] * (1.0 if e == other else SECOND) for e, other in enumerate(source)])
+    row_ED = unit_ED - unit_ED[with_tokens].mean(0)
+    rows = []
+    for e, other in enumerate(source):
+        length = 1.0 if e == other else SECOND
+        rows.append(row_ED[other] * length)
+    return torch.stack(rows)
 
 
 def top_gates(x_ND: Tensor, row_ED: Tensor) -> Tensor:
     """Sum over tokens of the largest gate, for the rows at each length of SCALES_S, (S,)."""
     logit_NE = x_ND.float() @ row_ED.T.float()
-    return torch.stack([(scale * logit_NE).softmax(-1).amax(-1).double().sum() for scale in SCALES_S.tolist()])
+    sums = []
+    for scale in SCALES_S.tolist():
+        largest_N = (scale * logit_NE).softmax(-1).amax(-1)
+        sums.append(largest_N.double().sum())
+    return torch.stack(sums)
 
 
 def decided_scale(top_gate_S: Tensor, num_experts: int) -> float:
@@ -88,12 +107,15 @@ def decided_scale(top_gate_S: Tensor, num_experts: int) -> float:
     Args:
         top_gate_S: mean over tokens of the largest gate, at each of SCALES_S.
     """
-    wanted = (1 + 1 / num_experts) / 2
-    above = int((top_gate_S < wanted).sum())  # the first one that is sure enough
-    if above in (0, len(SCALES_S)):
-        return float(SCALES_S[min(above, len(SCALES_S) - 1)])
+    half_way = (1 + 1 / num_experts) / 2
+    above = int((top_gate_S < half_way).sum())  # the first one that is sure enough
+    if above == 0:
+        return float(SCALES_S[0])
+    if above == len(SCALES_S):
+        return float(SCALES_S[-1])
+    # scale = s_below^(1 - t) s_above^t with gate_below + t (gate_above - gate_below) = half_way
     low, high = top_gate_S[above - 1 : above + 1].tolist()
-    share = (wanted - low) / (high - low)
+    share = (half_way - low) / (high - low)
     return float(SCALES_S[above - 1] ** (1 - share) * SCALES_S[above] ** share)
 
 
@@ -109,7 +131,8 @@ class ByCluster:
         for parent_name, parent in list(self.module.named_modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, MoE):
-                    self.layers[f"{parent_name}.{name}"] = layer = _Layer(child)
+                    layer = _Layer(child)
+                    self.layers[f"{parent_name}.{name}"] = layer
                     setattr(parent, name, layer)
 
     @torch.no_grad()
@@ -119,8 +142,9 @@ class ByCluster:
         Args:
             x: what the module is fed, images or (B, T, width of its input).
         """
+        cluster_N = cluster_BT.flatten()
         for name, layer in self.layers.items():
-            layer.prepare(cluster_BT.flatten(), lambda x_ND, name=name: watch(name, x_ND, cluster_BT.flatten()))
+            layer.prepare(cluster_N, lambda x_ND, name=name: watch(name, x_ND, cluster_N))
         self.module(x)
 
 
@@ -129,16 +153,20 @@ class _Layer(nn.Module):
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
-        self.experts, self.act = moe.experts, moe.act
+        self.experts = moe.experts
+        self.act = moe.act
 
     def prepare(self, cluster_N: Tensor, watch: Callable[[Tensor], None]) -> None:
-        self.cluster_N, self.watch = cluster_N, watch
+        self.cluster_N = cluster_N
+        self.watch = watch
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, out: Out | None = None) -> Tensor:
+        """(B, T, D) in and out; nothing is routed, so `out` stays as it is."""
         x_ND = x_BTD.flatten(0, 1)
         self.watch(x_ND)
         y_ND = torch.empty_like(x_ND)
         for e, expert in enumerate(self.experts):
-            own_R = (self.cluster_N == e).nonzero().flatten()
-            y_ND[own_R] = run_experts([expert], x_ND[own_R].unsqueeze(0), self.act, 0.0, False).squeeze(0)
+            token_R = (self.cluster_N == e).nonzero().flatten()
+            x_1RD = x_ND[token_R].unsqueeze(0)
+            y_ND[token_R] = run_experts([expert], x_1RD, self.act, 0.0, False).squeeze(0)
         return y_ND.view_as(x_BTD)

@@ -7,27 +7,26 @@ k-means (only the paper's abstract was read; its own construction may differ).
 
     sources = matching_blocks(student, student_depths, teacher_depths)
     routers = teacher_routers(teacher, student, images, sources, E, seed)
-    guide = Guide(routers, teacher, student, weight)
-    with guide.watching():
-        teacher(images)
-    student(images)
-    loss = loss + guide.loss()
+    guide = Guide(routers, teacher, weight)
+    teacher(images, beside, guide.sources)  # beside, out = {}, {}
+    student(images, out)
+    loss = loss + guide.loss(out, guide.targets(beside))
 
 B images, T tokens of an image, D width of the teacher, E experts, L guided blocks, N tokens that are clustered.
 """
 
-import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..flops import forward_flops
-from ..moe.layer import Routed, routed_layers
+from ..moe.layer import routed_layers
+from ..moe.out import Out, by_layer
 from .kmeans import spherical_kmeans
 
 BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)(?=\.|$)")  # numbers are those of the whole model, in a stage too
@@ -45,9 +44,12 @@ class TeacherRouters(nn.Module):
     """
 
     def __init__(
-        self, sources: Mapping[int, int], means: Sequence[Tensor], centroids: Sequence[Tensor],
+        self,
+        sources: Mapping[int, int],
+        means: Sequence[Tensor],
+        centroids: Sequence[Tensor],
         temperatures: Sequence[float],
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.sources = dict(sources)
         self.register_buffer("mean_LD", torch.stack(list(means)))
@@ -61,20 +63,18 @@ class TeacherRouters(nn.Module):
             features: (B, T, D) by teacher block; guided blocks whose teacher block is not there are left out.
         """
         routers = zip(self.sources.items(), self.mean_LD, self.centroid_LED, self.temperature_L)
-        return {
-            block: (_directions(features[source], mean_D) @ centroid_ED.T / temperature).softmax(-1)
-            for (block, source), mean_D, centroid_ED, temperature in routers
-            if source in features
-        }
+        shares = {}
+        for (block, source), mean_D, centroid_ED, temperature in routers:
+            if source in features:
+                shares[block] = _shares(features[source], mean_D, centroid_ED, temperature)
+        return shares
 
     def flops_per_image(self, tokens: int) -> int:
         """What the targets of one image cost beside the teacher's own forward."""
         return 2 * tokens * self.centroid_LED.numel()
 
 
-def matching_blocks(
-    student: nn.Module, student_depths: Sequence[int], teacher_depths: Sequence[int]
-) -> dict[int, int]:  # fmt: skip
+def matching_blocks(student: nn.Module, student_depths: Sequence[int], teacher_depths: Sequence[int]) -> dict[int, int]:
     """For each MoE block of the student, the teacher's block that ends at the same share of the same module.
 
     Args:
@@ -84,14 +84,19 @@ def matching_blocks(
     Raises:
         ValueError: no MoE block, or one beyond the depths.
     """
-    blocks = sorted(block for block, _ in _routers(student))
+    blocks = sorted(_block_of(layer) for layer in routed_layers(student))
     if not blocks:
         raise ValueError("there is no router to guide: the student has no MoE block here. Set routing_weight to 0.")
-    teachers, first = {}, 0
-    for depth, (start, taught) in zip(student_depths, _spans(teacher_depths)):
-        for place in range(depth):
-            teachers[first + place] = start + math.ceil((place + 1) * taught / depth) - 1
-        first += depth
+    teachers = {}
+    first_of_student = 0
+    first_of_teacher = 0
+    for student_depth, teacher_depth in zip(student_depths, teacher_depths):
+        for place in range(student_depth):
+            # the share of the module that ends with this block, rounded up to whole blocks of the teacher
+            blocks_done = math.ceil((place + 1) * teacher_depth / student_depth)
+            teachers[first_of_student + place] = first_of_teacher + blocks_done - 1
+        first_of_student += student_depth
+        first_of_teacher += teacher_depth
     if blocks[-1] not in teachers:
         raise ValueError(f"block {blocks[-1]} of the student lies beyond its depths {list(student_depths)}.")
     return {block: teachers[block] for block in blocks}
@@ -99,16 +104,21 @@ def matching_blocks(
 
 @torch.no_grad()
 def teacher_routers(
-    teacher: nn.Module, student: nn.Module, images: Iterable[Tensor], sources: Mapping[int, int], num_experts: int,
-    seed: int, entry: int | None = None,
-) -> TeacherRouters:  # fmt: skip
+    teacher: nn.Module,
+    student: nn.Module,
+    images: Iterable[Tensor],
+    sources: Mapping[int, int],
+    num_experts: int,
+    seed: int,
+    entry: int | None = None,
+) -> TeacherRouters:
     """Cluster what the teacher's blocks put out, and number the clusters like the student's experts.
 
     A student that routes already (distilled, upcycled) keeps its order: each cluster gets the number of the expert that
     the student's router gives its tokens to. The same on every rank, and again after a resume.
 
     Args:
-        teacher: whole (or a chain of its stages), in evaluation mode.
+        teacher: the whole as one stage (models.modules.split), in evaluation mode.
         student: plain, as it is before training; run only when all its experts are there (not on the meta device).
         images: batches (B, C, H, W) as the teacher takes them, the same on every rank; 1000 images are plenty.
         sources: from matching_blocks.
@@ -118,38 +128,53 @@ def teacher_routers(
     Raises:
         ValueError: the teacher lacks a block, or too few tokens for E clusters.
     """
-    wanted = {*sources.values(), *(() if entry is None else (entry,))}
-    features: dict[int, list[Tensor]] = {block: [] for block in wanted}
-    choices: dict[int, list[Tensor]] = {block: [] for block in sources}
-    generator, runs = torch.Generator().manual_seed(seed), not any(p.is_meta for p in student.parameters())
-    mode = student.training
+    looked_at = set(sources.values())
+    if entry is not None:
+        looked_at.add(entry)
+    _check_blocks(teacher, looked_at)
+    student_runs = not any(parameter.is_meta for parameter in student.parameters())
+    student_dtype = next(student.parameters()).dtype
+    training = student.training
     student.eval()
+    features: dict[int, list[Tensor]] = {block: [] for block in looked_at}
+    gates: dict[int, list[Tensor]] = {block: [] for block in sources}
+    generator = torch.Generator().manual_seed(seed)
     for batch in images:
-        seen: dict[int, Tensor] = {}
-        with _watched(teacher, wanted, seen.__setitem__):
-            teacher(batch)
-        chosen_BN = torch.rand(next(iter(seen.values())).shape[:2], generator=generator).argsort(1)
-        chosen_BN = chosen_BN[:, :TOKENS_PER_IMAGE].to(batch.device)  # the same tokens of every block
-        for block in wanted:
-            features[block].append(_rows(seen[block], chosen_BN))
-        if runs:
-            logits = _logits(student, batch if entry is None else seen[entry])
-            for block in sources:
-                choices[block].append(_rows(logits[block], chosen_BN).softmax(-1))
-    student.train(mode)
-    found = []
+        beside: Out = {}
+        teacher(batch, beside, looked_at)
+        states = _states(beside)
+        # the same tokens of every block
+        drawn_BT = torch.rand(next(iter(states.values())).shape[:2], generator=generator).argsort(1)
+        drawn_BN = drawn_BT[:, :TOKENS_PER_IMAGE].to(batch.device)
+        for block in looked_at:
+            features[block].append(_rows(states[block], drawn_BN))
+        if student_runs:
+            fed = batch if entry is None else states[entry]
+            out: Out = {}
+            student(fed.to(student_dtype), out)
+            for block, logits_BTE in _router_logits(out).items():
+                if block in sources:
+                    gates[block].append(_rows(logits_BTE, drawn_BN).softmax(-1))
+    student.train(training)
+    means: list[Tensor] = []
+    centroids: list[Tensor] = []
+    temperatures: list[float] = []
     for block, source in sources.items():
-        mean_D, centroid_ED, temperature = _cluster(torch.cat(features[source]), num_experts, seed + block)
-        if runs:
-            share_NE = (_directions(torch.cat(features[source]), mean_D) @ centroid_ED.T / temperature).softmax(-1)
-            centroid_ED = centroid_ED[_numbers(share_NE.T @ torch.cat(choices[block]))]
-        found.append((mean_D, centroid_ED, temperature))
-    return TeacherRouters(sources, *zip(*found)).to(found[0][0].device)
+        x_ND = torch.cat(features[source])
+        mean_D, centroid_ED, temperature = _cluster(x_ND, num_experts, seed + block)
+        if student_runs:
+            # row = cluster, column = expert: sum over tokens of share x gate
+            share_NE = _shares(x_ND, mean_D, centroid_ED, temperature)
+            centroid_ED = centroid_ED[_numbers(share_NE.T @ torch.cat(gates[block]))]
+        means.append(mean_D)
+        centroids.append(centroid_ED)
+        temperatures.append(temperature)
+    return TeacherRouters(sources, means, centroids, temperatures).to(means[0].device)
 
 
 def teacher_routers_flops(
     teacher: nn.Module, student: nn.Module, routers: TeacherRouters, images: int, tokens: int
-) -> int:  # fmt: skip
+) -> int:
     """FLOPs of teacher_routers, at most: k-means may end before its last iteration."""
     points = images * min(tokens, TOKENS_PER_IMAGE)
     passes = ITERATIONS + 3  # the seeds, the last assignment, the numbers
@@ -157,29 +182,30 @@ def teacher_routers_flops(
     return images * forwards + passes * routers.flops_per_image(points)
 
 
-def guided_routing_loss(module: nn.Module, targets: Mapping[int, Tensor]) -> Tensor:
-    """Mean over guided blocks and tokens of KL(target || softmax(router's clean logits)) of the last forward.
+def guided_routing_loss(out: Mapping[str, Any], targets: Mapping[int, Tensor]) -> Tensor:
+    """Mean over guided blocks and tokens of KL(target || softmax(router's clean logits)).
 
     Args:
-        module: student, plain or expert parallel, whose routers kept their logits (Routed.keep_logits).
+        out: what the student's forward left; plain or expert parallel.
         targets: (B, T, E) by student block.
 
     Raises:
         ValueError: teacher and student differ in tokens or experts.
     """
     terms = []
-    for block, layer in _routers(module):
+    for block, logits_BTE in _router_logits(out).items():
         if block not in targets:
             continue
-        target_BTE, logits_BTE = targets[block], layer.logits_BTE
-        assert logits_BTE is not None, "the student has not run since its targets were made"
+        target_BTE = targets[block]
         if target_BTE.shape != logits_BTE.shape:
             raise ValueError(
                 f"block {block}: the teacher's targets are {tuple(target_BTE.shape)} (images, tokens, experts) and the "
                 f"student's router has {tuple(logits_BTE.shape)}: both need the same tokens and experts."
             )
+        # sum over tokens and experts of target (log target - log gate), over the number of tokens
         kl = F.kl_div(logits_BTE.log_softmax(-1), target_BTE, reduction="sum")
         terms.append(kl / logits_BTE[..., 0].numel())
+    assert terms, "no guided block of the student has run"
     return torch.stack(terms).mean()
 
 
@@ -188,87 +214,82 @@ class Guide:
 
     Args:
         routers: from teacher_routers; moved to where the teacher's features are, and kept in float32.
-        teacher: what is run in watching(): the whole teacher, a chain of its stages, or the stage of this module.
-        student: what is trained; may be made expert parallel later.
+        teacher: what runs beside the student: the whole teacher, a chain of its stages, or the stage of this module.
         weight: of the loss.
+
+    Raises:
+        ValueError: the teacher lacks a block that is looked at.
     """
 
-    def __init__(self, routers: TeacherRouters, teacher: nn.Module, student: nn.Module, weight: float) -> None:
-        self.routers, self.teacher, self.student, self.weight = routers, teacher, student, weight
-        self.targets: dict[int, Tensor] = {}
+    def __init__(self, routers: TeacherRouters, teacher: nn.Module, weight: float) -> None:
+        self.routers = routers
+        self.weight = weight
+        self.sources = frozenset(routers.sources.values())
+        _check_blocks(teacher, self.sources)
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around the teacher's forward: takes its features, and lets the student's next forward keep its logits."""
+    @torch.no_grad()
+    def targets(self, beside: Mapping[str, Any]) -> dict[int, Tensor]:
+        """Wanted share of each expert, (B, T, E) by student block, from the states the teacher's forward left."""
+        states = _states(beside)
+        assert states.keys() >= self.sources, "the teacher was not asked for guide.sources"
+        device = next(iter(states.values())).device
+        return self.routers.to(device)(states)
 
-        @torch.no_grad()
-        def look(source: int, feature_BTD: Tensor) -> None:
-            self.targets |= self.routers.to(feature_BTD.device)({source: feature_BTD})
-
-        self.targets = {}
-        with _watched(self.teacher, self.routers.sources.values(), look):
-            yield
-        _keep_logits(self.student, True)
-
-    def loss(self) -> Tensor:
-        """The weighted loss, after the student's forward; what was kept for it is let go."""
-        loss = self.weight * guided_routing_loss(self.student, self.targets)
-        self.targets = {}
-        _keep_logits(self.student, False)
-        return loss
+    def loss(self, out: Mapping[str, Any], targets: Mapping[int, Tensor]) -> Tensor:
+        """The weighted loss; `out` is what the student's forward left."""
+        return self.weight * guided_routing_loss(out, targets)
 
 
-@contextmanager
-def _watched(teacher: nn.Module, blocks: Iterable[int], see: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Show `see` the output of these blocks of the teacher whenever one runs under the block."""
-    named = {int(found[-1]): part for name, part in teacher.named_modules()
-             if (found := BLOCK.findall(name)) and name.endswith(f"blocks.{found[-1]}")}  # fmt: skip
-    if missing := sorted(set(blocks) - set(named)):
-        raise ValueError(f"the teacher has blocks {sorted(named)}, not {missing}: its modules do not fit the student's")
-    with ExitStack() as hooks:
-        for block in set(blocks):
-            hook = named[block].register_forward_hook(lambda _part, _given, out, block=block: see(block, out))
-            hooks.callback(hook.remove)
-        yield
+def _check_blocks(teacher: nn.Module, looked_at: Collection[int]) -> None:
+    blocks = set()
+    for name, _ in teacher.named_modules():
+        numbers = BLOCK.findall(name)
+        if numbers and name.endswith(f"blocks.{numbers[-1]}"):
+            blocks.add(int(numbers[-1]))
+    missing = sorted(set(looked_at) - blocks)
+    if missing:
+        raise ValueError(
+            f"the teacher has blocks {sorted(blocks)}, not {missing}: its modules do not fit the student's"
+        )
 
 
-def _routers(module: nn.Module) -> list[tuple[int, Routed]]:
-    """(number of the block, what routes in it), in network order."""
-    return [(int(BLOCK.findall(name)[-1]), layer) for name, layer in routed_layers(module).items()]
+def _states(beside: Mapping[str, Any]) -> dict[int, Tensor]:
+    """The outputs of blocks (B, T, D) that the teacher was asked for."""
+    return {int(number): told["state"] for number, told in beside["blocks"].items() if "state" in told}
 
 
-def _keep_logits(module: nn.Module, keep: bool) -> None:
-    for _, layer in _routers(module):
-        layer.keep_logits, layer.logits_BTE = keep, None
+def _block_of(layer: str) -> int:
+    """stage.blocks.3.mlp -> 3."""
+    return int(BLOCK.findall(layer)[-1])
 
 
-def _logits(student: nn.Module, x: Tensor) -> dict[int, Tensor]:
-    """Logits (B, T, E) of every router in one forward, by block."""
-    _keep_logits(student, True)
-    student(x.to(next(student.parameters()).dtype))
-    found = {block: layer.logits_BTE for block, layer in _routers(student)}
-    _keep_logits(student, False)
-    return found
+def _router_logits(out: Mapping[str, Any]) -> dict[int, Tensor]:
+    """Clean logits (B, T, E) of the routers that ran, by block, in network order."""
+    return {_block_of(layer): logits_BTE for layer, logits_BTE in by_layer(out, "logits").items()}
 
 
-def _rows(x_BTD: Tensor, chosen_BN: Tensor) -> Tensor:
-    """The chosen tokens of every image, one after another, (B x N, D) in float32."""
-    return x_BTD.gather(1, chosen_BN.unsqueeze(-1).expand(-1, -1, x_BTD.shape[-1])).flatten(0, 1).float()
+def _rows(x_BTD: Tensor, drawn_BN: Tensor) -> Tensor:
+    """The drawn tokens of every image, one after another, (B x N, D) in float32."""
+    index_BND = drawn_BN.unsqueeze(-1).expand(-1, -1, x_BTD.shape[-1])
+    return x_BTD.gather(1, index_BND).flatten(0, 1).float()
+
+
+def _shares(x: Tensor, mean_D: Tensor, centroid_ED: Tensor, temperature: float | Tensor) -> Tensor:
+    """softmax(cosine(x - mean, centroid) / temperature), (..., D) -> (..., E)."""
+    return (_directions(x, mean_D) @ centroid_ED.T / temperature).softmax(-1)
 
 
 def _numbers(together_EE: Tensor) -> list[int]:
     """For every expert its cluster: the pairs (row = cluster, column = expert) that meet most, one after another."""
-    left_EE, cluster_of = together_EE.double().cpu().clone(), {}
+    left_EE = together_EE.double().cpu().clone()
+    cluster_of = {}
     for _ in range(len(left_EE)):
         cluster, expert = divmod(int(left_EE.argmax()), len(left_EE))
         cluster_of[expert] = cluster
-        left_EE[cluster], left_EE[:, expert] = -1.0, -1.0
+        # both are taken: below every count
+        left_EE[cluster] = -1.0
+        left_EE[:, expert] = -1.0
     return [cluster_of[expert] for expert in sorted(cluster_of)]
-
-
-def _spans(depths: Sequence[int]) -> list[tuple[int, int]]:
-    """(first block, blocks) of each module."""
-    return list(zip(itertools.accumulate(depths, initial=0), depths))
 
 
 def _directions(x: Tensor, mean_D: Tensor) -> Tensor:
@@ -286,10 +307,16 @@ def _cluster(x_ND: Tensor, num_experts: int, seed: int) -> tuple[Tensor, Tensor,
 
 def _temperature(cosine_NE: Tensor) -> float:
     """At which the mean entropy of the shares is SURENESS x log E; found by halving on a log scale."""
-    low, high = 1e-3, 10.0
+    log_E = max(math.log(cosine_NE.shape[1]), 1e-9)
+    low = 1e-3
+    high = 10.0
     for _ in range(30):
         middle = math.sqrt(low * high)
         share_NE = (cosine_NE / middle).softmax(-1)
-        entropy = torch.special.entr(share_NE).sum(-1).mean() / max(math.log(cosine_NE.shape[1]), 1e-9)
-        low, high = (middle, high) if entropy < SURENESS else (low, middle)
+        # mean over tokens of -sum p log p, relative to its largest value
+        entropy = torch.special.entr(share_NE).sum(-1).mean() / log_E
+        if entropy < SURENESS:
+            low = middle
+        else:
+            high = middle
     return math.sqrt(low * high)

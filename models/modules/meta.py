@@ -4,12 +4,13 @@ B images, T tokens, D teacher width, C classes.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..moe.out import Out
 from .stages import Stage, split, with_blocks
 
 INITS = ("teacher", "scratch")
@@ -101,13 +102,19 @@ class MetaModel(nn.Module):
             h = stage(h)
         return h
 
-    def hidden_states(self, x: Tensor, stages: int | None = None) -> list[Tensor]:
-        """The output of every stage in turn, or of the first ones: N-1 border states (B, T, D), then logits (B, C)."""
-        states = []
+    def hidden_states(
+        self, x: Tensor, stages: int | None = None, out: Out | None = None, states: Collection[int] = ()
+    ) -> list[Tensor]:
+        """The output of every stage in turn, or of the first ones: N-1 border states (B, T, D), then logits (B, C).
+
+        Args:
+            out, states: see run_blocks; the stages of one model write into one `out`.
+        """
+        outputs = []
         for stage in self.stages[:stages]:
-            x = stage(x)
-            states.append(x)
-        return states
+            x = stage(x) if out is None else stage(x, out, states)
+            outputs.append(x)
+        return outputs
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in backward instead of keeping them, or keep them again."""

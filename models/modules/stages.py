@@ -8,13 +8,16 @@ a stage are those of the whole model; blocks carry global numbers. B images, T t
 import copy
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from timm.layers import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ..moe.out import Out, inside
 
 # Parts before the blocks; "blocks" is shared out and whatever else a model has comes after them (norm, pooling, heads).
 EMBEDDING_PARTS = frozenset(
@@ -34,18 +37,57 @@ class Stage(nn.Module):
     last: bool
     grad_checkpointing: bool  # recompute each block's activations in backward instead of keeping them
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in when first, else tokens (B, T, D); logits (B, C) out when last, else tokens."""
+    def forward(self, x: Tensor, out: Out | None = None, states: Collection[int] = ()) -> Tensor:
+        """Images (B, C, H, W) in when first, else tokens (B, T, D); logits (B, C) out when last, else tokens.
+
+        Args:
+            out, states: see run_blocks.
+        """
         if self.first:
             x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        recompute = self.grad_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks.values():
-            # a block run on its own never sees timm's checkpointing flag, which lives in forward_features
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        x = run_blocks(self.blocks, x, self.grad_checkpointing, out, states)
         return self.forward_head(self.norm(x)) if self.last else x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
+
+
+def run_blocks(
+    blocks: nn.ModuleDict | Mapping[str, nn.Module],
+    x_BTD: Tensor,
+    recompute: bool,
+    out: Out | None = None,
+    states: Collection[int] = (),
+    **masks: Any,
+) -> Tensor:
+    """Blocks one after another, by their number in the whole model; (B, T, D) in and out.
+
+    Args:
+        recompute: each block's activations in backward instead of keeping them.
+        out: what block n tells is left in out["blocks"]["n"]: "mlp" by an MoE block, and "state".
+        states: numbers of the blocks whose output (B, T, D) is left there as "state"; others than these are ignored.
+        masks: of attention, for every block.
+    """
+    recompute = recompute and torch.is_grad_enabled()
+    for number, block in blocks.items():
+        if recompute:
+            # a block run on its own never sees timm's checkpointing flag, which lives in forward_features
+            x_BTD, told = checkpoint(_run_block, block, x_BTD, masks, use_reentrant=False)
+        else:
+            x_BTD, told = _run_block(block, x_BTD, masks)
+        if int(number) in states:
+            told["state"] = x_BTD
+        if out is not None:
+            inside(out, "blocks")[number] = told
+    return x_BTD
+
+
+def _run_block(block: nn.Module, x_BTD: Tensor, masks: dict[str, Any]) -> tuple[Tensor, Out]:
+    """Output of a block and what it tells: new at every call, as backward may run the block once more."""
+    told: Out = {}
+    if getattr(block, "routes", False):
+        return block(x_BTD, told, **masks), told
+    return block(x_BTD, **masks), told
 
 
 def split(model: VisionTransformer, depths: Sequence[int]) -> list[Stage]:
@@ -75,12 +117,12 @@ def assemble(stages: Sequence[Stage]) -> VisionTransformer:
     model = shallow_copy(stages[-1], type(stages[-1]).__bases__[1])
     for name in ("start", "stop", "first", "last"):
         delattr(model, name)
-    own = dict(model._modules)
+    parts_of_last = dict(model._modules)
     model._modules = {name: part for name, part in stages[0]._modules.items() if name in EMBEDDING_PARTS}
     model._parameters = {**stages[0]._parameters, **model._parameters}
     model._buffers = {**stages[0]._buffers, **model._buffers}
     model.blocks = nn.Sequential(*(block for stage in stages for block in stage.blocks.values()))
-    for name, part in own.items():
+    for name, part in parts_of_last.items():
         model._modules.setdefault(name, part)
     return model
 
@@ -96,7 +138,8 @@ def set_drop_path(model: VisionTransformer, rate: float) -> None:
     """Stochastic depth in place, rising linearly over the blocks from 0 to `rate` (Huang et al. 2016, as in timm)."""
     for i, block in enumerate(model.blocks):
         share = rate * i / max(len(model.blocks) - 1, 1)
-        block.drop_path1, block.drop_path2 = (DropPath(share) if share else nn.Identity() for _ in range(2))
+        block.drop_path1 = DropPath(share) if share else nn.Identity()
+        block.drop_path2 = DropPath(share) if share else nn.Identity()
 
 
 def shallow_copy(module: nn.Module, cls: type | None = None) -> nn.Module:
@@ -113,11 +156,14 @@ def shallow_copy(module: nn.Module, cls: type | None = None) -> nn.Module:
 
 def _stage(model: VisionTransformer, blocks: list[nn.Module], start: int, stop: int) -> Stage:
     stage = shallow_copy(model, _stage_class(type(model)))
-    stage.start, stage.stop = start, stop
-    stage.first, stage.last = start == 0, stop == len(blocks)
+    stage.start = start
+    stage.stop = stop
+    stage.first = start == 0
+    stage.last = stop == len(blocks)
     for parts in (stage._parameters, stage._modules, stage._buffers):
         for name in list(parts):
-            if name != "blocks" and not (stage.first if name in EMBEDDING_PARTS else stage.last):
+            keeps = stage.first if name in EMBEDDING_PARTS else stage.last
+            if name != "blocks" and not keeps:
                 del parts[name]
     stage.blocks = nn.ModuleDict({str(i): blocks[i] for i in range(start, stop)})
     return stage
@@ -136,5 +182,6 @@ def _check_order(stages: Sequence[Stage]) -> None:
             f"stages of blocks {spans} do not make one model: expected them in order, each starting where the one "
             f"before stops, the first with the embedding and the last with the head."
         )
-    if len(classes := {type(stage).__name__ for stage in stages}) > 1:
+    classes = {type(stage).__name__ for stage in stages}
+    if len(classes) > 1:
         raise ValueError(f"stages of different models cannot be assembled: got {sorted(classes)}.")

@@ -15,6 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from ..moe.out import Out, inside
 from .basis import Basis, Embed, Project, check_width
 from .stages import Stage, assemble, shallow_copy, split
 
@@ -26,13 +27,18 @@ FOLDED = 0  # in VMoEConfig.stitch_blocks, in place of the teacher's width
 class StudentModule(nn.Module):
     def __init__(self, stage: Stage, pre: nn.Module | None, post: nn.Module | None) -> None:
         super().__init__()
-        self.stage, self.pre, self.post = stage, pre, post
+        self.stage = stage
+        self.pre = pre
+        self.post = post
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (first) or (B, T, D_t) in; logits (last) or (B, T, D_t) out."""
+    def forward(self, x: Tensor, out: Out | None = None) -> Tensor:
+        """Images (first) or (B, T, D_t) in; logits (last) or (B, T, D_t) out.
+
+        What the stage tells beside is left in out["stage"].
+        """
         if self.pre is not None:
             x = self.pre(x)
-        x = self.stage(x)
+        x = self.stage(x, inside(out, "stage"))
         return x if self.post is None else self.post(x)
 
 
@@ -66,7 +72,9 @@ def build_student_modules(
         if kind == "linear":
             pairs.append(_stitch_pair(teacher_width, student.embed_dim, seed, border))
         else:
-            pairs.append(_basis_pair(teacher_width, student.embed_dim, kind, bases[border] if bases else None))
+            basis = bases[border] if bases else None
+            pairs.append(_basis_pair(teacher_width, student.embed_dim, kind, basis))
+    # behind the last module and in front of the first there is no stitch
     posts = [post for post, _ in pairs] + [None]
     pres = [None] + [pre for _, pre in pairs]
     return [StudentModule(stage, pre, post) for stage, pre, post in zip(stages, pres, posts)]
@@ -99,9 +107,11 @@ def assemble_student(
         start = after.stage.start
         block = shallow_copy(student.blocks[start])  # the module's own block must not run the stitch twice
         if stitches == "keep" and isinstance(before.post, nn.Sequential):
-            block.stitch, widths[str(start)] = nn.Sequential(before.post, after.pre), before.post[-1].out_features
+            block.stitch = nn.Sequential(before.post, after.pre)
+            widths[str(start)] = before.post[-1].out_features
         else:
-            block.stitch = fold(before.post, after.pre, states[border] if states is not None else None)
+            border_states = states[border] if states is not None else None
+            block.stitch = fold(before.post, after.pre, border_states)
             widths[str(start)] = FOLDED
         student.blocks[start] = block
     student.config = replace(student.config, stitch_blocks=widths or None)
@@ -116,15 +126,20 @@ def fold(post: nn.Module, pre: nn.Module, states: Tensor | None = None) -> nn.Li
         ValueError: stitches with LayerNorm and no states.
     """
     if isinstance(post, nn.Linear) and isinstance(pre, nn.Linear):
-        weight, bias = pre.weight @ post.weight, pre.weight @ post.bias + pre.bias
+        # A2 (A1 z + b1) + b2 = (A2 A1) z + (A2 b1 + b2)
+        weight = pre.weight @ post.weight
+        bias = pre.weight @ post.bias + pre.bias
     elif states is None:
         raise ValueError("folding stitches with LayerNorm needs states to fit the linear map on.")
     else:
         z = states.reshape(-1, states.shape[-1])
-        wanted, z = pre(post(z)).double(), z.double()
+        stitched = pre(post(z)).double()
+        z = z.double()
+        # min_A |(z - mean z) A^T - (y - mean y)|^2, then b = mean y - A mean z
         center = z.mean(0)
-        weight = torch.linalg.lstsq(z - center, wanted - wanted.mean(0)).solution.T
-        weight, bias = weight.float(), (wanted.mean(0) - weight @ center).float()
+        weight = torch.linalg.lstsq(z - center, stitched - stitched.mean(0)).solution.T
+        bias = (stitched.mean(0) - weight @ center).float()
+        weight = weight.float()
     folded = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device)
     folded.weight.copy_(weight)
     folded.bias.copy_(bias)
@@ -142,12 +157,15 @@ def _basis_pair(teacher_width: int, student_width: int, kind: str, basis: Basis 
     """The same in the basis of a border; without one, only the shapes are right."""
     check_width(teacher_width, student_width)
     if basis is None:
-        mean, directions = torch.zeros(teacher_width), torch.zeros(teacher_width, student_width)
+        mean = torch.zeros(teacher_width)
+        directions = torch.zeros(teacher_width, student_width)
     else:
         mean, directions = basis.leading(student_width)
     if kind == "tied":
         return Embed(mean, directions), Project(mean, directions)
-    post, pre = nn.Linear(student_width, teacher_width), nn.Linear(teacher_width, student_width)
+    # post(z) = U z + mean, pre(h) = U^T (h - mean)
+    post = nn.Linear(student_width, teacher_width)
+    pre = nn.Linear(teacher_width, student_width)
     post.weight.copy_(directions)
     post.bias.copy_(mean)
     pre.weight.copy_(directions.T)

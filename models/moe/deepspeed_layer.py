@@ -13,6 +13,7 @@ from deepspeed.utils.timer import SynchronizedWallClockTimer
 from torch import Tensor, nn
 
 from .layer import MoE, Routed, run_experts
+from .out import Out
 
 
 class ParallelMoE(DeepSpeedMoE):
@@ -23,9 +24,14 @@ class ParallelMoE(DeepSpeedMoE):
 
     def __init__(self, moe: MoE, ep_size: int) -> None:
         nn.Module.__init__(self)  # DeepSpeed's own __init__ would build its gate and copies of one expert
-        self.dim, self.hidden, self.config = moe.dim, moe.hidden, moe.config
-        self.use_residual = self.enable_expert_tensor_parallelism = False
-        self.ep_size, self.num_experts = ep_size, moe.config.num_experts
+        self.dim = moe.dim
+        self.hidden = moe.hidden
+        self.config = moe.config
+        # read by DeepSpeed
+        self.use_residual = False
+        self.enable_expert_tensor_parallelism = False
+        self.ep_size = ep_size
+        self.num_experts = moe.config.num_experts
         self.num_local_experts = self.num_experts // ep_size
         self.expert_group_name = f"ep_size_{ep_size}"
         gate = Gate(moe)
@@ -49,9 +55,10 @@ class ParallelMoE(DeepSpeedMoE):
         if self.deepspeed_moe.ep_group is None:
             self._create_process_groups()
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        # MOELayer flattens tokens and hands its second argument on to the gate: ours tells it the length of an image
-        return self.deepspeed_moe(x_BTD, x_BTD.shape[1])
+    def forward(self, x_BTD: Tensor, out: Out | None = None) -> Tensor:
+        """(B, T, D) in and out; what the gate tells is left in `out`, as by a plain MoE."""
+        # MOELayer flattens the tokens and hands its second argument on to the gate as it is
+        return self.deepspeed_moe(x_BTD, (x_BTD.shape[1], out))
 
     def plain_names(self) -> dict[str, tuple[list[str], int]]:
         """For every own state-dict key: its names on a plain MoE, one per rank of the group, and which is ours."""
@@ -61,8 +68,8 @@ class ParallelMoE(DeepSpeedMoE):
         rank = dist.get_rank(self.deepspeed_moe.ep_group)
         for key in self.deepspeed_moe.experts.deepspeed_experts.state_dict():
             local, rest = key.split(".", 1)
-            held = [r * self.num_local_experts + int(local) for r in range(self.ep_size)]
-            plain = [f"experts.{expert}.{rest}" for expert in held]
+            experts = [r * self.num_local_experts + int(local) for r in range(self.ep_size)]
+            plain = [f"experts.{expert}.{rest}" for expert in experts]
             names[f"deepspeed_moe.experts.deepspeed_experts.{key}"] = (plain, rank)
         return names
 
@@ -72,17 +79,27 @@ class Gate(Routed, TopKGate):
 
     def __init__(self, moe: MoE) -> None:
         nn.Module.__init__(self)  # without TopKGate's own linear layer
-        self.router, self.config, self.routing = moe.router, moe.config, None
+        self.router = moe.router
+        self.config = moe.config
         self.ep_group = None
         # read by the engine when wall_clock_breakdown is on
-        self.timers, self.wall_clock_breakdown, self.gate_time = SynchronizedWallClockTimer(), False, 0.0
+        self.timers = SynchronizedWallClockTimer()
+        self.wall_clock_breakdown = False
+        self.gate_time = 0.0
 
-    def forward(self, x_ND: Tensor, tokens_per_image: int, sparse_routes: bool, use_tutel: bool) -> tuple:
+    def forward(
+        self, x_ND: Tensor, length_and_out: tuple[int, Out | None], sparse_routes: bool, use_tutel: bool
+    ) -> tuple:
         """(auxiliary loss, rows, E, expert_KN with -1 = dropped, row_KN, weight_KN, choices per expert).
 
-        The loss slot stays empty: models.moe.auxiliary_loss reads it from `routing`.
+        The loss slot stays empty: models.moe.auxiliary_loss reads it from `out`.
+
+        Args:
+            length_and_out: tokens of an image, and what route_images tells goes in here.
         """
-        routing, row_NK, rows = self.route_images(x_ND.view(-1, tokens_per_image, x_ND.shape[-1]))
+        tokens_per_image, out = length_and_out
+        x_BTD = x_ND.view(-1, tokens_per_image, x_ND.shape[-1])
+        routing, row_NK, rows = self.route_images(x_BTD, out)
         if isinstance(rows, Tensor):
             # nothing dropped: the all-to-all needs equal batches on all ranks of the group
             dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.ep_group)
@@ -97,7 +114,8 @@ class LocalExperts(nn.Module):
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
-        self.act, self.dropout = moe.act, moe.config.dropout
+        self.act = moe.act
+        self.dropout = moe.config.dropout
         self.deepspeed_experts = nn.ModuleList()
 
     def forward(self, x_PERD: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .out import Out
 from .routing import RouterConfig, Routing, capacity, route
 
 GELU = {"erf": "none", "tanh": "tanh"}  # our name -> F.gelu's `approximate`; timm and transformers use erf
@@ -34,7 +35,8 @@ class MoEConfig(RouterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("capacity_factor", "eval_capacity_factor"):
-            if (factor := getattr(self, name)) is not None and factor <= 0:
+            factor = getattr(self, name)
+            if factor is not None and factor <= 0:
                 raise ValueError(f"{name} must be above 0, got {factor}; None means that nothing is dropped.")
         if self.images_per_group < 0 or self.capacity_multiple < 1:
             raise ValueError(
@@ -48,30 +50,33 @@ class MoEConfig(RouterConfig):
 def official(**changes: object) -> MoEConfig:
     """Routing of the V-MoE paper's ImageNet-1k recipe (facts of google-research/vmoe, commit 942a78b)."""
     preset = {"renormalize": False, "noise_std": 1.0, "capacity_factor": 1.05, "eval_capacity_factor": 4.0}
-    return MoEConfig(**{**preset, **changes})
+    return MoEConfig(**(preset | changes))
 
 
 def paper(**changes: object) -> MoEConfig:
     """Routing of the student in the m2mKD paper's code: FastMoE's naive gate; nothing dropped, no auxiliary loss."""
     preset = {"renormalize": True, "router_bias": True, "importance_weight": 0.0, "load_weight": 0.0}
-    return MoEConfig(**{**preset, **changes})
+    return MoEConfig(**(preset | changes))
 
 
 class Routed(nn.Module):
-    """What routes tokens: owns `router`, `config` and the Routing of its last forward (losses keep their graph)."""
+    """What routes tokens: owns `router` and `config`."""
 
     router: nn.Linear
     config: MoEConfig
-    routing: Routing | None
-    keep_logits = False  # whether a forward leaves its clean logits in `logits_BTE`; their graph holds memory
-    logits_BTE: Tensor | None = None
 
-    def route_images(self, x_BTD: Tensor) -> tuple[Routing, Tensor, Tensor | int]:
+    def route_images(self, x_BTD: Tensor, out: Out | None = None) -> tuple[Routing, Tensor, Tensor | int]:
         """Route groups of whole images.
+
+        The Routing, whose losses carry a graph, and the clean logits (B, T, E) are left in out["routing"] and
+        out["logits"] too.
 
         Returns:
             routing; row_NK: the row of every choice in its expert's batch (-1 = dropped), N = B * T; rows an expert's
             batch needs (a tensor when nothing is dropped, because then it depends on the data).
+
+        Raises:
+            ValueError: in training, a number of images that does not make whole groups.
         """
         config = self.config
         images = config.images_per_group or len(x_BTD)
@@ -83,29 +88,29 @@ class Routed(nn.Module):
                 f"multiple of it, or images_per_group 1."
             )
         logits_GSE = self._logits(x_BTD).reshape(len(x_BTD) // images, -1, config.num_experts)
-        factor = config.capacity_factor if self.training else config.eval_capacity_factor
-        slots, tokens = None, logits_GSE.shape[1]
-        if factor is not None:
-            slots = capacity(tokens, config.num_experts, config.k, factor, config.capacity_multiple)
-            slots = min(slots, tokens)  # an expert gets a token once: more slots would stay empty
+        slots = self._slots(tokens=logits_GSE.shape[1])
         noise_GSE = standard_normal(logits_GSE) if self.training and config.noise_std > 0 else None
         routing = route(logits_GSE, config, slots, noise_GSE)
-        # Activation checkpointing runs forward again inside backward: that copy would keep a second graph alive.
-        if torch._C._current_graph_task_id() == -1:
-            self.routing = routing
-            # nothing is computed for it here: a recomputation has to save the same tensors, whatever the flag is then
-            self.logits_BTE = logits_GSE.view(*x_BTD.shape[:2], -1) if self.keep_logits else None
-        return routing, *_rows(routing, slots)
+        if out is not None:
+            out["routing"] = routing
+            out["logits"] = logits_GSE.view(*x_BTD.shape[:2], -1)
+        row_NK, rows = _rows(routing, slots)
+        return routing, row_NK, rows
+
+    def _slots(self, tokens: int) -> int | None:
+        """Places an expert has for a group of so many tokens; None = as many as are asked for."""
+        config = self.config
+        factor = config.capacity_factor if self.training else config.eval_capacity_factor
+        if factor is None:
+            return None
+        slots = capacity(tokens, config.num_experts, config.k, factor, config.capacity_multiple)
+        return min(slots, tokens)  # an expert gets a token once: more slots would stay empty
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
         # always float32: in bfloat16 close gates tie and tokens change expert
         with torch.autocast(x_BTD.device.type, enabled=False):
             bias = None if self.router.bias is None else self.router.bias.float()
             return F.linear(x_BTD.float(), self.router.weight.float(), bias)
-
-    def __getstate__(self) -> dict:
-        # copy.deepcopy and pickle cannot take tensors with a graph
-        return {**self.__dict__, "routing": None, "logits_BTE": None}
 
 
 class MoE(Routed):
@@ -125,8 +130,10 @@ class MoE(Routed):
         super().__init__()
         if act not in GELU:
             raise ValueError(f"act {act!r} is not known; use one of {', '.join(GELU)}.")
-        self.dim, self.hidden, self.config, self.act = dim, hidden, config, act
-        self.routing = None
+        self.dim = dim
+        self.hidden = hidden
+        self.config = config
+        self.act = act
         self.router = nn.Linear(dim, config.num_experts, bias=config.router_bias)
         self.experts = nn.ModuleList(
             nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
@@ -140,24 +147,38 @@ class MoE(Routed):
                 draw(linear.weight, nn.init.xavier_uniform_, seed, layer, e, name, "weight")
                 draw(linear.bias, nn.init.normal_, seed, layer, e, name, "bias", std=1e-6)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        routing, row_NK, rows = self.route_images(x_BTD)
-        rows, E, D = int(rows), self.config.num_experts, self.dim
-        expert_NK = routing.expert_GSK.reshape(row_NK.shape)
-        place_NK = torch.where(row_NK >= 0, expert_NK * rows + row_NK, E * rows)  # one row more collects the dropped
-        token_N1 = torch.arange(len(place_NK), device=x_BTD.device).unsqueeze(1)
-        source = torch.full((E * rows + 1,), len(place_NK), device=x_BTD.device)  # rows nobody takes read a zero token
-        source.scatter_(0, place_NK.flatten(), token_N1.expand_as(place_NK).flatten())
-        # index_select rather than [...]: the backward of indexing sorts on a GPU
-        x_ERD = F.pad(x_BTD.reshape(-1, D), (0, 0, 0, 1)).index_select(0, source[:-1]).view(E, rows, D)
+    def forward(self, x_BTD: Tensor, out: Out | None = None) -> Tensor:
+        """(B, T, D) in and out; y = sum over the chosen experts k of weight_k x expert_k(x).
+
+        What route_images tells is left in `out`.
+        """
+        routing, row_NK, rows = self.route_images(x_BTD, out)
+        rows = int(rows)
+        N, K = row_NK.shape
+        E = self.config.num_experts
+        D = self.dim
+        expert_NK = routing.expert_GSK.reshape(N, K)
+        # place of a choice among the E x R rows of all experts; one place more collects the dropped ones
+        place_NK = torch.where(row_NK >= 0, expert_NK * rows + row_NK, E * rows)
+        # the way back: which token stands in each row; rows that nobody takes read token N, a zero
+        token_NK = torch.arange(N, device=x_BTD.device).unsqueeze(1).expand(N, K)
+        token_of_row = torch.full((E * rows + 1,), N, device=x_BTD.device)
+        token_of_row.scatter_(0, place_NK.flatten(), token_NK.flatten())
+        # dispatch; index_select rather than [...]: the backward of indexing sorts on a GPU
+        x_ERD = _with_zero_row(x_BTD.reshape(N, D)).index_select(0, token_of_row[:-1]).view(E, rows, D)
         y_ERD = run_experts(self.experts, x_ERD, self.act, self.config.dropout, self.training)
-        y_NKD = F.pad(y_ERD.reshape(-1, D), (0, 0, 0, 1)).index_select(0, place_NK.flatten()).view(*row_NK.shape, D)
-        weight_NK1 = routing.weight_GSK.reshape(*row_NK.shape, 1)  # float32, and so is the sum
+        # combine: a dropped choice reads the zero row
+        y_NKD = _with_zero_row(y_ERD.reshape(E * rows, D)).index_select(0, place_NK.flatten()).view(N, K, D)
+        weight_NK1 = routing.weight_GSK.reshape(N, K, 1)  # float32, and so is the sum
         return (y_NKD * weight_NK1).sum(1).to(y_ERD.dtype).view_as(x_BTD)
 
 
+def _with_zero_row(x_RD: Tensor) -> Tensor:
+    return F.pad(x_RD, (0, 0, 0, 1))
+
+
 def run_experts(experts: nn.ModuleList, x_ERD: Tensor, act: str, dropout: float, training: bool) -> Tensor:
-    """Every expert's MLP on its own rows, in two batched products; (E, R, D) in and out."""
+    """Every expert's MLP on its own rows, fc2(gelu(fc1(x))), in two batched products; (E, R, D) in and out."""
 
     def linear(name: str, inputs: Tensor) -> Tensor:
         weight = torch.stack([expert[name].weight for expert in experts])
@@ -165,7 +186,8 @@ def run_experts(experts: nn.ModuleList, x_ERD: Tensor, act: str, dropout: float,
         return torch.baddbmm(bias.unsqueeze(1), inputs, weight.transpose(1, 2))
 
     h_ERH = F.gelu(linear("fc1", x_ERD), approximate=GELU[act])
-    return F.dropout(linear("fc2", F.dropout(h_ERH, dropout, training)), dropout, training)
+    h_ERH = F.dropout(h_ERH, dropout, training)
+    return F.dropout(linear("fc2", h_ERH), dropout, training)
 
 
 def standard_normal(like: Tensor) -> Tensor:
@@ -192,38 +214,22 @@ def lecun_normal_(weight: Tensor, generator: torch.Generator) -> None:
 
 def _rows(routing: Routing, slots: int | None) -> tuple[Tensor, Tensor | int]:
     """Line the groups' queues up behind each other in every expert's batch: row of every choice, rows needed."""
-    slot_GSK, count_GE = routing.slot_GSK, routing.count_GE
+    slot_GSK = routing.slot_GSK
     G, S, K = slot_GSK.shape
-    if slots is None:  # packed: group g starts behind what the groups before it sent to that expert
-        start_GE = count_GE.cumsum(0) - count_GE
+    if slots is None:
+        # packed: row = slot + what the groups before sent to that expert; R = the fullest expert's tokens
+        start_GE = routing.count_GE.cumsum(0) - routing.count_GE
         start_GSK = start_GE.gather(1, routing.expert_GSK.reshape(G, S * K)).view(G, S, K)
-        return (slot_GSK + start_GSK).reshape(-1, K), count_GE.sum(0).max()
+        return (slot_GSK + start_GSK).reshape(-1, K), routing.count_GE.sum(0).max()
+    # equal shares: row = slot + group x slots; R = groups x slots
     start_G11 = slots * torch.arange(G, device=slot_GSK.device).view(G, 1, 1)
     return torch.where(slot_GSK >= 0, slot_GSK + start_G11, -1).reshape(-1, K), G * slots
 
 
-def auxiliary_loss(model: nn.Module) -> Tensor:
-    """Sum over MoE layers of the mean over groups of the weighted losses of the last forward; 0 when none ran."""
-    total = torch.zeros(())
-    for config, routing in ((layer.config, layer.routing) for layer in routed_layers(model).values()):
-        weights = {"importance": config.importance_weight, "load": config.load_weight, "gshard": config.gshard_weight}
-        for name, weight in weights.items():
-            if weight and routing is not None:
-                loss = routing.losses[name]
-                total = total.to(loss.device) + weight * loss.mean()
-    return total
-
-
-def routing_metrics(model: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """Per MoE layer that ran: share of choices kept (), share of choices per expert (E,), mean sum of the K gates ().
-
-    Tensors stay on their device, so that nothing waits for it.
-    """
-    ran = ((name, layer.routing) for name, layer in routed_layers(model).items() if layer.routing is not None)
-    return {name: {"kept": last.kept, "load": last.load, "gate_sum": last.gate_sum} for name, last in ran}
-
-
 def routed_layers(model: nn.Module) -> dict[str, Routed]:
     """What routes in each MoE layer, under the layer's name in the plain model."""
-    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, Routed))
-    return {name.removesuffix(".deepspeed_moe.gate"): layer for name, layer in layers}
+    return {
+        name.removesuffix(".deepspeed_moe.gate"): module
+        for name, module in model.named_modules()
+        if isinstance(module, Routed)
+    }

@@ -26,10 +26,11 @@ def expert_parallel(model: nn.Module, ep_size: int) -> nn.Module:
         raise ValueError(f"ep_size {ep_size} does not divide the world size {dist.get_world_size()}.")
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, MoE):
-                if child.config.num_experts % ep_size:
-                    raise ValueError(f"ep_size {ep_size} does not divide num_experts {child.config.num_experts}.")
-                setattr(parent, name, ParallelMoE(child, ep_size))
+            if not isinstance(child, MoE):
+                continue
+            if child.config.num_experts % ep_size:
+                raise ValueError(f"ep_size {ep_size} does not divide num_experts {child.config.num_experts}.")
+            setattr(parent, name, ParallelMoE(child, ep_size))
     return model
 
 
@@ -38,7 +39,8 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Collective over the expert parallel group: every rank must call it.
     """
-    names, state = plain_names(model), {}
+    names = plain_names(model)
+    state = {}
     for key, value in model.state_dict().items():
         plain, _, group = names[key]
         values = [value]
@@ -57,11 +59,13 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
     """
     names = plain_names(model)
     expected = {name for plain, _, _ in names.values() for name in plain}
-    if missing := sorted(expected - set(state)):
+    missing = sorted(expected - set(state))
+    if missing:
         raise ValueError(f"the state lacks {len(missing)} of {len(expected)} tensors, among them {missing[:3]}.")
-    if unexpected := sorted(set(state) - expected):
+    unexpected = sorted(set(state) - expected)
+    if unexpected:
         raise ValueError(f"the state has {len(unexpected)} tensors the model lacks, among them {unexpected[:3]}.")
-    model.load_state_dict({key: state[plain[own]] for key, (plain, own, _) in names.items()})
+    model.load_state_dict({key: state[plain[ours]] for key, (plain, ours, _) in names.items()})
 
 
 def plain_names(model: nn.Module) -> dict[str, tuple[list[str], int, dist.ProcessGroup | None]]:
@@ -70,6 +74,7 @@ def plain_names(model: nn.Module) -> dict[str, tuple[list[str], int, dist.Proces
     for prefix, module in model.named_modules():
         if hasattr(module, "deepspeed_moe"):
             start = f"{prefix}." if prefix else ""
-            for key, (plain, own) in module.plain_names().items():
-                names[start + key] = ([start + name for name in plain], own, module.deepspeed_moe.ep_group)
+            for key, (plain, ours) in module.plain_names().items():
+                prefixed = [start + name for name in plain]
+                names[start + key] = (prefixed, ours, module.deepspeed_moe.ep_group)
     return names

@@ -37,6 +37,7 @@ class Routing:
     losses: dict[str, Tensor]  # importance, load, gshard: (G,) each; load is 0 without noise, where it is not defined
     count_GE: Tensor  # int64, choices that asked for each expert, dropped ones included
     gate_GS: Tensor  # sum of a token's K gates before renormalisation, detached
+    config: RouterConfig  # that they were routed by; a layer's MoEConfig has the weights of the losses
 
     @property
     def kept(self) -> Tensor:
@@ -102,31 +103,35 @@ def route(
         raise ValueError(f"capacity must be at least 1, got {capacity}; None means that nothing is dropped.")
     if noise_GSE is not None and config.noise_std == 0:
         raise ValueError("noise was given but noise_std is 0: set noise_std above 0, or leave the noise out.")
+    # in backward the gradients of the logits are added up against the order in which the logits are used here: another
+    # order gives other last digits
     logits_GSE = logits_GSE.float()
     sigma = config.noise_std / config.num_experts
     noisy_GSE = logits_GSE if noise_GSE is None else logits_GSE + sigma * noise_GSE.float()
     clean_gates_GSE = logits_GSE.softmax(-1)
     gates_GSE = clean_gates_GSE if noise_GSE is None else noisy_GSE.softmax(-1)
 
-    # a stable sort, because torch.topk does not promise the lowest index on ties
+    # the K largest gates; a stable sort, because torch.topk does not promise the lowest index on ties
     expert_GSK = gates_GSE.argsort(dim=-1, descending=True, stable=True)[..., : config.k]
     gate_GSK = gates_GSE.gather(-1, expert_GSK)
     weight_GSK = gate_GSK
     if config.renormalize:
-        weight_GSK = noisy_GSE.gather(-1, expert_GSK).softmax(-1)  # = gate / sum of the K gates
+        # gate / sum of the K gates = softmax over the K chosen logits
+        weight_GSK = noisy_GSE.gather(-1, expert_GSK).softmax(-1)
 
     priority_GS = None
     if config.batch_priority:
         # float32 softmax is off by a rounding or two: tokens that are equally sure would not tie
         priority_GS = noisy_GSE.detach().double().softmax(-1).amax(-1).float()
-    position_GSK, count_GE = _queue(expert_GSK, config.num_experts, priority_GS)
-    slot_GSK = position_GSK
+    slot_GSK, count_GE = _queue(expert_GSK, config.num_experts, priority_GS)
     if capacity is not None:
-        kept_GSK = position_GSK < capacity
-        slot_GSK = position_GSK.where(kept_GSK, -1)
+        # who stands behind the last slot is dropped: no slot, weight 0
+        kept_GSK = slot_GSK < capacity
+        slot_GSK = slot_GSK.where(kept_GSK, -1)
         weight_GSK = weight_GSK.where(kept_GSK, 0.0)
 
     losses = {
+        # importance of an expert = sum of its clean gates over the tokens
         "importance": squared_variation(clean_gates_GSE.sum(1)),
         "load": logits_GSE.new_zeros(len(logits_GSE)),
         "gshard": _gshard_loss(gates_GSE, expert_GSK),
@@ -134,7 +139,8 @@ def route(
     if noise_GSE is not None:
         threshold_GS1 = noisy_GSE.gather(-1, expert_GSK[..., -1:])
         losses["load"] = _load_loss(logits_GSE, threshold_GS1, sigma)
-    return Routing(expert_GSK, slot_GSK, weight_GSK, losses, count_GE, gate_GSK.detach().sum(-1))
+    gate_GS = gate_GSK.detach().sum(-1)
+    return Routing(expert_GSK, slot_GSK, weight_GSK, losses, count_GE, gate_GS, config)
 
 
 def squared_variation(x_GE: Tensor) -> Tensor:
@@ -156,23 +162,27 @@ def _queue(expert_GSK: Tensor, num_experts: int, priority_GS: Tensor | None) -> 
     if priority_GS is not None:
         order_GSK = priority_GS.argsort(dim=1, descending=True, stable=True).unsqueeze(-1).expand(G, S, K)
         queued_GSK = expert_GSK.gather(1, order_GSK)
+    # all first choices, then all second ones, ...
     flat_GN1 = queued_GSK.transpose(1, 2).reshape(G, K * S, 1)
+    # position = how many asked for that expert so far - 1
     # running count per expert: K*S*E small integers, far below the S*E*C of a one-hot dispatch tensor
     asked_GNE = torch.zeros(G, K * S, num_experts, dtype=torch.int32, device=expert_GSK.device)
     running_GNE = asked_GNE.scatter_(2, flat_GN1, 1).cumsum(1, dtype=torch.int32)
     position_GSK = (running_GNE.gather(2, flat_GN1) - 1).view(G, K, S).transpose(1, 2)
-    if priority_GS is not None:
+    if priority_GS is not None:  # back from the order of the queue to that of the tokens
         position_GSK = torch.empty_like(position_GSK).scatter_(1, order_GSK, position_GSK)
     return position_GSK.long(), running_GNE[:, -1].long()
 
 
 def _load_loss(logits_GSE: Tensor, threshold_GS1: Tensor, sigma: float) -> Tensor:
     """Squared variation of the chance that fresh noise would put each expert at or above the K-th noisy logit."""
+    # P(logit + sigma n >= threshold) = 1 - Phi((threshold - logit) / sigma)
     chance_GSE = 1 - torch.special.ndtr((threshold_GS1 - logits_GSE) / sigma)
     return squared_variation(chance_GSE.mean(1))
 
 
 def _gshard_loss(gates_GSE: Tensor, expert_GSK: Tensor) -> Tensor:
     """GShard's balance loss (Lepikhin et al. 2020) on the first choices: E^2 mean_e(share chosen * mean gate)."""
-    first_GSE = F.one_hot(expert_GSK[..., 0], gates_GSE.shape[-1]).to(gates_GSE.dtype)
-    return gates_GSE.shape[-1] ** 2 * (first_GSE.mean(1) * gates_GSE.mean(1)).mean(-1)
+    num_experts = gates_GSE.shape[-1]
+    first_GSE = F.one_hot(expert_GSK[..., 0], num_experts).to(gates_GSE.dtype)
+    return num_experts**2 * (first_GSE.mean(1) * gates_GSE.mean(1)).mean(-1)

@@ -15,22 +15,25 @@ def expert_similarity(model: nn.Module) -> dict[str, float]:
     of an expert's size is summed over the group, and no rank ever holds the others' experts. Layers of one expert are
     left out. Collective over the expert parallel group: every rank must call it.
     """
-    found = {}
+    cosines = {}
     for name, module in model.named_modules():
-        group = None
         if isinstance(module, MoE):
             experts = module.experts
+            group = None
         elif hasattr(module, "deepspeed_moe"):
-            experts, group = module.deepspeed_moe.experts.deepspeed_experts, module.deepspeed_moe.ep_group
+            experts = module.deepspeed_moe.experts.deepspeed_experts
+            group = module.deepspeed_moe.ep_group
         else:
             continue
-        if (number := module.config.num_experts) == 1:
+        E = module.config.num_experts
+        if E == 1:
             continue
         total = sum(_direction(expert) for expert in experts)
         if group is not None:
             dist.all_reduce(total, group=group)
-        found[name] = (total.square().sum() - number) / (number * (number - 1))
-    return {name: float(value) for name, value in found.items()}
+        # |sum u_e|^2 = E + sum over the E (E - 1) ordered pairs of their cosine
+        cosines[name] = (total.square().sum() - E) / (E * (E - 1))
+    return {name: float(value) for name, value in cosines.items()}
 
 
 def _direction(expert: nn.Module) -> Tensor:

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..files.hub import CheckpointFiles, Weights
+from ..modules.stages import run_blocks
 from ..modules.stitch import FOLDED, stitch
 from ..moe.layer import GELU, MoE, draw, lecun_normal_
+from ..moe.out import Out, inside
 from ..preprocessing import Preprocessing
 from .config import POOLS, VARIANTS, VMoEConfig, decode_variant, moe_numbers
 from .files import check_counts, fill, read, write
@@ -31,14 +33,24 @@ log = logging.getLogger(__name__)
 
 
 class VMoEBlock(Block):
-    """timm's block, with the stitch layers kept in front of it at a module border, if any."""
+    """timm's block, with the stitch layers kept in front of it at a module border, if any.
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    Attributes:
+        routes: whether its MLP is an MoE, which takes `out`.
+    """
+
+    def __init__(self, *args: Any, routes: bool = False, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.routes = routes
         self.stitch = nn.Identity()
 
-    def forward(self, x: Tensor, **masks: Any) -> Tensor:
-        return super().forward(self.stitch(x), **masks)
+    def forward(self, x: Tensor, out: Out | None = None, **masks: Any) -> Tensor:
+        """(B, T, D) in and out; what an MoE tells is left in out["mlp"]."""
+        x = self.stitch(x)
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks)))
+        normed = self.norm2(x)
+        hidden = self.mlp(normed, inside(out, "mlp")) if self.routes else self.mlp(normed)
+        return x + self.drop_path2(self.ls2(hidden))
 
 
 class VMoE(VisionTransformer, ModelHubMixin):
@@ -51,6 +63,9 @@ class VMoE(VisionTransformer, ModelHubMixin):
     """
 
     def __init__(self, config: VMoEConfig) -> None:
+        norm_layer = None  # timm's own
+        if config.norm_eps:
+            norm_layer = functools.partial(LayerNorm, eps=config.norm_eps)
         super().__init__(
             img_size=config.image_size,
             patch_size=config.patch_size,
@@ -68,7 +83,7 @@ class VMoE(VisionTransformer, ModelHubMixin):
             drop_path_rate=config.drop_path_rate,
             dynamic_img_size=config.dynamic_img_size,
             weight_init="skip",
-            norm_layer=functools.partial(LayerNorm, eps=config.norm_eps) if config.norm_eps else None,
+            norm_layer=norm_layer,
             act_layer=functools.partial(nn.GELU, approximate=GELU[config.gelu]),
             block_fn=functools.partial(_block, config),
         )
@@ -76,13 +91,30 @@ class VMoE(VisionTransformer, ModelHubMixin):
         self.preprocessing: Preprocessing | None = None
         self.labels: list[str] | None = None
         self.source: str | None = None
-        features, self.pre_logits = config.width, nn.Identity()
+        self.head_hidden_size = config.representation_size or config.width
+        self.pre_logits = nn.Identity()
         if config.representation_size:
-            features, self.pre_logits = config.representation_size, nn.Linear(features, config.representation_size)
-        self.num_classes, self.head_hidden_size = config.num_classes, features
+            self.pre_logits = nn.Linear(config.width, config.representation_size)
+        self.num_classes = config.num_classes
         if config.num_classes:
-            self.head = nn.Linear(features, config.num_classes)
+            self.head = nn.Linear(self.head_hidden_size, config.num_classes)
         _initialise(self, config)
+
+    def forward(self, x: Tensor, out: Out | None = None, states: Collection[int] = (), **masks: Any) -> Tensor:
+        """Images (B, C, H, W) -> logits (B, classes).
+
+        Args:
+            out: takes what the MoE layers tell of their routing, for auxiliary_loss and routing_metrics (models.moe).
+            states: numbers of the blocks whose output is left in `out` as well; see run_blocks.
+            masks: timm's attn_mask and is_causal.
+        """
+        return self.forward_head(self.forward_features(x, out, states, **masks))
+
+    def forward_features(self, x: Tensor, out: Out | None = None, states: Collection[int] = (), **masks: Any) -> Tensor:
+        """Images (B, C, H, W) -> normalised tokens (B, T, D); arguments as in forward."""
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        blocks = {str(number): block for number, block in enumerate(self.blocks)}
+        return self.norm(run_blocks(blocks, x, self.grad_checkpointing, out, states, **masks))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, T, D); logits (B, classes), or with `pre_logits` what the head reads."""
@@ -103,7 +135,8 @@ class VMoE(VisionTransformer, ModelHubMixin):
             raise ValueError(f"global_pool {global_pool!r} is not known; use one of {', '.join(map(repr, names))}.")
         super().reset_classifier(0, global_pool)
         self.config = replace(self.config, num_classes=num_classes, pool=names[self.global_pool])
-        self.num_classes, self.labels = num_classes, None
+        self.num_classes = num_classes
+        self.labels = None
         if num_classes:
             like = self.norm.weight
             self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
@@ -115,13 +148,17 @@ class VMoE(VisionTransformer, ModelHubMixin):
         Raises:
             ValueError: images that are not square.
         """
-        height, width = self.patch_embed.img_size if img_size is None else to_2tuple(img_size)
+        if img_size is None:
+            img_size = self.patch_embed.img_size
+        height, width = to_2tuple(img_size)
         if height != width:
             raise ValueError(f"a V-MoE is built for square images, got {height}x{width}; dynamic_img_size takes any.")
         patch_size = patch_size or self.config.patch_size
         config = replace(self.config, image_size=height, patch_size=patch_size)
         super().set_input_size((height, width), to_2tuple(patch_size))
-        self.config, self.preprocessing = config, self.preprocessing and replace(self.preprocessing, image_size=height)
+        self.config = config
+        if self.preprocessing is not None:
+            self.preprocessing = replace(self.preprocessing, image_size=height)
 
     def save_pretrained(
         self,
@@ -146,19 +183,24 @@ class VMoE(VisionTransformer, ModelHubMixin):
             ValueError: an expert parallel model without `state`, labels of another number than the classes, or weights
                 that are not those of this model, so that nobody could load them.
         """
-        parts = any(hasattr(module, "deepspeed_moe") for module in self.modules())
-        if state is None and (parts or any(parameter.is_meta for parameter in self.parameters())):
-            raise ValueError("this model holds one rank's experts: pass state=models.moe.full_state_dict(model).")
-        state = self.state_dict() if state is None else state
-        preprocessing, labels = preprocessing or self.preprocessing, labels or self.labels
+        if state is None:
+            parallel = any(hasattr(module, "deepspeed_moe") for module in self.modules())
+            if parallel or any(parameter.is_meta for parameter in self.parameters()):
+                raise ValueError("this model holds one rank's experts: pass state=models.moe.full_state_dict(model).")
+            state = self.state_dict()
+        preprocessing = preprocessing or self.preprocessing
+        labels = labels or self.labels
         if labels is not None and len(labels) != self.num_classes:
             raise ValueError(f"{len(labels)} labels were given for {self.num_classes} classes.")
         with torch.device("meta"):
             expected = VMoE(self.config).state_dict()
         for name in sorted(expected.keys() | state.keys()):
-            here, there = (tuple(side[name].shape) if name in side else "missing" for side in (state, expected))
-            if here != there:
-                raise ValueError(f"{name} is {here} in the weights to save and {there} in a model of this config.")
+            given_shape = _shape(state, name)
+            model_shape = _shape(expected, name)
+            if given_shape != model_shape:
+                raise ValueError(
+                    f"{name} is {given_shape} in the weights to save and {model_shape} in a model of this config."
+                )
         write(Path(save_directory), self.config, state, preprocessing, labels, max_shard_size)
 
     @classmethod
@@ -195,7 +237,9 @@ class VMoE(VisionTransformer, ModelHubMixin):
         with torch.device("meta"):
             model = cls(config)
         fill(model, weights, needed)
-        model.preprocessing, model.labels, model.source = preprocessing, labels, str(files)
+        model.preprocessing = preprocessing
+        model.labels = labels
+        model.source = str(files)
         log.info("loaded %s: %.3f GB read", files, weights.bytes_read / 1e9)
         return model.eval()
 
@@ -225,25 +269,25 @@ def load_expert_parallel(
         raise ValueError(
             f"rank {ep_rank} of ep_size {ep_size} cannot share {experts} experts of {source}: ep_size must divide them."
         )
-    held = experts // ep_size
+    per_rank = experts // ep_size
 
     def needed(name: str) -> bool:
         expert = re.search(r"\.mlp\.experts\.(\d+)\.", name)
-        return expert is None or int(expert[1]) // held == ep_rank
+        return expert is None or int(expert[1]) // per_rank == ep_rank
 
     return VMoE._load(source, revision, config, needed)
 
 
 def _block(config: VMoEConfig, dim: int, depth: int, **options: Any) -> VMoEBlock:
     """Block number `depth` (timm's word) of a V-MoE."""
-    moe = depth in moe_numbers(config.moe_blocks, config.depth)
+    routes = depth in moe_numbers(config.moe_blocks, config.depth)
 
     def mlp(act_layer: type[nn.Module], drop: float, **_timm: Any) -> nn.Module:
-        if moe:
+        if routes:
             return MoE(dim, config.mlp_dim, config.moe, config.gelu, layer=depth, seed=config.seed)
         return Mlp(dim, config.mlp_dim, act_layer=act_layer, drop=drop)
 
-    block = VMoEBlock(dim=dim, depth=depth, **{**options, "mlp_layer": mlp})
+    block = VMoEBlock(dim=dim, depth=depth, routes=routes, **(options | {"mlp_layer": mlp}))
     width = (config.stitch_blocks or {}).get(str(depth))
     if width == FOLDED:
         block.stitch = nn.Linear(dim, dim)
@@ -252,12 +296,17 @@ def _block(config: VMoEConfig, dim: int, depth: int, **options: Any) -> VMoEBloc
     return block
 
 
+def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
+    return tuple(state[name].shape) if name in state else "missing"
+
+
 @torch.no_grad()
 def _initialise(model: VMoE, config: VMoEConfig) -> None:
     """The official initial values (facts of google-research/vmoe); MoE layers have their own already."""
     for name, parameter in model.named_parameters():
         where, _, kind = name.rpartition(".")
-        if ".mlp.experts." in name or ".mlp.router." in name or ".stitch." in name or ".norm" in f".{where}":
+        started = any(part in name for part in (".mlp.experts.", ".mlp.router.", ".stitch."))
+        if started or ".norm" in f".{where}":
             continue  # norms are 1 and 0 from torch
         if name == "pos_embed":
             draw(parameter, nn.init.normal_, config.seed, name, std=0.02)

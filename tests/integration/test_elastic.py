@@ -22,7 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.moe.layer import auxiliary_loss
+from models.moe.out import auxiliary_loss
 from models.moe.parallel import full_state_dict
 from models.vmoe.model import VMoE
 from tests.integration.test_engine import ADAM, build
@@ -90,8 +90,9 @@ def train(engine: Engine, dist: Dist, first: int, last: int) -> list[float]:
         total = torch.zeros(())
         for part in range(engine.settings.accumulation):
             own = slice((part * dist.world + dist.rank) * MICRO, (part * dist.world + dist.rank + 1) * MICRO)
-            logits = engine(images[own].to(engine.dtype)).float()
-            loss = F.cross_entropy(logits, labels[own]) + auxiliary_loss(engine.module)
+            out = {}
+            logits = engine(images[own].to(engine.dtype), out).float()
+            loss = F.cross_entropy(logits, labels[own]) + auxiliary_loss(out)
             engine.backward(loss)
             engine.step(step)
             total += loss.detach() * MICRO / BATCH

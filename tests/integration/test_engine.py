@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from models.moe.layer import MoEConfig, auxiliary_loss
+from models.moe.layer import MoEConfig
+from models.moe.out import auxiliary_loss
 from models.moe.parallel import full_state_dict
 from models.vmoe.model import VMoE, VMoEConfig
 from trainer.config.ds_config import resolve
@@ -78,7 +79,8 @@ def train_plainly(
     norms = []
     for step, (images, labels) in enumerate(batches()):
         optimizer.zero_grad()
-        (F.cross_entropy(model(images), labels) + auxiliary_loss(model)).backward()
+        out = {}
+        (F.cross_entropy(model(images, out), labels) + auxiliary_loss(out)).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), schedule.clip or math.inf)))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, schedule) * group["rate"]
@@ -109,8 +111,9 @@ def train(engine: Engine, dist: Dist) -> tuple[dict[str, torch.Tensor], list[flo
     for step, (images, labels) in enumerate(batches()):
         for part in range(accumulation):
             first = (part * dist.world + dist.rank) * micro
-            logits = engine(images[first : first + micro].to(engine.dtype)).float()
-            loss = F.cross_entropy(logits, labels[first : first + micro]) + auxiliary_loss(engine.module)
+            out = {}
+            logits = engine(images[first : first + micro].to(engine.dtype), out).float()
+            loss = F.cross_entropy(logits, labels[first : first + micro]) + auxiliary_loss(out)
             engine.backward(loss)
             engine.step(step)
         norms.append(engine.grad_norm())

@@ -12,8 +12,11 @@ import torch.multiprocessing as mp
 from torch.testing import assert_close
 
 from models.experts.guided_routing import Guide, teacher_routers
-from models.moe.layer import MoEConfig, auxiliary_loss
-from models.moe.layer import routing_metrics as metrics_of
+from models.flops import forward_flops
+from models.modules.stages import split
+from models.moe.layer import MoEConfig
+from models.moe.out import auxiliary_loss
+from models.moe.out import routing_metrics as metrics_of
 from models.moe.parallel import expert_parallel, full_state_dict, load_full_state_dict
 from models.moe.similarity import expert_similarity
 from models.vmoe.model import VMoE, VMoEConfig
@@ -36,13 +39,14 @@ def build(routing: str) -> VMoE:
     return model
 
 
-def step(model: VMoE, images: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and loss of one training step; backward included."""
+def step(model: VMoE, images: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Logits, loss and routing metrics of one training step; backward included."""
     torch.manual_seed(10 + rank)  # the routing noise of this rank's images
-    logits = model.train()(images)
-    loss = logits.square().sum() + auxiliary_loss(model)
+    out = {}
+    logits = model.train()(images, out)
+    loss = logits.square().sum() + auxiliary_loss(out)
     loss.backward()
-    return logits, loss
+    return logits, loss, metrics_of(out)
 
 
 def compare(routing: str, ep_size: int, recompute: bool) -> None:
@@ -57,16 +61,16 @@ def compare(routing: str, ep_size: int, recompute: bool) -> None:
     assert all(p.allreduce is False and p.group_name == f"ep_size_{ep_size}" for p in held.values())
 
     parallel.set_grad_checkpointing(recompute)
-    logits, loss = step(parallel, batches[rank], rank)
-    metrics = metrics_of(parallel)
+    logits, loss, metrics = step(parallel, batches[rank], rank)
+    assert list(metrics) == ["blocks.1.mlp", "blocks.2.mlp"]
     expected = {}
     for source in range(WORLD):
         expected[source] = build(routing)
-        wanted, wanted_loss = step(expected[source], batches[source], source)
+        wanted, wanted_loss, wanted_metrics = step(expected[source], batches[source], source)
         if source == rank:
             assert_close(logits, wanted, rtol=0, atol=1e-6)
             assert_close(loss, wanted_loss, rtol=1e-6, atol=1e-6)
-            for name, values in metrics_of(expected[source]).items():
+            for name, values in wanted_metrics.items():
                 assert_close(metrics[name], values, rtol=0, atol=1e-6)
     dropped = any(values["kept"] < 1 for values in metrics.values())
     assert dropped == (ROUTINGS[routing].capacity_factor is not None)
@@ -121,11 +125,13 @@ def train_in_deepspeed(folder: Path) -> None:
     sgd = torch.optim.SGD(plain.parameters(), lr=lr)
     for number, images in enumerate(batches):
         torch.manual_seed(10 * number + rank)
-        engine.backward(engine(images[rank]).square().mean() + auxiliary_loss(parallel))
+        out = {}
+        engine.backward(engine(images[rank], out).square().mean() + auxiliary_loss(out))
         engine.step()
         for source in range(WORLD):
             torch.manual_seed(10 * number + source)
-            ((plain.train()(images[source]).square().mean() + auxiliary_loss(plain)) / WORLD).backward()
+            out = {}
+            ((plain.train()(images[source], out).square().mean() + auxiliary_loss(out)) / WORLD).backward()
         sgd.step()
         sgd.zero_grad()
     state = full_state_dict(parallel)
@@ -146,17 +152,24 @@ def guide_and_measure(ep_size: int, recompute: bool) -> None:
     """Teacher-guided routing and the similarity of the experts are those of the plain model."""
     rank = dist.get_rank()
     images = torch.randn(WORLD, 4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
-    teacher = VMoE(replace(TINY, moe_blocks="none", seed=9)).eval()
+    (teacher,) = split(VMoE(replace(TINY, moe_blocks="none", seed=9)).eval(), [TINY.depth])
     plain, parallel = build("k2-dropless"), build("k2-dropless")
     routers = teacher_routers(teacher, plain, images, {1: 0, 2: 2}, 4, seed=0)
-    guides = [Guide(routers, teacher, model, weight=2.0) for model in (plain, parallel)]
+    guide = Guide(routers, teacher, weight=2.0)
+    flops = forward_flops(plain, 5)
+    assert forward_flops(parallel, 5) == flops
     expert_parallel(parallel, ep_size).set_grad_checkpointing(recompute)
+    assert forward_flops(parallel, 5) == flops  # also of the experts that lie on other ranks
+    beside = {}
+    with torch.no_grad():
+        teacher(images[rank], beside, guide.sources)
+    targets = guide.targets(beside)
     losses = []
-    for guide in guides:
-        with guide.watching(), torch.no_grad():
-            teacher(images[rank])
+    for model in (plain, parallel):
+        out = {}
         torch.manual_seed(rank)
-        logits, loss = guide.student.train()(images[rank]), guide.loss()
+        logits = model.train()(images[rank], out)
+        loss = guide.loss(out, targets)
         (logits.sum() + loss).backward()
         losses.append(loss.detach())
     assert_close(losses[1], losses[0])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models.moe.layer import auxiliary_loss
+from models.moe.out import auxiliary_loss
 from tests.integration.test_engine import ADAM, BATCH, CLIP, MODEL, SGD, batches, build, engine_for
 from trainer.distributed import zero_state
 from trainer.distributed.engine import Engine
@@ -25,8 +25,9 @@ def run_steps(engine: Engine, dist: Dist, inputs: list[tuple[int, torch.Tensor, 
     for number, images, labels in inputs:
         for part in range(engine.settings.accumulation):
             first = (part * dist.world + dist.rank) * micro
-            logits = engine(images[first : first + micro].to(engine.dtype)).float()
-            loss = F.cross_entropy(logits, labels[first : first + micro]) + auxiliary_loss(engine.module)
+            out = {}
+            logits = engine(images[first : first + micro].to(engine.dtype), out).float()
+            loss = F.cross_entropy(logits, labels[first : first + micro]) + auxiliary_loss(out)
             engine.backward(loss)
             engine.step(number)
         made.append(engine.deepspeed.was_step_applied())
@@ -81,8 +82,9 @@ def plain_norm(dtype: torch.dtype, micro: int) -> tuple[float, float]:
     images, labels = batches()[0]
     for first in range(0, BATCH, micro):
         model.zero_grad()
-        logits = model(images[first : first + micro].to(dtype)).float()
-        (F.cross_entropy(logits, labels[first : first + micro]) + auxiliary_loss(model)).backward()
+        out = {}
+        logits = model(images[first : first + micro].to(dtype), out).float()
+        (F.cross_entropy(logits, labels[first : first + micro]) + auxiliary_loss(out)).backward()
         for name, parameter in model.named_parameters():
             sums[name] = sums.get(name, 0) + parameter.grad.double() * micro / BATCH
     squares = {name: float(gradient.square().sum()) for name, gradient in sums.items()}

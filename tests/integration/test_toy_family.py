@@ -39,6 +39,9 @@ class Toy(VisionTransformer):
         )  # fmt: skip
         self.config, self.preprocessing, self.labels, self.source = config, None, None, None
 
+    def forward(self, x, out=None):
+        return super().forward(x)  # has nothing to tell beside
+
     def save_pretrained(self, folder, *, preprocessing, labels):
         write_config(folder, self.config, preprocessing, labels)
         save_file(self.state_dict(), Path(folder, "model.safetensors"))

@@ -96,11 +96,10 @@ def test_routing_is_that_of_the_router_on_every_patch():
 
 def test_a_dropped_choice_gives_way_to_the_next_and_none_is_minus_one():
     model = student(eval_capacity_factor=0.5, capacity_multiple=1, images_per_group=1)
-    seen = {}
-    layer = model.get_submodule("blocks.3.mlp")
-    layer.register_forward_hook(lambda *_: seen.update(first=layer.routing))
+    seen = []
+    model.get_submodule("blocks.3.mlp").register_forward_hook(lambda _, given, __: seen.append(given[1]["routing"]))
     summary, _, _ = analysed(model, limit=8)
-    routing, experts = seen["first"], summary["pictures"][3]["experts"]["blocks.3.mlp"]
+    routing, experts = seen[-1], summary["pictures"][3]["experts"]["blocks.3.mlp"]
     wanted = []
     for chosen, slots in zip(routing.expert_GSK[3, 2:].tolist(), routing.slot_GSK[3, 2:].tolist()):
         wanted.append(next((expert for expert, slot in zip(chosen, slots) if slot >= 0), -1))

@@ -109,7 +109,7 @@ def calls(tree: ast.AST, *names: str) -> list[ast.Call]:
 def test_the_sources_are_found():
     wanted = {"models", "models.moe.layer", "trainer", "trainer.run", "trainer.data.loader", "trainer.phases.meta"}
     assert wanted <= SOURCES.keys()
-    assert "models.flops" in imports_of("trainer.objectives.distill")  # the rules below see imports
+    assert "models.flops" in imports_of("trainer.objectives.cost")  # the rules below see imports
     assert "models.moe.layer" in imports_of("models.vmoe.model")  # relative ones too
 
 

@@ -162,7 +162,7 @@ def test_the_border_target_counts_the_tokens_of_the_cluster(border, expected):
     assert objective([True, False]).border_error(states, given, states).item() == pytest.approx(expected)
     nothing = objective([False, False]).border_error(states, given.requires_grad_(), states)
     assert nothing == 0 and nothing.requires_grad
-    _, parts = objective([True, False])(lambda h: given, states, torch.tensor([0]))
+    _, parts = objective([True, False])(lambda h, out: given, states, torch.tensor([0]))
     assert parts["border"].item() == pytest.approx(expected) and {"label", "distill"} <= parts.keys()
     stage = forward_flops(Meta().stages[0], 2)  # of module 0 the state behind the meta model's stage is clustered
     assert objective([True, True]).flops_per_image >= stage > 0

@@ -1,5 +1,6 @@
 """Teacher-guided routing: the loss worked by hand, routers from features of known clusters, who gets a gradient."""
 
+import copy
 import math
 
 import pytest
@@ -17,9 +18,10 @@ from models.experts.guided_routing import (
     teacher_routers_flops,
 )
 from models.flops import forward_flops
-from models.modules.stages import split
+from models.modules.stages import run_blocks, split
 from models.modules.stitch import build_student_modules
-from models.moe.layer import MoE, MoEConfig, auxiliary_loss
+from models.moe.layer import MoE, MoEConfig
+from models.moe.out import auxiliary_loss, inside
 from models.vmoe.model import VMoE, VMoEConfig
 
 STUDENT = VMoEConfig(image_size=16, patch_size=8, width=16, depth=4, heads=2, mlp_dim=24, num_classes=5,
@@ -37,8 +39,21 @@ def batches(count=4):
     return [images(seed=n) for n in range(count)]
 
 
+def whole(teacher):
+    """A teacher as one stage of all its blocks, as teacher_routers takes it."""
+    return split(teacher, [len(teacher.blocks)])[0]
+
+
 def routers_of(teacher, student=None):
-    return teacher_routers(teacher, student or VMoE(STUDENT), batches(), SOURCES, 3, seed=0)
+    return teacher_routers(whole(teacher), student or VMoE(STUDENT), batches(), SOURCES, 3, seed=0)
+
+
+def targets_of(guide, teacher, x):
+    """The guide's targets beside a forward of the teacher."""
+    beside = {}
+    with torch.no_grad():
+        teacher(x, beside, guide.sources)
+    return guide.targets(beside)
 
 
 class Blocks(torch.nn.Module):
@@ -48,8 +63,8 @@ class Blocks(torch.nn.Module):
         super().__init__()
         self.blocks = torch.nn.Sequential(*(Add(b) for b in range(count)))
 
-    def forward(self, x):
-        return self.blocks(x)
+    def forward(self, x, out, states):
+        return run_blocks(dict(self.blocks.named_children()), x, False, out, states)
 
 
 class Add(torch.nn.Module):
@@ -71,25 +86,25 @@ class Chosen(torch.nn.Module):
             block.router.weight.data.zero_()
             block.router.weight.data[numbers, range(3)] = 1.0
 
-    def forward(self, x):
-        return [block(x) for block in self.blocks]
+    def forward(self, x, out):
+        return [block(x, inside(out, "blocks", str(number))) for number, block in enumerate(self.blocks)]
 
 
 def test_the_loss_by_hand():
     model = torch.nn.Module()
     model.blocks = torch.nn.ModuleList([MoE(2, 3, MoEConfig(num_experts=2, k=1)) for _ in range(2)])
     x_BTD = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])  # one image of two tokens
+    out = {}
     weights = torch.tensor([[math.log(3), 0.0], [0.0, 0.0]]), torch.zeros(2, 2)
-    for block, weight in zip(model.blocks, weights):
+    for number, (block, weight) in enumerate(zip(model.blocks, weights)):
         block.router.weight.data.copy_(weight)
-        block.keep_logits = True
-        block(x_BTD)
+        block(x_BTD, inside(out, "blocks", str(number)))
     # shares of the routers: block 0 (3/4, 1/4) and (1/2, 1/2); block 1 (1/2, 1/2) twice
     targets = {0: torch.tensor([[[1.0, 0.0], [0.5, 0.5]]]), 1: torch.tensor([[[0.25, 0.75], [0.0, 1.0]]])}
     # KL: ln 4/3 and 0; .25 ln .5 + .75 ln 1.5 and ln 2
     first = (math.log(4 / 3) + 0) / 2
     second = (0.25 * math.log(0.5) + 0.75 * math.log(1.5) + math.log(2)) / 2
-    assert guided_routing_loss(model, targets).item() == pytest.approx((first + second) / 2, rel=1e-6)
+    assert guided_routing_loss(out, targets).item() == pytest.approx((first + second) / 2, rel=1e-6)
 
 
 def test_targets_are_cosines_with_the_centroids_over_the_temperature():
@@ -126,12 +141,12 @@ def test_one_module_is_guided_by_the_routers_the_whole_has():
     teacher = VMoE(TEACHER).eval()
     student = VMoE(STUDENT)
     module = build_student_modules(student, [2, 2], 32)[1].train()
-    part = teacher_routers(teacher, module, batches(), {2: 5, 3: 7}, 3, seed=0, entry=3)
+    part = teacher_routers(whole(teacher), module, batches(), {2: 5, 3: 7}, 3, seed=0, entry=3)
     assert_close(part.mean_LD, routers_of(teacher, student).mean_LD[1:], rtol=0, atol=0)
-    assert module.training and module.stage.blocks["2"].mlp.logits_BTE is None
+    assert module.training
     with torch.device("meta"):  # a student whose experts lie on other ranks is not run
         elsewhere = VMoE(STUDENT)
-    unaligned = teacher_routers(teacher, elsewhere, batches(), SOURCES, 3, seed=0)
+    unaligned = teacher_routers(whole(teacher), elsewhere, batches(), SOURCES, 3, seed=0)
     wanted = [{tuple(row) for row in part.centroid_LED[place].tolist()} for place in range(2)]
     assert wanted == [{tuple(row) for row in unaligned.centroid_LED[place].tolist()} for place in (1, 2)]
 
@@ -157,32 +172,28 @@ def test_matching_blocks_end_at_the_same_share_of_their_module():
 def test_every_row_of_every_router_gets_a_gradient(recompute):
     teacher, student = VMoE(TEACHER).eval(), VMoE(STUDENT).train()
     student.set_grad_checkpointing(recompute)
-    guide = Guide(routers_of(teacher), teacher, student, weight=2.0)
+    guide = Guide(routers_of(teacher), teacher, weight=2.0)
     # one token of one image: without guidance the other experts' scores hear nothing of it
-    with guide.watching(), torch.no_grad():
-        teacher(images(2))
+    targets = targets_of(guide, teacher, images(2))
+    out = {}
     torch.manual_seed(0)
-    student(images(2))
-    loss = guide.loss()
-    loss.backward()
+    student(images(2), out)
+    guide.loss(out, targets).backward()
     rows = torch.stack([student.blocks[b].mlp.router.weight.grad.norm(dim=1) for b in SOURCES])
     assert rows.shape == (3, 3) and rows.min() > 1e-5
-    assert all(student.blocks[b].mlp.logits_BTE is None and not student.blocks[b].mlp.keep_logits for b in SOURCES)
     if recompute:
         return
     # clean logits: noise on the choice changes nothing of the loss where it changes no token's way before
-    plain = Guide(guide.routers, teacher, student, weight=1.0)
-    with plain.watching(), torch.no_grad():
-        teacher(images(2))
     with torch.no_grad():
         hidden = student.norm_pre(student._pos_embed(student.patch_embed(images(2))))
         block = student.blocks[1]
         hidden = student.blocks[0](hidden)
         given = block.norm2(hidden + block.attn(block.norm1(hidden)))
         logits = F.linear(given, block.mlp.router.weight)
-        wanted = F.kl_div(logits.log_softmax(-1), plain.targets[1], reduction="none").sum(-1).mean()
-        student(images(2))
-        assert_close(guided_routing_loss(student, {1: plain.targets[1]}), wanted)
+        wanted = F.kl_div(logits.log_softmax(-1), targets[1], reduction="none").sum(-1).mean()
+        out = {}
+        student(images(2), out)
+        assert_close(guided_routing_loss(out, {1: targets[1]}), wanted)
 
 
 def test_checkpointing_gives_the_same_gradients_beside_the_other_losses():
@@ -191,13 +202,13 @@ def test_checkpointing_gives_the_same_gradients_beside_the_other_losses():
     for recompute in (False, True):
         student = VMoE(STUDENT).train()
         student.set_grad_checkpointing(recompute)
-        guide = Guide(routers, teacher, student, weight=1.0)
+        guide = Guide(routers, teacher, weight=1.0)
         for seed in (0, 1):  # two micro-batches of different images
-            with guide.watching(), torch.no_grad():
-                teacher(images(seed=seed))
+            targets = targets_of(guide, teacher, images(seed=seed))
             torch.manual_seed(seed)
-            logits = student(images(seed=seed))
-            (logits.square().mean() + auxiliary_loss(student) + guide.loss()).backward()
+            out = {}
+            logits = student(images(seed=seed), out)
+            (logits.square().mean() + auxiliary_loss(out) + guide.loss(out, targets)).backward()
         gradients.append([p.grad for p in student.parameters()])
     assert_close(gradients[0], gradients[1], rtol=0, atol=0)
 
@@ -206,46 +217,47 @@ def test_a_module_is_guided_by_the_stage_that_runs_beside_it():
     teacher, student = VMoE(TEACHER).eval(), VMoE(STUDENT)
     routers = routers_of(teacher)
     stages, modules = split(teacher, [4, 4]), build_student_modules(student, [2, 2], 32)
-    part = teacher_routers(teacher, student, batches(), {2: 5, 3: 7}, 3, seed=0)  # numbered like the whole student's
-    guide = Guide(part, stages[1], modules[1], weight=1.0)
+    part = teacher_routers(
+        whole(teacher), student, batches(), {2: 5, 3: 7}, 3, seed=0
+    )  # numbered like the whole student's
+    guide = Guide(part, stages[1], weight=1.0)
     with torch.no_grad():
         border = stages[0](images())
-        with guide.watching():
-            stages[1](border)
-        whole = Guide(routers, teacher, student, weight=1.0)
-        with whole.watching():
-            teacher(images())
-    assert guide.targets.keys() == {2, 3}
-    assert_close(guide.targets[3], whole.targets[3])
-    modules[1](border)
-    assert float(guide.loss().detach()) > 0
+    targets = targets_of(guide, stages[1], border)
+    assert targets.keys() == {2, 3}
+    assert_close(targets[3], targets_of(Guide(routers, teacher, weight=1.0), teacher, images())[3])
+    out = {}
+    modules[1](border, out)
+    assert float(guide.loss(out, targets).detach()) > 0
 
 
 def test_what_does_not_fit_is_named():
     teacher, student = VMoE(TEACHER).eval(), VMoE(STUDENT)
     routers = routers_of(teacher)
-    guide = Guide(routers, teacher, student, 1.0)
-    with guide.watching(), torch.no_grad():
-        teacher(images(2))
-    student(images(3))
+    guide = Guide(routers, teacher, 1.0)
+    targets = targets_of(guide, teacher, images(2))
+    out = {}
+    student(images(3), out)
     with pytest.raises(ValueError, match=r"\(2, 5, 3\).*\(3, 5, 3\)"):
-        guide.loss()
+        guide.loss(out, targets)
     first = split(teacher, [7, 1])[0]
-    with pytest.raises(ValueError, match=r"not \[7\]"), Guide(routers, first, student, 1.0).watching():
-        pass
+    with pytest.raises(ValueError, match=r"not \[7\]"):
+        Guide(routers, first, 1.0)
+    with pytest.raises(ValueError, match=r"not \[7\]"):
+        teacher_routers(first, student, batches(), SOURCES, 3, seed=0)
     with pytest.raises(ValueError, match="2 points"):
         teacher_routers(Blocks(1), Chosen([[0, 1, 2]]), [torch.randn(1, 2, 4)], {0: 0}, 3, seed=0)
 
 
-def test_a_guided_model_can_be_copied_while_logits_are_kept():
+def test_logits_go_to_who_asks_and_a_guided_model_can_be_copied():
     layer = MoE(2, 3, MoEConfig(num_experts=2, k=1))
-    layer.keep_logits = True
-    layer(torch.randn(1, 2, 2))
-    assert layer.logits_BTE.requires_grad
-    assert layer.__getstate__()["logits_BTE"] is None
-    layer.keep_logits = False
-    layer(torch.randn(1, 2, 2))
-    assert layer.logits_BTE is None
+    out = {}
+    layer(torch.randn(1, 2, 2), out)
+    assert out["logits"].requires_grad and out["logits"].shape == (1, 2, 2)
+    copy.deepcopy(layer)  # tensors with a graph cannot be copied
+    del out["logits"], out["routing"]
+    with pytest.raises(AssertionError, match="no guided block"):
+        guided_routing_loss(out, {})
 
 
 def test_flops_count_the_forwards_and_the_clusters():

@@ -13,7 +13,7 @@ from models.modules.meta import MetaModel
 from models.modules.stages import split
 from trainer.config.phases import MetaConfig
 from trainer.objectives import Classify, Incubate, MatchTeacher, Theseus, meta_objective
-from trainer.objectives.meta import expected_mixed_flops
+from trainer.objectives.cost import expected_mixed_flops
 
 TOKENS, DEPTHS = 17, [2, 1, 3]  # of the tiny teacher of 6 blocks
 X, LABELS = images(count=2), torch.tensor([1, 4])
@@ -145,8 +145,7 @@ def test_theseus_loss_by_hand(own, kl_weight, monkeypatch):
 
 def test_theseus_ends_as_the_meta_model():
     objective, *_ = vit(Theseus, objective="theseus")
-    objective.progress = 0.5
-    loss, parts = objective(objective.module, X, LABELS)
+    loss, parts = objective(objective.module, X, LABELS, progress=0.5)
     logits = objective.predict(X)
     assert torch.equal(logits, objective.module.meta(X))
     assert parts["label"].item() == pytest.approx(nn.functional.cross_entropy(logits, LABELS).item())

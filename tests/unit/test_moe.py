@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
+from models.modules.stages import run_blocks
 from models.moe import layer as moe
-from models.moe.layer import MoE, MoEConfig, auxiliary_loss, official, paper
-from models.moe.layer import routing_metrics as metrics_of
+from models.moe.layer import MoE, MoEConfig, official, paper
+from models.moe.out import auxiliary_loss, inside, routings
+from models.moe.out import routing_metrics as metrics_of
 from models.moe.parallel import full_state_dict, load_full_state_dict
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "vmoe" / "moe_layer.npz"
@@ -58,13 +59,14 @@ def test_outputs_losses_and_gradients_are_the_official_ones(reference, case, mod
         reference, k=int(k[1:]), capacity_factor=factor, eval_capacity_factor=factor, batch_priority=priority == "bpr1"
     ).train(mode == "train")
     inputs = reference["inputs"].clone().requires_grad_()
-    outputs = layer(inputs)
-    main, auxiliary = (outputs * reference["cotangent"]).sum(), auxiliary_loss(layer)
+    out = {}
+    outputs = layer(inputs, out)
+    main, auxiliary = (outputs * reference["cotangent"]).sum(), auxiliary_loss(out)
     expected = f"{case}/{mode}"
     assert_close(outputs, reference[f"{expected}/outputs"], rtol=0, atol=1e-5)
     assert_close(main, reference[f"{expected}/main_loss"], rtol=1e-5, atol=1e-4)
     assert_close(auxiliary, reference[f"{expected}/aux_loss"], rtol=0, atol=1e-6)
-    for name, loss in layer.routing.losses.items():
+    for name, loss in out["routing"].losses.items():
         if (key := f"{expected}/metrics/{name}_loss") in reference:
             assert_close(loss, reference[key], rtol=0, atol=1e-5)
     if mode == "train":
@@ -87,8 +89,9 @@ def test_without_capacity_every_choice_counts_whatever_the_groups(settings):
     for e, expert in enumerate(layer.experts):
         weight = ((top.indices == e) * top.values / top.values.sum(-1, keepdim=True)).sum(-1, keepdim=True)
         expected += weight * expert["fc2"](F.gelu(expert["fc1"](x_BTD)))
-    assert_close(layer(x_BTD), expected, rtol=0, atol=1e-6)
-    assert layer.routing.expert_GSK.shape[0] == 6 // (settings.get("images_per_group", 1) or 6)
+    out = {}
+    assert_close(layer(x_BTD, out), expected, rtol=0, atol=1e-6)
+    assert out["routing"].expert_GSK.shape[0] == 6 // (settings.get("images_per_group", 1) or 6)
 
 
 def test_a_dropped_token_gets_nothing_and_the_capacity_depends_on_the_mode():
@@ -96,11 +99,25 @@ def test_a_dropped_token_gets_nothing_and_the_capacity_depends_on_the_mode():
     with torch.no_grad():
         layer.router.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))  # all tokens want expert 0
     x_BTD = torch.tensor([[[1.0, 0.0], [2.0, 1.0], [3.0, 2.0], [4.0, 3.0]]])
-    out_BTD = layer.train()(x_BTD)  # ceil(4 tokens * 0.5 / 2 experts) = 1 slot
+    told, told_eval = {}, {}
+    out_BTD = layer.train()(x_BTD, told)  # ceil(4 tokens * 0.5 / 2 experts) = 1 slot
     assert out_BTD[0, 0].abs().min() > 0 and out_BTD[0, 1:].abs().max() == 0
-    assert metrics_of(layer)[""]["kept"] == 0.25 and metrics_of(layer)[""]["load"].tolist() == [1, 0]
-    assert layer.eval()(x_BTD).abs().min() > 0
-    assert metrics_of(layer)[""]["kept"] == 1
+    assert metrics_of(told)[""]["kept"] == 0.25 and metrics_of(told)[""]["load"].tolist() == [1, 0]
+    assert layer.eval()(x_BTD, told_eval).abs().min() > 0
+    assert metrics_of(told_eval)[""]["kept"] == 1
+
+
+class Alone(torch.nn.Module):
+    """A block that is its MoE layer."""
+
+    routes = True
+
+    def __init__(self, layer):
+        super().__init__()
+        self.mlp = layer
+
+    def forward(self, x, out=None):
+        return self.mlp(x, inside(out, "mlp"))
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
@@ -108,15 +125,17 @@ def test_activation_checkpointing_changes_nothing(capacity_factor):
     layer = MoE(6, 10, MoEConfig(num_experts=4, noise_std=1.0, capacity_factor=capacity_factor, dropout=0.3))
     x_BTD = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
     results = []
-    for run in (layer, lambda x: checkpoint(layer, x, use_reentrant=False)):
+    for recompute in (False, True):
         layer.zero_grad()
         inputs = x_BTD.clone().requires_grad_()
         torch.manual_seed(1)
-        out = run(inputs)
-        routing = layer.routing
-        loss = out.square().sum() + auxiliary_loss(layer)
+        out = {}
+        outputs = run_blocks({"0": Alone(layer)}, inputs, recompute, out)
+        routing = out["blocks"]["0"]["mlp"]["routing"]
+        loss = outputs.square().sum() + auxiliary_loss(out)
         loss.backward()
-        assert layer.routing is routing  # recomputation in backward leaves the routing of the forward alone
+        # recomputation in backward leaves the routing of the forward alone
+        assert out["blocks"]["0"]["mlp"]["routing"] is routing
         results.append([loss, inputs.grad, *(p.grad.clone() for p in layer.parameters())])
     assert_close(results[0], results[1], rtol=0, atol=0)
     assert results[0][2].abs().sum() > 0  # the router learns
@@ -128,12 +147,14 @@ def test_routing_stays_in_float32_under_bfloat16():
     with torch.no_grad():
         layer.router.weight.copy_(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
     x_BTD = torch.tensor([[[256.0, 1.0]]])
+    out, out_bf16 = {}, {}
     with torch.autocast("cpu", torch.bfloat16):
-        layer(x_BTD)
-    assert layer.routing.expert_GSK.item() == 1
-    out = layer.bfloat16()(x_BTD.bfloat16())
-    assert layer.routing.expert_GSK.item() == 1 and layer.routing.weight_GSK.dtype == torch.float32
-    assert out.dtype == torch.bfloat16
+        layer(x_BTD, out)
+    assert out["routing"].expert_GSK.item() == 1
+    outputs = layer.bfloat16()(x_BTD.bfloat16(), out_bf16)
+    routing = out_bf16["routing"]
+    assert routing.expert_GSK.item() == 1 and routing.weight_GSK.dtype == torch.float32
+    assert outputs.dtype == torch.bfloat16
 
 
 def test_initial_values_depend_on_seed_layer_and_expert_only():
@@ -150,21 +171,32 @@ def test_initial_values_depend_on_seed_layer_and_expert_only():
 
 def test_auxiliary_loss_sums_layers_and_skips_those_that_did_not_run():
     layers = torch.nn.Sequential(MoE(4, 4, MoEConfig(num_experts=2)), MoE(4, 4, MoEConfig(num_experts=2)))
-    assert auxiliary_loss(layers) == 0 and metrics_of(layers) == {}
-    layers[1](x_BTD := torch.randn(2, 3, 4))
-    one = auxiliary_loss(layers)
-    assert_close(one, 0.005 * layers[1].routing.losses["importance"].mean())
-    layers[0](x_BTD)
-    assert auxiliary_loss(layers) > one and list(metrics_of(layers)) == ["0", "1"]
-    assert copy.deepcopy(layers)[0].routing is None  # tensors with a graph cannot be copied
+    out = {}
+    assert auxiliary_loss(out) == 0 and metrics_of(out) == {}
+    x_BTD = torch.randn(2, 3, 4)
+    layers[1](x_BTD, inside(out, "1"))
+    one = auxiliary_loss(out)
+    assert_close(one, 0.005 * routings(out)["1"].losses["importance"].mean())
+    layers[0](x_BTD, inside(out, "0"))
+    assert auxiliary_loss(out) > one and sorted(metrics_of(out)) == ["0", "1"]
+    assert inside(None, "0") is None
+
+
+def test_a_forward_leaves_nothing_in_the_layer():
+    layer = MoE(4, 4, MoEConfig(num_experts=2))
+    before = layer.__dict__.keys() | layer._buffers.keys()
+    layer(torch.randn(2, 3, 4), {})
+    assert layer.__dict__.keys() | layer._buffers.keys() == before
+    copy.deepcopy(layer)  # tensors with a graph cannot be copied
 
 
 def test_presets_are_the_published_ones():
     assert (official().renormalize, official().noise_std, official().load_weight) == (False, 1.0, 0.005)
     assert (paper(k=1).k, paper().router_bias, paper().capacity_factor) == (1, True, None)
     layer = MoE(4, 4, paper(num_experts=2))
-    layer(torch.randn(1, 3, 4))
-    assert auxiliary_loss(layer) == 0 and layer.router.bias.abs().sum() == 0
+    out = {}
+    layer(torch.randn(1, 3, 4), out)
+    assert auxiliary_loss(out) == 0 and layer.router.bias.abs().sum() == 0
 
 
 def test_full_state_is_strict_and_plain_on_a_plain_model():

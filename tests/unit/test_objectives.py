@@ -11,7 +11,8 @@ from vit_families import WIDTH, images, tiny
 from models.modules.meta import MetaModel
 from models.modules.stages import split
 from models.modules.stitch import build_student_modules
-from models.moe.layer import MoEConfig, auxiliary_loss
+from models.moe.layer import MoEConfig
+from models.moe.out import auxiliary_loss
 from models.vmoe.model import VMoE, VMoEConfig
 from trainer.config.phases import DistillConfig, MetaConfig
 from trainer.objectives import Classify, Distill, MatchTeacher, relative_mse, soft_kl
@@ -35,7 +36,7 @@ class Fixed(nn.Module):
         super().__init__()
         self.value = value
 
-    def forward(self, x):
+    def forward(self, x, out=None):
         return self.value
 
 
@@ -182,9 +183,10 @@ def test_mixup_targets_carry_their_own_smoothing():
 @pytest.mark.parametrize("index", range(4))
 def test_gradients_pass_the_frozen_back_into_the_student_only(index):
     objective = pair(index, DistillConfig(alpha=1.0))
-    loss, parts = objective(objective.module, X, LABELS)
+    out = {}
+    loss, parts = objective(objective.module, X, LABELS, out=out)
     assert parts["distill"] > 0
-    (loss - auxiliary_loss(objective.module)).backward()
+    (loss - auxiliary_loss(out)).backward()
     assert [name for name, p in objective.module.named_parameters() if p.grad is None or not p.grad.any()] == []
     outside = {id(p) for m in (objective.meta, objective.teacher_stage) for p in m.parameters()}
     assert outside == {id(p) for m in objective.frozen for p in m.parameters()}
@@ -204,13 +206,14 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn(index):
 
 def test_balance_losses_are_added_once():
     objective = pair(1, DistillConfig(alpha=0.5))
-    loss, parts = objective(objective.module, X, LABELS)
-    expected = auxiliary_loss(objective.module)
+    out, out_whole = {}, {}
+    loss, parts = objective(objective.module, X, LABELS, out=out)
+    expected = auxiliary_loss(out)
     assert expected > 0 and parts["balance"] == expected
     assert loss.item() == pytest.approx((0.5 * parts["label"] + 0.5 * parts["distill"] + expected).item())
     whole = Classify(student(), TOKENS)
-    loss, parts = whole(whole.module, X, LABELS)
-    assert parts["balance"] == auxiliary_loss(whole.module) > 0
+    loss, parts = whole(whole.module, X, LABELS, out=out_whole)
+    assert parts["balance"] == auxiliary_loss(out_whole) > 0
     assert loss.item() == pytest.approx((parts["label"] + parts["balance"]).item())
     assert not any(part.requires_grad for part in parts.values())
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models.moe.layer import MoE, MoEConfig
+from models.moe.out import inside
 from models.moe.similarity import expert_similarity
 from models.preprocessing import Preprocessing
 from trainer.config.data import AugmentConfig, DataConfig
@@ -35,9 +36,10 @@ def look(watch, tokens, first_image=0, real=None):
     """One batch: tokens (B, T) name the expert that both layers choose first."""
     mask = torch.ones(len(tokens), dtype=torch.bool) if real is None else torch.tensor(real)
     index = torch.where(mask, torch.arange(first_image, first_image + len(tokens)), -1)
-    for layer in watch.module:
-        layer(nn.functional.one_hot(torch.tensor(tokens), 4).float())
-    watch.observe(Batch(torch.zeros(0), torch.zeros(len(tokens)), mask, index), torch.zeros(len(tokens), 10))
+    out = {}
+    for number, layer in enumerate(watch.module):
+        layer(nn.functional.one_hot(torch.tensor(tokens), 4).float(), inside(out, str(number)))
+    watch.observe(Batch(torch.zeros(0), torch.zeros(len(tokens)), mask, index), torch.zeros(len(tokens), 10), out)
 
 
 def test_routing_change_by_hand():
@@ -94,7 +96,8 @@ def test_images_are_spread_when_there_are_more_tokens_than_are_kept(monkeypatch)
 
 def test_without_experts_there_is_nothing_to_tell():
     watch = RoutingWatch(nn.Linear(2, 2), images=3, dist=ALONE)
-    watch.observe(Batch(torch.zeros(0), torch.zeros(1), torch.ones(1, dtype=torch.bool), torch.zeros(1)), torch.ones(1))
+    batch = Batch(torch.zeros(0), torch.zeros(1), torch.ones(1, dtype=torch.bool), torch.zeros(1))
+    watch.observe(batch, torch.ones(1), {})
     assert watch.take() == routing.Measures() and watch.state() == {}
 
 
@@ -104,8 +107,8 @@ def test_an_evaluation_feeds_the_watch():
             super().__init__()
             self.moe = MoE(8, 4, MoEConfig(num_experts=4, k=1))
 
-        def forward(self, images):
-            return self.moe(images.mean(1)).mean(1) @ torch.ones(8, 10)
+        def forward(self, images, out=None):
+            return self.moe(images.mean(1), inside(out, "moe")).mean(1) @ torch.ones(8, 10)
 
     source = DigitsSource(DataConfig(limit=20), "val")
     data = Data(source, source, Preprocessing(8, (0.5,) * 3, (0.5,) * 3), AugmentConfig(), 0, 10, False)
@@ -139,9 +142,10 @@ def test_similarity_of_copies_is_one_and_of_opposites_minus_one():
 def test_dropped_choices_are_counted_as_asked_and_not_as_kept():
     layer = MoE(2, 3, MoEConfig(num_experts=2, k=1, eval_capacity_factor=0.5, capacity_multiple=1)).eval()
     layer.router.weight.data.copy_(torch.eye(2))
-    choices = Choices({"only": layer}, torch.device("cpu"))
-    layer(torch.tensor([[[1.0, 0.0]] * 4]))  # ceil(4 x .5 / 2) = 1 slot
-    choices.add(torch.tensor([True]))
+    choices = Choices({"only": 2}, torch.device("cpu"))
+    out = {}
+    layer(torch.tensor([[[1.0, 0.0]] * 4]), out)  # ceil(4 x .5 / 2) = 1 slot
+    choices.add(torch.tensor([True]), {"only": out["routing"]})
     assert choices.summary(ALONE) == {"only": {"load": [1.0, 0.0], "first": [1.0, 0.0], "kept": 0.25}}
 
 

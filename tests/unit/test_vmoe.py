@@ -1,10 +1,12 @@
 """V-MoE against the official model (tests/fixtures/vmoe/model_token_k2.npz), published sizes, save and load."""
 
 import copy
+import gc
 import json
 import math
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,8 @@ from torch.testing import assert_close
 
 from models.modules.stages import assemble, split
 from models.moe import layer as moe
-from models.moe.layer import MoE, MoEConfig, auxiliary_loss, official, routing_metrics
+from models.moe.layer import MoE, MoEConfig, official
+from models.moe.out import auxiliary_loss, routing_metrics, routings
 from models.preprocessing import Preprocessing
 from models.vmoe.import_names import google_state
 from models.vmoe.model import VARIANTS, VMoE, VMoEConfig, decode_variant, moe_numbers
@@ -58,14 +61,15 @@ def model(reference, monkeypatch) -> VMoE:
 @pytest.mark.parametrize("mode", ["det", "train"])
 def test_logits_losses_and_routing_are_the_official_ones(model, reference, mode):
     model.train(mode == "train")
-    logits = model(reference["images"].permute(0, 3, 1, 2))
+    out = {}
+    logits = model(reference["images"].permute(0, 3, 1, 2), out)
     assert_close(logits, reference[f"{mode}/logits"], rtol=0, atol=1e-5)
     main = -(reference["labels"] * logits.log_softmax(-1)).sum(-1).mean()
     assert_close(main, reference[f"{mode}/softmax_xent/main_loss"], rtol=0, atol=1e-5)
-    assert_close(auxiliary_loss(model), reference[f"{mode}/softmax_xent/aux_loss"], rtol=0, atol=1e-6)
-    assert list(routing_metrics(model)) == ["blocks.1.mlp", "blocks.3.mlp"]
+    assert_close(auxiliary_loss(out), reference[f"{mode}/softmax_xent/aux_loss"], rtol=0, atol=1e-6)
+    assert list(routing_metrics(out)) == ["blocks.1.mlp", "blocks.3.mlp"]
     for i in (1, 3):
-        for name, loss in model.blocks[i].mlp.routing.losses.items():
+        for name, loss in out["blocks"][str(i)]["mlp"]["routing"].losses.items():
             if mode == "train" or name != "load":
                 expected = reference[f"{mode}/metrics/encoderblock_{i}/{name}_loss"]
                 assert_close(loss, expected, rtol=0, atol=1e-5)
@@ -74,14 +78,34 @@ def test_logits_losses_and_routing_are_the_official_ones(model, reference, mode)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_are_the_official_ones_with_and_without_checkpointing(model, reference, recompute):
     model.train().set_grad_checkpointing(recompute)
-    logits = model(reference["images"].permute(0, 3, 1, 2))
+    out = {}
+    logits = model(reference["images"].permute(0, 3, 1, 2), out)
     main = -(reference["labels"] * logits.log_softmax(-1)).sum(-1).mean()
     # recomputation goes through the blocks backwards; without it nobody asks for noise again
     noise = iter([reference["noise/1"], reference["noise/0"]])
     moe.standard_normal = lambda like: next(noise)
-    (main + auxiliary_loss(model)).backward()
+    (main + auxiliary_loss(out)).backward()
     for name, gradient in google_state(reference, "train/softmax_xent/grad/").items():
         assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=5e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_of_a_forward_stays_once_out_is_dropped(recompute):
+    """Also the graph of a loss that no backward went through: under checkpointing it holds the block's frame."""
+    model = VMoE(TINY).train()
+    model.set_grad_checkpointing(recompute)
+    out = {}
+    logits = model(torch.randn(2, 3, 32, 32), out, states=(0, 3))
+    assert [number for number, told in out["blocks"].items() if "state" in told] == ["0", "3"]
+    (logits.sum() + auxiliary_loss(out)).backward()
+    told = [weakref.ref(loss) for routing in routings(out).values() for loss in routing.losses.values()]
+    assert len(told) == 6 and all(loss() is not None for loss in told)
+    gc.disable()  # nothing goes round in circles either
+    try:
+        del out, logits
+        assert all(loss() is None for loss in told)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

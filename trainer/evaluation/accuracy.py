@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.moe.layer import routed_layers
+from models.moe.out import Out
 from trainer.config.ds_config import Settings
 from trainer.config.runtime import RunConfig
 from trainer.data.loader import Batch, Data, eval_batches
@@ -23,54 +25,70 @@ def of_published(evaluation: dict[str, float]) -> dict[str, float]:
 
     Those of the last weights are then called accuracy_raw and loss_raw.
     """
-    found = dict(evaluation)
+    published = dict(evaluation)
     for name in ("accuracy", "loss"):
-        if f"{name}_ema" in found:
-            found[f"{name}_raw"], found[name] = found[name], found.pop(f"{name}_ema")
-    return found
+        if f"{name}_ema" in published:
+            published[f"{name}_raw"] = published[name]
+            published[name] = published.pop(f"{name}_ema")
+    return published
 
 
 def evaluate(
-    objective: Any, data: Data, dtype: torch.dtype, batch: int, dist: Dist,
-    observe: Callable[[Batch, Tensor], None] | None = None,
-) -> dict[str, float]:  # fmt: skip
+    objective: Any,
+    data: Data,
+    dtype: torch.dtype,
+    batch: int,
+    dist: Dist,
+    observe: Callable[[Batch, Tensor, Out], None] | None = None,
+) -> dict[str, float]:
     """Accuracy (0..1) and mean cross-entropy of objective.predict over every validation image, each counted once.
 
-    `observe` is shown every batch of this rank with its logits (B, classes), right after its forward.
     An image whose loss is not finite counts as wrong, is left out of the mean loss, and is counted as
     "nonfinite_images" when there is one. Collective: the ranks share the images and every rank gets the same numbers.
+
+    Args:
+        observe: is shown every batch of this rank with its logits (B, classes) and what predict's forward told beside
+            them (models/moe/out.py).
 
     Raises:
         NonFiniteLoss: on all ranks, no image has a finite loss.
         ValueError: on all ranks, no image could be read.
     """
     modules = [objective.module, *objective.frozen]
-    training = [m.training for m in modules]
-    for m in modules:
-        m.eval()
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.eval()
+    tells = observe is not None and bool(routed_layers(objective.module))  # other models need not take `out`
     totals = torch.zeros(4, dtype=torch.float64, device=dist.device)
+    batches = eval_batches(
+        data.val, data.preprocessing, batch=batch, world=dist.world, rank=dist.rank, workers=data.workers
+    )
     with torch.no_grad():
-        for b in eval_batches(
-            data.val, data.preprocessing, batch=batch, world=dist.world, rank=dist.rank, workers=data.workers
-        ):
+        for b in batches:
             HEARTBEAT.beat()
-            logits = objective.predict(b.images.to(dist.device, dtype)).float()
+            images = b.images.to(dist.device, dtype)
+            out: Out = {}
+            logits = objective.predict(images, out) if tells else objective.predict(images)
+            logits = logits.float()
             if observe is not None:
-                observe(b, logits)
-            labels, mask = b.labels.to(dist.device), b.mask.to(dist.device)
+                observe(b, logits, out)
+            labels = b.labels.to(dist.device)
+            mask = b.mask.to(dist.device)
             loss = F.cross_entropy(logits, labels, reduction="none")
             finite = mask & torch.isfinite(loss)
             correct = (logits.argmax(-1) == labels) & finite
             totals += torch.stack([correct.sum(), loss[finite].sum(), finite.sum(), mask.sum()]).to(totals.dtype)
-    for m, mode in zip(modules, training):
-        m.train(mode)
+    for module, mode in zip(modules, modes):
+        module.train(mode)
     correct, loss, finite, images = dist.sum(totals).tolist()
     if not images:
         raise ValueError("none of the validation images could be read: check data.path and data.val_split")
     if not finite:
         raise NonFiniteLoss(f"the model's output is not finite on any of the {int(images)} validation images")
-    found = {"accuracy": correct / images, "loss": loss / finite, "images": int(images)}
-    return found | ({"nonfinite_images": int(images - finite)} if finite < images else {})
+    evaluation = {"accuracy": correct / images, "loss": loss / finite, "images": int(images)}
+    if finite < images:
+        evaluation["nonfinite_images"] = int(images - finite)
+    return evaluation
 
 
 def eval_batch(run: RunConfig, settings: Settings) -> int:
@@ -80,8 +98,11 @@ def eval_batch(run: RunConfig, settings: Settings) -> int:
 
 @dataclass
 class Predictor:
-    """The part of an objective that evaluation needs, for models that are not being trained."""
+    """The part of an objective that evaluation needs, for models that are not being trained.
+
+    `predict` takes images, and where MoE layers are observed `out` as well.
+    """
 
     module: nn.Module
-    predict: Callable[[Tensor], Tensor]
+    predict: Callable[..., Tensor]
     frozen: tuple[nn.Module, ...] = ()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.moe.layer import routed_layers
+from models.moe.out import Out, routings
+from models.moe.routing import Routing
 from models.preprocessing import Preprocessing
 from trainer.data.base import ImageSource
 from trainer.data.loader import Batch
@@ -33,28 +37,32 @@ class Analysis:
     """Watches one evaluation of a student: `observe` every batch of this rank, then `summary` on all ranks.
 
     Args:
-        student: the plain model; the routing of its last forward is read after every batch.
+        student: the plain model.
         source: the validation images.
         preprocessing: how the images were normalised, to turn them back into pictures.
     """
 
     def __init__(self, student: nn.Module, source: ImageSource, preprocessing: Preprocessing, dist: Dist) -> None:
-        self.student, self.source, self.preprocessing, self.dist = student, source, preprocessing, dist
-        self.layers = routed_layers(student)
-        self.seen: list[np.ndarray] = []  # (images, 3) int64 each: index, label, predicted class
-        self.choices = Choices(self.layers, dist.device)
+        self.student = student
+        self.source = source
+        self.preprocessing = preprocessing
+        self.dist = dist
+        self.rows: list[np.ndarray] = []  # (images, 3) int64 each: index, label, predicted class
+        num_experts = {name: layer.config.num_experts for name, layer in routed_layers(student).items()}
+        self.choices = Choices(num_experts, dist.device)
         self.pictures: dict[int, dict[str, Any]] = {}
-        self.wanted = {place * len(source) // PICTURES for place in range(PICTURES)}
+        self.drawn = {place * len(source) // PICTURES for place in range(PICTURES)}  # indices of images
 
-    def observe(self, batch: Batch, logits: Tensor) -> None:
+    def observe(self, batch: Batch, logits: Tensor, out: Out) -> None:
         """Count one batch of this rank; logits (B, classes)."""
         predicted = logits.argmax(-1).cpu()
         rows = torch.stack([batch.index, batch.labels, predicted], dim=1)[batch.mask]
-        self.seen.append(rows.numpy())
-        self.choices.add(batch.mask.to(logits.device))
+        self.rows.append(rows.numpy())
+        routed = routings(out)
+        self.choices.add(batch.mask.to(logits.device), routed)
         for place, index in enumerate(batch.index.tolist()):
-            if index in self.wanted:
-                self.pictures[index] = self._picture(batch, place, logits[place])
+            if index in self.drawn:
+                self.pictures[index] = self._picture(batch, place, logits[place], routed)
 
     def summary(self) -> dict[str, Any]:
         """Everything the report shows, complete on every rank (collective).
@@ -65,24 +73,29 @@ class Analysis:
             MATRIX_CLASSES), confusions ([truth, predicted, count], most frequent first), grid ([rows, columns] of
             patches), layers (per MoE layer, as from Choices.summary), pictures.
         """
-        seen = np.concatenate([rows for rank in self.dist.gather(self.seen) for rows in rank])
-        assert len(np.unique(seen[:, 0])) == len(seen), "an image was counted twice"
-        pictures = {index: picture for rank in self.dist.gather(self.pictures) for index, picture in rank.items()}
+        rows = np.concatenate(list(itertools.chain.from_iterable(self.dist.gather(self.rows))))
+        index, truth, predicted = rows.T
+        assert len(np.unique(index)) == len(index), "an image was counted twice"
+        pictures: dict[int, dict[str, Any]] = {}
+        for of_rank in self.dist.gather(self.pictures):
+            pictures |= of_rank
         return {
-            "images": len(seen),
-            "skipped": len(self.source) - len(seen),
-            **_classes(seen[:, 1], seen[:, 2], self.source.labels),
+            "images": len(index),
+            "skipped": len(self.source) - len(index),
+            **_classes(truth, predicted, self.source.labels),
             "grid": list(self.student.patch_embed.grid_size),
             "layers": self.choices.summary(self.dist),
-            "pictures": [pictures[index] for index in sorted(pictures)],
+            "pictures": [pictures[image] for image in sorted(pictures)],
         }
 
-    def _picture(self, batch: Batch, place: int, logits: Tensor) -> dict[str, Any]:
+    def _picture(self, batch: Batch, place: int, logits: Tensor, routed: Mapping[str, Routing]) -> dict[str, Any]:
         """One validation image as the model saw it, its prediction, and per layer the expert of every patch."""
         experts = {}
-        for name, layer in self.layers.items():
-            expert_BTK, kept_BTK = per_image(layer.routing, len(batch.mask))
-            expert_TK, kept_TK = (x[place, self.student.num_prefix_tokens :] for x in (expert_BTK, kept_BTK))
+        for name, routing in routed.items():
+            expert_BTK, kept_BTK = per_image(routing, len(batch.mask))
+            # of the patches alone
+            expert_TK = expert_BTK[place, self.student.num_prefix_tokens :]
+            kept_TK = kept_BTK[place, self.student.num_prefix_tokens :]
             first_T1 = kept_TK.int().argmax(-1, keepdim=True)  # the best choice that found a slot
             first_T = expert_TK.gather(1, first_T1).squeeze(1)
             experts[name] = torch.where(kept_TK.any(-1), first_T, -1).tolist()
@@ -103,14 +116,20 @@ def _classes(truth: np.ndarray, predicted: np.ndarray, labels: list[str]) -> dic
     right = pairs[:, 0] == pairs[:, 1]
     correct = np.zeros(len(labels), dtype=np.int64)
     correct[pairs[right, 0]] = counts[right]
-    wrong = sorted(((int(n), int(t), int(p)) for (t, p), n in zip(pairs[~right], counts[~right])), reverse=True)
-    taken_for, times = np.full(len(labels), -1), np.zeros(len(labels), dtype=np.int64)
-    for count, true, other in reversed(wrong):  # the most frequent one is written last
-        taken_for[true], times[true] = other, count
+    confused = []  # (how often, truth, predicted), most frequent first
+    for (true, other), count in zip(pairs[~right], counts[~right]):
+        confused.append((int(count), int(true), int(other)))
+    confused.sort(reverse=True)
+    taken_for = np.full(len(labels), -1)
+    times = np.zeros(len(labels), dtype=np.int64)
+    for count, true, other in reversed(confused):  # the most frequent one is written last
+        taken_for[true] = other
+        times[true] = count
     matrix = None
     if len(labels) <= MATRIX_CLASSES:
-        matrix = np.zeros((len(labels), len(labels)), dtype=np.int64)
-        matrix[pairs[:, 0], pairs[:, 1]] = counts
+        counts_CC = np.zeros((len(labels), len(labels)), dtype=np.int64)
+        counts_CC[pairs[:, 0], pairs[:, 1]] = counts
+        matrix = counts_CC.tolist()
     return {
         "labels": list(labels),
         "classes": {
@@ -120,14 +139,15 @@ def _classes(truth: np.ndarray, predicted: np.ndarray, labels: list[str]) -> dic
             "taken_for": taken_for.tolist(),
             "taken_count": times.tolist(),
         },
-        "confusion": None if matrix is None else matrix.tolist(),
-        "confusions": [[t, p, n] for n, t, p in wrong[:TOP_CONFUSIONS]],
+        "confusion": matrix,
+        "confusions": [[true, other, count] for count, true, other in confused[:TOP_CONFUSIONS]],
     }
 
 
 def _png(image_CHW: Tensor, preprocessing: Preprocessing) -> str:
     """A normalised image as a base64 PNG of at most PICTURE_SIDE pixels; grey unless it has three channels."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocessing.mean, preprocessing.std))
+    mean = torch.tensor(preprocessing.mean).view(-1, 1, 1)
+    std = torch.tensor(preprocessing.std).view(-1, 1, 1)
     values = ((image_CHW * std + mean).clamp(0, 1) * 255).round()
     if len(values) != 3:
         values = values.mean(0, keepdim=True).expand(3, -1, -1)

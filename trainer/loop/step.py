@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models.moe.layer import routing_metrics
+from models.moe.out import Out, routing_metrics
 from trainer.config.runtime import RunConfig
 from trainer.data.loader import Batch, Data, make_mixup, train_batches
 from trainer.distributed.engine import Engine
@@ -37,10 +37,14 @@ class TrainStep:
     """Runs the steps of a phase and sums up what the next metrics row says."""
 
     def __init__(self, engine: Engine, objective: Any, data: Data, task: Task, dist: Dist):
-        self.engine, self.objective, self.data, self.task, self.dist = engine, objective, data, task, dist
+        self.engine = engine
+        self.objective = objective
+        self.data = data
+        self.task = task
+        self.dist = dist
         self.mixup = make_mixup(data.augment, data.num_classes)
-        for m in objective.frozen:
-            m.to(dist.device, engine.dtype).eval().requires_grad_(False)
+        for module in objective.frozen:
+            module.to(dist.device, engine.dtype).eval().requires_grad_(False)
         objective.module.train()
         self.losses: list[dict[str, Tensor]] = []  # per micro-batch of the last step
         self.routing: list[dict[str, Tensor]] = []
@@ -49,17 +53,26 @@ class TrainStep:
 
     def batches(self, done: int, per_epoch: int) -> Iterator[list[Batch]]:
         """The micro-batches of every optimiser step that is left after `done`."""
-        s = self.engine.settings
+        settings = self.engine.settings
         epoch, start = divmod(done, per_epoch)
         if epoch == self.task.epochs:
             return
-        micro = train_batches(
-            self.data.train, self.data.preprocessing, self.data.augment, seed=self.task.seed, epoch=epoch,
-            start_step=start, epochs=self.task.epochs - epoch, micro_batch=s.micro_batch, accumulation=s.accumulation,
-            world=self.dist.world, rank=self.dist.rank, workers=self.data.workers,
-        )  # fmt: skip
-        for first in micro:
-            yield [first, *itertools.islice(micro, s.accumulation - 1)]
+        micro_batches = train_batches(
+            self.data.train,
+            self.data.preprocessing,
+            self.data.augment,
+            seed=self.task.seed,
+            epoch=epoch,
+            start_step=start,
+            epochs=self.task.epochs - epoch,
+            micro_batch=settings.micro_batch,
+            accumulation=settings.accumulation,
+            world=self.dist.world,
+            rank=self.dist.rank,
+            workers=self.data.workers,
+        )
+        for first in micro_batches:
+            yield [first, *itertools.islice(micro_batches, settings.accumulation - 1)]
 
     def run(self, done: int, micro_batches: list[Batch], *, total: int, row_due: bool) -> bool:
         """Forward and backward of each micro-batch; the weights change after the last.
@@ -75,23 +88,28 @@ class TrainStep:
         """
         if not self.images:
             self.since = time.perf_counter()  # evaluations and saves between two intervals do not count as training
-        self.losses, self.routing = [], []
-        self.objective.progress = done / total
+        self.losses = []
+        self.routing = []
         for part, batch in enumerate(micro_batches):
-            images, target = batch.images, batch.labels
             place = part * self.dist.world + self.dist.rank
+            images = batch.images
+            target = batch.labels
             if self.mixup is not None:
                 number = done * len(micro_batches) * self.dist.world + place
                 images, target = self.mixup(images, target, self.task.seed * 1_000_003 + number)
             seed_draws(self.task.seed, done, place)
             images = images.to(self.dist.device, self.engine.dtype, non_blocking=True)
-            loss, parts = self.objective(self.engine, images, target.to(self.dist.device, non_blocking=True))
-            # a loss can overflow while its gradient is finite: times NaN, so that ZeRO sees it on every rank
-            self.engine.backward(loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan))
-            self.engine.step(done)
-            self.losses.append({"loss": loss.detach(), **{f"loss/{k}": v for k, v in parts.items()}})
+            target = target.to(self.dist.device, non_blocking=True)
+            out: Out = {}
+            loss, parts = self.objective(self.engine, images, target, done / total, out)
             if row_due:
-                self.routing.append(_routing(self.engine.module))
+                self.routing.append(_routing(out))
+            out.clear()  # what hangs on it would stay alive through the backward
+            # a loss can overflow while its gradient is finite: times NaN, so that ZeRO sees it on every rank
+            finite = torch.isfinite(loss.detach())
+            self.engine.backward(loss * torch.where(finite, 1.0, math.nan))
+            self.engine.step(done)
+            self.losses.append({"loss": loss.detach(), **{f"loss/{name}": value for name, value in parts.items()}})
             self.images += len(images)
             self.skipped.update(batch.skipped)
         if not self.engine.deepspeed.was_step_applied():
@@ -104,16 +122,17 @@ class TrainStep:
 
     def cause(self) -> str:
         """What was not finite in the step that was just refused, and on which ranks (collective)."""
-        broken = any(not bool(torch.isfinite(values["loss"])) for values in self.losses)
-        ranks = [str(rank) for rank, it_is in enumerate(self.dist.gather(broken)) if it_is]
+        broken = any(not bool(torch.isfinite(losses["loss"])) for losses in self.losses)
+        ranks = [str(rank) for rank, is_broken in enumerate(self.dist.gather(broken)) if is_broken]
         if not ranks:
             return "the gradient"
-        return f"the loss of rank{'s' if len(ranks) > 1 else ''} {', '.join(ranks)}"
+        word = "ranks" if len(ranks) > 1 else "rank"
+        return f"the loss of {word} {', '.join(ranks)}"
 
     def weights_are_finite(self) -> bool:
         """Whether every weight on every rank is (collective; waits for the device)."""
-        bad = torch.stack([~torch.isfinite(p).all() for p in self.engine.module.parameters()]).any()
-        return not bool(self.dist.sum(bad.float()))
+        broken = torch.stack([~torch.isfinite(p).all() for p in self.engine.module.parameters()]).any()
+        return not bool(self.dist.sum(broken.float()))
 
     def take_metrics(self) -> dict[str, Any]:
         """Means over the steps since the last call and over all ranks, speed, gradient norm and routing; resets them.
@@ -122,7 +141,9 @@ class TrainStep:
         Empty when none of those steps was made. One all-reduce, plus the list of unreadable images where they are
         skipped.
         """
-        seconds, steps, images = time.perf_counter() - self.since, self.steps, self.images
+        seconds = time.perf_counter() - self.since
+        steps = self.steps
+        images = self.images
         means = {name: value / max(steps, 1) for name, value in self.sums.items()}
         metrics = _mean_over_ranks(means | _means(self.routing), self.dist)
         self._reset()
@@ -144,17 +165,19 @@ class TrainStep:
 
         On another number of ranks each takes the mean over those of then, which leaves the mean of the row the same.
         """
-        same = len(saved) == self.dist.world
-        mine = [saved[self.dist.rank]] if same else saved
-        for name in mine[0]["sums"]:
-            mean = sum(own["sums"][name] for own in mine) / len(mine)
+        if len(saved) == self.dist.world:
+            saved = [saved[self.dist.rank]]
+        for name in saved[0]["sums"]:
+            mean = sum(running["sums"][name] for running in saved) / len(saved)
             self.sums[name] = torch.tensor(mean, device=self.dist.device)
-        self.skipped = set().union(*(own["skipped"] for own in mine))
-        self.steps = mine[0]["steps"]
+        self.skipped = set().union(*(running["skipped"] for running in saved))
+        self.steps = saved[0]["steps"]
 
     def _reset(self) -> None:
         self.sums: dict[str, Tensor] = {}  # of the means of every step that was made
-        self.steps, self.images, self.since = 0, 0, 0.0
+        self.steps = 0
+        self.images = 0
+        self.since = 0.0
 
 
 @contextmanager
@@ -178,7 +201,13 @@ def data_workers() -> Iterator[None]:
 
 def _means(values: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Means over the micro-batches of a step."""
-    return {name: torch.stack([v[name].float() for v in values]).mean(0) for name in (values[0] if values else ())}
+    if not values:
+        return {}
+    means = {}
+    for name in values[0]:
+        stacked = torch.stack([each[name].float() for each in values])
+        means[name] = stacked.mean(0)
+    return means
 
 
 def _mean_over_ranks(values: dict[str, Tensor], dist: Dist) -> dict[str, Any]:
@@ -187,17 +216,24 @@ def _mean_over_ranks(values: dict[str, Tensor], dist: Dist) -> dict[str, Any]:
     peaks = torch.zeros(dist.world, dtype=torch.float64, device=dist.device)
     peaks[dist.rank] = peak_memory()  # a maximum in a sum: every rank has a place of its own
     total = dist.sum(torch.cat([*flat, peaks])).tolist()
-    means, start = {}, 0
-    for (name, value), part in zip(values.items(), flat):
-        mean = [x / dist.world for x in total[start : start + len(part)]]
-        means[name] = mean if value.dim() else mean[0]
-        start += len(part)
-    return {name: [round(x, 5) for x in mean] if isinstance(mean, list) else mean for name, mean in means.items()} | {
-        "memory": int(max(total[start:]))
-    }
+    means: dict[str, Any] = {}
+    start = 0
+    for name, value in values.items():
+        stop = start + value.numel()
+        mean = [x / dist.world for x in total[start:stop]]
+        if value.dim():
+            means[name] = [round(x, 5) for x in mean]
+        else:
+            means[name] = mean[0]
+        start = stop
+    means["memory"] = int(max(total[start:]))
+    return means
 
 
-def _routing(module: nn.Module) -> dict[str, Tensor]:
-    """Routing of the last forward: load (share per expert), kept fraction, sum of top-k gates."""
-    layers = routing_metrics(module).items()
-    return {f"{name}/{layer}": v[name].detach() for layer, v in layers for name in ("load", "kept", "gate_sum")}
+def _routing(out: Out) -> dict[str, Tensor]:
+    """Routing of a forward: load (share per expert), kept fraction, sum of top-k gates."""
+    metrics = {}
+    for layer, values in routing_metrics(out).items():
+        for name in ("load", "kept", "gate_sum"):
+            metrics[f"{name}/{layer}"] = values[name].detach()
+    return metrics

@@ -2,36 +2,91 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from models.moe.out import Out
+from trainer.objectives.cost import Pass, flops_per_image
 
 Step = tuple[Tensor, dict[str, Tensor]]
+Forward = Callable[..., Any]  # the engine in a run, the bare module in a unit test
 
 
 class Objective:
-    """One kind of training step.
+    """One kind of training step; the loop moves `module` (trained) and `frozen` to the device.
 
-    `objective(forward, images, target)` returns a Step (loss, parts): `forward` is the engine in a run and the bare
-    `objective.module` in a unit test, so that losses are tested without DeepSpeed. `target` is a class index (B,) or,
-    with mixup, a distribution (B, C). `parts` are detached losses for the log. `predict(images)` gives the logits
-    (B, C) that are evaluated. The loop moves `module` (trained) and `frozen` to the device.
+    A subclass says what a step is (`step`), what is evaluated (`predict`) and what a step passes through (`passes`).
+
+    Attributes:
+        module: all that is trained.
+        frozen: what runs beside it.
+        tokens: length of the token sequence T, which the cost depends on.
     """
 
-    progress = 0.0  # share of the phase's steps that are done; the loop sets it before every step
+    module: nn.Module
+    frozen: list[nn.Module]
+    tokens: int
+
+    def __call__(
+        self, forward: Forward, images: Tensor, target: Tensor, progress: float = 0.0, out: Out | None = None
+    ) -> Step:
+        """Loss, and its detached parts for the log, of one micro-batch.
+
+        Args:
+            forward: the engine in a run and the bare `module` in a unit test, so that losses are tested without
+                DeepSpeed.
+            images: (B, C, H, W).
+            target: class index (B,) or, with mixup, a distribution (B, classes).
+            progress: share of the phase's steps that are done, 0..1.
+            out: takes what the forward of `module` tells of its routing, by names inside `module` (models/moe/out.py).
+        """
+        if out is None:
+            out = {}
+        return self.step(forward, images, target, progress, out)
+
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """What a subclass does when it is called."""
+        raise NotImplementedError
+
+    def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
+        """Logits (B, classes) that are evaluated; `out` as in a step."""
+        raise NotImplementedError
+
+    def passes(self) -> list[Pass]:
+        """What one image passes through in a step."""
+        raise NotImplementedError
+
+    @functools.cached_property
+    def flops_per_image(self) -> int:
+        """FLOPs of one image in a step, backward included; the same before and after `module` is expert parallel."""
+        return flops_per_image(self.passes(), self.tokens)
 
 
-def soft_kl(wanted: Tensor, logits: Tensor, tau: float = 1.0) -> Tensor:
-    """tau^2 KL(softmax(wanted / tau) || softmax(logits / tau)), mean over the batch (Hinton et al. 2015)."""
-    p, q = F.log_softmax(wanted.float() / tau, -1), F.log_softmax(logits.float() / tau, -1)
-    return tau * tau * F.kl_div(q, p, log_target=True, reduction="batchmean")
+def soft_kl(teacher_logits: Tensor, logits: Tensor, tau: float = 1.0) -> Tensor:
+    """tau^2 KL(softmax(teacher / tau) || softmax(logits / tau)), mean over the batch (Hinton et al. 2015)."""
+    log_p = F.log_softmax(teacher_logits.float() / tau, -1)
+    log_q = F.log_softmax(logits.float() / tau, -1)
+    # sum over classes of p (log p - log q), over the number of images
+    return tau * tau * F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
 
 
-def relative_mse(a: Tensor, b: Tensor) -> Tensor:
-    """|a - b|^2 / |b|^2 over the batch; 0 when equal, 1 when a is 0."""
-    a, b = a.float(), b.float()
-    return (a - b).square().sum() / b.square().sum().clamp_min(1e-12)
+def relative_mse(state: Tensor, reference: Tensor) -> Tensor:
+    """|a - b|^2 / |b|^2 over the batch, b the reference; 0 when equal, 1 when a is 0."""
+    state = state.float()
+    reference = reference.float()
+    return (state - reference).square().sum() / reference.square().sum().clamp_min(1e-12)
 
 
-def smoothing(target: Tensor, label_smoothing: float) -> float:
-    """What is left to smooth: targets of mixup (B, C) carry their own."""
-    return label_smoothing if target.ndim == 1 else 0.0
+def label_loss(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:
+    """Cross-entropy with the labels, mean over the batch; targets of mixup (B, C) carry their own smoothing.
+
+    Args:
+        logits: (B, C) in float32.
+    """
+    if target.ndim != 1:
+        label_smoothing = 0.0
+    return F.cross_entropy(logits, target, label_smoothing=label_smoothing)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,12 +11,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.experts.guided_routing import Guide
-from models.flops import forward_flops
 from models.modules.meta import MetaModel
 from models.modules.stages import Stage
-from models.moe.layer import auxiliary_loss
+from models.moe.out import Out, auxiliary_loss
 from trainer.config.phases import DistillConfig
-from trainer.objectives.base import Objective, Step, relative_mse, smoothing, soft_kl
+from trainer.objectives.base import Forward, Objective, Step, label_loss, relative_mse, soft_kl
+from trainer.objectives.cost import Pass, forward_only, relaying, trained
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What the teacher's side gives a step of one pair; empty where nothing needs it."""
+
+    h: Tensor | None = None  # what the teacher module is fed, (B, T, D_t), or the images for the first one
+    state: Tensor | None = None  # what it puts out, (B, T, D_t), or logits for the last one
+    logits: Tensor | None = None  # (B, C), of the meta model with the teacher module in its place
+    targets: Mapping[int, Tensor] = field(default_factory=dict)  # of the guide, see Guide.targets
 
 
 class Distill(Objective):
@@ -31,93 +41,144 @@ class Distill(Objective):
     no suffix of the meta model is run; the last module has no border but its logits, so there they count in full.
     """
 
-    def __init__(self, student: nn.Module, teacher_stage: Stage, meta: MetaModel, index: int, config: DistillConfig,
-                 tokens: int, label_smoothing: float = 0.0, predecessors: Sequence[nn.Module] = (),
-                 guide: Guide | None = None):  # fmt: skip
-        self.module, self.index, self.config, self.label_smoothing = student, index, config, label_smoothing
-        self.teacher_stage, self.meta, self.predecessors, self.guide = teacher_stage, meta, predecessors, guide
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher_stage: Stage,
+        meta: MetaModel,
+        index: int,
+        config: DistillConfig,
+        tokens: int,
+        label_smoothing: float = 0.0,
+        predecessors: Sequence[nn.Module] = (),
+        guide: Guide | None = None,
+    ):
+        self.module = student
+        self.teacher_stage = teacher_stage
+        self.meta = meta
+        self.index = index
+        self.config = config
+        self.tokens = tokens
+        self.label_smoothing = label_smoothing
+        self.predecessors = predecessors
+        self.guide = guide
         self.frozen = [teacher_stage, meta, *predecessors]
-        last = index == meta.num_modules - 1
-        self.border = "none" if last else config.border
-        self.logit_weight = 1.0 if last else config.logit_weight
-        self.taught = self.logit_weight > 0 and max(config.alpha, config.alpha_end or 0) > 0  # by the teacher's logits
-        self.taught_here = self.taught or self.border != "none" or guide is not None  # the teacher module is run
-        cost = [forward_flops(stage, tokens) for stage in meta.stages]
-        front, self.back_flops = sum(cost[:index]), sum(cost[index + 1 :])
-        # of the pair itself; the student's suffix also passes the gradient on
-        self.flops_of_pair = 3 * forward_flops(student, tokens) + (2 * self.back_flops if self.logit_weight else 0)
-        self.flops_of_pair += forward_flops(teacher_stage, tokens) if self.taught_here else 0
-        self.flops_of_pair += guide.routers.flops_per_image(tokens) if guide is not None else 0
-        # with what leads to its input, and the suffix for the teacher
-        self.flops_per_image = self.flops_of_pair + sum(forward_flops(module, tokens) for module in predecessors)
-        self.flops_per_image += front if self.taught_here or not predecessors else 0
-        self.flops_per_image += self.back_flops if self.taught else 0
+        self.border = config.border
+        self.logit_weight = config.logit_weight
+        if index == meta.num_modules - 1:
+            self.border = "none"
+            self.logit_weight = 1.0
+        # by the teacher's logits
+        self.taught = self.logit_weight > 0 and max(config.alpha, config.alpha_end or 0) > 0
+        # the teacher module is run
+        self.taught_here = self.taught or self.border != "none" or guide is not None
 
-    def __call__(self, forward, images: Tensor, target: Tensor) -> Step:
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__ and `loss`."""
         with torch.no_grad():
-            h, taught, wanted = self._teach(images)
-            given = self._given(images, h)
-        return self.loss(forward(given), target, h, taught, wanted)
+            lesson = self._lesson(images)
+            fed = self._fed(images, lesson.h)
+        return self.loss(forward(fed, out), target, lesson, progress, out)
 
-    def loss(
-        self, mine: Tensor, target: Tensor, h: Tensor | None, taught: Tensor | None, wanted: Tensor | None
-    ) -> Step:
-        """The step, once the student module has put out `mine`.
+    def loss(self, state: Tensor, target: Tensor, lesson: Lesson, progress: float, out: Out) -> Step:
+        """The step, once the student module has put out `state`; parts: balance, routing, border, label, distill.
 
         Args:
-            h, taught: input and output of the teacher module; None where nothing needs them.
-            wanted: the teacher's logits (B, C), likewise.
+            state: (B, T, D_t), or logits (B, C) of the last module.
+            progress: share of the phase's steps that are done, 0..1.
+            out: what the student module's forward told.
         """
-        config, progress = self.config, self.progress
-        alpha, tau = _at(progress, config.alpha, config.alpha_end), _at(progress, config.tau, config.tau_end)
-        balance = auxiliary_loss(self.module)
-        loss, parts = balance, {"balance": balance.detach()}
+        config = self.config
+        balance = auxiliary_loss(out)
+        loss = balance
+        parts = {"balance": balance.detach()}
         if self.guide is not None:
-            routing = self.guide.loss()
-            loss, parts["routing"] = loss + routing, routing.detach()
+            # + weight x mean KL(teacher's router || router)
+            routing = self.guide.loss(out, lesson.targets)
+            loss = loss + routing
+            parts["routing"] = routing.detach()
         if self.border != "none":
-            border = self.border_error(h, mine, taught)
-            loss, parts["border"] = loss + config.border_weight * border, border.detach()
+            # + border_weight x distance(student's state, teacher's)
+            assert lesson.state is not None, "the teacher module has not run"
+            border = self.border_error(lesson.h, state, lesson.state)
+            loss = loss + config.border_weight * border
+            parts["border"] = border.detach()
         if self.logit_weight:
-            logits = self.meta.back(mine, self.index).float()
-            label = F.cross_entropy(logits, target, label_smoothing=smoothing(target, self.label_smoothing))
-            loss, parts["label"] = loss + self.logit_weight * (1 - alpha) * label, label.detach()
+            # + logit_weight (1 - alpha) CE(y_s, labels)
+            alpha = _at(progress, config.alpha, config.alpha_end)
+            logits = self.meta.back(state, self.index).float()
+            label = label_loss(logits, target, self.label_smoothing)
+            loss = loss + self.logit_weight * (1 - alpha) * label
+            parts["label"] = label.detach()
             if self.taught:
-                distill = self._distill(wanted, logits, tau)
-                loss, parts["distill"] = loss + self.logit_weight * alpha * distill, distill.detach()
+                # + logit_weight alpha tau^2 KL(y_t || y_s)
+                tau = _at(progress, config.tau, config.tau_end)
+                distill = self._distill(lesson.logits, logits, tau)
+                loss = loss + self.logit_weight * alpha * distill
+                parts["distill"] = distill.detach()
         return loss, parts
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
         """Logits (B, C) of the hybrid: the meta model with the student module in place i (and its predecessors)."""
-        given = self._chained(images) if self.predecessors else self.meta.front(images, self.index)
-        return self.meta.back(self.module(given), self.index)
+        fed = self._chained(images) if self.predecessors else self.meta.front(images, self.index)
+        return self.meta.back(self.module(fed, out), self.index)
 
-    def border_error(self, h: Tensor, given: Tensor, wanted: Tensor) -> Tensor:
+    def passes(self) -> list[Pass]:
+        """The pair, what leads to its input, and the stages behind it for the teacher."""
+        passes = self.passes_of_pair() + forward_only(*self.predecessors)
+        if self.taught_here or not self.predecessors:
+            passes += forward_only(*self.meta.stages[: self.index])
+        if self.taught:
+            passes += forward_only(*self._behind)
+        return passes
+
+    def passes_of_pair(self) -> list[Pass]:
+        """The two modules, and the stages behind them for the student, which pass the gradient on."""
+        passes = trained(self.module)
+        if self.logit_weight:
+            passes += relaying(*self._behind)
+        if self.taught_here:
+            passes += forward_only(self.teacher_stage)
+        if self.guide is not None:
+            passes += forward_only(self.guide.routers)
+        return passes
+
+    def border_error(self, h: Tensor, state: Tensor, reference: Tensor) -> Tensor:
         """How far the student module's output is from the teacher module's, both (B, T, D_t).
 
         Args:
             h: what the teacher module was fed, (B, T, D_t), or the images for the first one.
         """
-        return relative_mse(given, wanted) if self.border == "mse" else _cosine_distance(given, wanted)
+        if self.border == "mse":
+            return relative_mse(state, reference)
+        return _cosine_distance(state, reference)
 
-    def _teach(self, images: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Input and output of the teacher module, and the teacher's logits; None where nothing needs them."""
+    def teach(self, h: Tensor) -> Lesson:
+        """Run the teacher module on h, and ask it about the student's routers where there is a guide."""
+        if self.guide is None:
+            return Lesson(h, self.teacher_stage(h))
+        beside: Out = {}
+        state = self.teacher_stage(h, beside, self.guide.sources)
+        return Lesson(h, state, targets=self.guide.targets(beside))
+
+    @property
+    def _behind(self) -> Sequence[nn.Module]:
+        return self.meta.stages[self.index + 1 :]
+
+    def _lesson(self, images: Tensor) -> Lesson:
         if not self.taught_here:
-            return None, None, None
-        h = self.meta.front(images, self.index)
-        taught = self.teach(h)
-        return h, taught, self.meta.back(taught, self.index) if self.taught else None
+            return Lesson()
+        lesson = self.teach(self.meta.front(images, self.index))
+        if not self.taught:
+            return lesson
+        return replace(lesson, logits=self.meta.back(lesson.state, self.index))
 
-    def teach(self, h: Tensor) -> Tensor:
-        """Output of the teacher module, watched by the guide if there is one."""
-        with self.guide.watching() if self.guide is not None else nullcontext():
-            return self.teacher_stage(h)
-
-    def _given(self, images: Tensor, h: Tensor | None) -> Tensor:
-        """What the student is fed."""
+    def _fed(self, images: Tensor, h: Tensor | None) -> Tensor:
+        """What the student is fed: its predecessors' output, or h with noise of input_noise x std(h)."""
         if self.predecessors:
             return self._chained(images)
-        h = self.meta.front(images, self.index) if h is None else h
+        if h is None:
+            h = self.meta.front(images, self.index)
         if self.config.input_noise and self.index:
             h = h + self.config.input_noise * h.float().std().to(h.dtype) * torch.randn_like(h)
         return h
@@ -127,17 +188,21 @@ class Distill(Objective):
             images = module(images)
         return images
 
-    def _distill(self, wanted: Tensor, logits: Tensor, tau: float) -> Tensor:
+    def _distill(self, teacher_logits: Tensor, logits: Tensor, tau: float) -> Tensor:
         if self.config.target == "hard":
-            return F.cross_entropy(logits, wanted.argmax(-1))
-        kl = soft_kl(wanted, logits, tau)
-        # the published code divides the sum by batch x classes, which makes the term C times weaker
-        return kl / logits.shape[-1] if self.config.kl_reduction == "reference" else kl
+            return F.cross_entropy(logits, teacher_logits.argmax(-1))
+        kl = soft_kl(teacher_logits, logits, tau)
+        if self.config.kl_reduction == "reference":
+            # the published code divides the sum by batch x classes, which makes the term C times weaker
+            return kl / logits.shape[-1]
+        return kl
 
 
 def _at(progress: float, start: float, end: float | None) -> float:
     """A value that changes linearly from start to end over the phase."""
-    return start if end is None else start + (end - start) * progress
+    if end is None:
+        return start
+    return start + (end - start) * progress
 
 
 def _cosine_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -156,11 +221,17 @@ class DistillTokens(Distill):
     def __init__(self, own: Callable[[Tensor], Tensor], *arguments: Any, tokens: int, **options: Any):
         super().__init__(*arguments, tokens=tokens, **options)
         self.own = own
-        if self.index == 0:  # its input is pixels: the state behind the meta model's own stage is clustered
-            self.flops_per_image += forward_flops(self.meta.stages[0], tokens)
 
-    def border_error(self, h: Tensor, given: Tensor, wanted: Tensor) -> Tensor:
+    def passes(self) -> list[Pass]:
+        """As Distill; of the first module, fed pixels, the state behind the meta model's own stage is clustered."""
+        passes = super().passes()
+        if self.index == 0:
+            passes += forward_only(self.meta.stages[0])
+        return passes
+
+    def border_error(self, h: Tensor, state: Tensor, reference: Tensor) -> Tensor:
+        """As Distill, over the tokens of the cluster; 0 where the batch has none."""
         own_BT = self.own(h)
         if not own_BT.any():
-            return 0.0 * given.float().sum()  # no token of the cluster in this batch; the graph stays whole
-        return super().border_error(h, given[own_BT], wanted[own_BT])
+            return 0.0 * state.float().sum()  # the graph stays whole
+        return super().border_error(h, state[own_BT], reference[own_BT])

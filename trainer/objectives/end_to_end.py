@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.experts.guided_routing import Guide
-from models.flops import forward_flops
 from models.modules.basis import Project
 from models.modules.meta import MetaModel
-from models.moe.layer import auxiliary_loss
+from models.moe.layer import routed_layers
+from models.moe.out import Out, auxiliary_loss
 from trainer.config.phases import TrainConfig
-from trainer.objectives.base import Objective, Step, relative_mse, smoothing, soft_kl
+from trainer.objectives.base import Forward, Objective, Step, label_loss, relative_mse, soft_kl
+from trainer.objectives.cost import Pass, forward_only, trained
 
 
 class Classify(Objective):
     """Cross-entropy with the labels, plus the balance losses of the MoE blocks: teacher, scratch, end to end.
 
     Args:
-        module: images -> logits (B, C).
+        module: images -> logits (B, C); one with MoE blocks takes `out` as well.
         label_smoothing: applies to class-index targets; mixup targets carry their own.
     """
 
     def __init__(self, module: nn.Module, tokens: int, label_smoothing: float = 0.0):
-        self.module, self.label_smoothing = module, label_smoothing
+        self.module = module
+        self.tokens = tokens
+        self.label_smoothing = label_smoothing
         self.frozen: list[nn.Module] = []
-        self.flops_per_image = 3 * forward_flops(module, tokens)
+        self.routes = bool(routed_layers(module))
 
-    def __call__(self, forward, images: Tensor, target: Tensor) -> Step:
-        logits = forward(images).float()
-        label = F.cross_entropy(logits, target, label_smoothing=smoothing(target, self.label_smoothing))
-        balance = auxiliary_loss(self.module)
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__; parts: label, balance. loss = CE + balance losses."""
+        logits = self._run(forward, images, out)
+        label = label_loss(logits.float(), target, self.label_smoothing)
+        balance = auxiliary_loss(out)
         return label + balance, {"label": label.detach(), "balance": balance.detach()}
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
         """Logits (B, C) as evaluated."""
-        return self.module(images)
+        return self._run(self.module, images, out)
+
+    def passes(self) -> list[Pass]:
+        """The model alone."""
+        return trained(self.module)
+
+    def _run(self, forward: Forward, images: Tensor, out: Out | None, states: Collection[int] = ()) -> Tensor:
+        """Logits; a model that tells nothing, as a teacher or a dense student may be timm's own, takes no `out`."""
+        if states:
+            return forward(images, out, states)
+        if self.routes:
+            return forward(images, out)
+        return forward(images)
 
 
 @dataclass(frozen=True)
@@ -49,6 +63,11 @@ class Borders:
 
     blocks: Sequence[int]  # the first block of every student module but the first
     projections: Sequence[Project]  # per border, teacher's width -> student's
+
+    @property
+    def last_blocks(self) -> list[int]:
+        """The blocks that put the compared states out: the last one of every student module but the last."""
+        return [block - 1 for block in self.blocks]
 
 
 class LearnFromTeacher(Classify):
@@ -60,53 +79,86 @@ class LearnFromTeacher(Classify):
     fade goes linearly from 1 to 0 over `border_epochs`; once it is 0 and kd_weight is 0, the teacher is not run.
     """
 
-    def __init__(self, module: nn.Module, teacher: MetaModel, config: TrainConfig, tokens: int,
-                 label_smoothing: float = 0.0, borders: Borders | None = None,
-                 guide: Guide | None = None):  # fmt: skip
+    def __init__(
+        self,
+        module: nn.Module,
+        teacher: MetaModel,
+        config: TrainConfig,
+        tokens: int,
+        label_smoothing: float = 0.0,
+        borders: Borders | None = None,
+        guide: Guide | None = None,
+    ):
         super().__init__(module, tokens, label_smoothing)
-        self.teacher, self.config, self.borders, self.guide = teacher, config, borders, guide
-        self.frozen = [teacher, *(borders.projections if borders else ())]
-        self.states: dict[int, Tensor] = {}
-        self.keeping = False
-        for number in borders.blocks if borders else ():
-            module.blocks[number].register_forward_pre_hook(self._keep(number))
-        fades = borders is not None or guide is not None
-        self.fading = min(config.border_epochs / config.epochs, 1.0) if fades else 0.0  # share of the steps
-        watched = 1.0 if config.kd_weight else self.fading  # share of the steps that run the teacher
-        self.flops_per_image += round(watched * forward_flops(teacher, tokens))
-        if guide is not None:
-            self.flops_per_image += round(self.fading * guide.routers.flops_per_image(tokens))
+        self.teacher = teacher
+        self.config = config
+        self.borders = borders
+        self.guide = guide
+        self.frozen = [teacher]
+        if borders is not None:
+            self.frozen += borders.projections
+        self.fading = 0.0  # share of the steps in which borders and guide count
+        if borders is not None or guide is not None:
+            self.fading = min(config.border_epochs / config.epochs, 1.0)
 
-    def __call__(self, forward, images: Tensor, target: Tensor) -> Step:
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__; parts: label, balance, kd, routing, border."""
         config = self.config
-        fade = max(0.0, 1 - self.progress / self.fading) if self.fading else 0.0
+        fade = self._fade(progress)
+        guide = borders = None
+        if fade:
+            guide = self.guide
+            borders = self.borders
         if config.kd_weight or fade:
-            with torch.no_grad(), self.guide.watching() if fade and self.guide is not None else nullcontext():
-                *taught, wanted = self.teacher.hidden_states(images)
-        self.keeping = fade > 0
-        logits = forward(images).float()
-        self.keeping = False
-        label = F.cross_entropy(logits, target, label_smoothing=smoothing(target, self.label_smoothing))
-        balance = auxiliary_loss(self.module)
+            teacher_states, teacher_logits, targets = self._teach(images, guide)
+        compared = () if borders is None else borders.last_blocks
+
+        logits = self._run(forward, images, out, compared).float()
+        label = label_loss(logits, target, self.label_smoothing)
+        balance = auxiliary_loss(out)
+        # (1 - w) CE + balance
         loss = (1 - config.kd_weight) * label + balance
         parts = {"label": label.detach(), "balance": balance.detach()}
         if config.kd_weight:
-            kd = soft_kl(wanted, logits, config.kd_tau)
-            loss, parts["kd"] = loss + config.kd_weight * kd, kd.detach()
-        if fade and self.guide is not None:
-            routing = self.guide.loss()
-            loss, parts["routing"] = loss + fade * routing, routing.detach()
-        if fade and self.borders is not None:
-            pairs = zip(self.borders.blocks, self.borders.projections, taught)
-            border = sum(relative_mse(self.states.pop(block), project(h)) for block, project, h in pairs)
-            loss, parts["border"] = loss + config.border_weight * fade * border, border.detach()
+            # + w tau^2 KL(teacher || student)
+            kd = soft_kl(teacher_logits, logits, config.kd_tau)
+            loss = loss + config.kd_weight * kd
+            parts["kd"] = kd.detach()
+        if guide is not None:
+            # + fade x weight x mean KL(teacher's router || router)
+            routing = guide.loss(out, targets)
+            loss = loss + fade * routing
+            parts["routing"] = routing.detach()
+        if borders is not None:
+            # + border_weight x fade x sum over borders of |z - U^T (h - mean)|^2 / |U^T (h - mean)|^2
+            border = 0
+            for block, project, h in zip(compared, borders.projections, teacher_states):
+                z = out["blocks"][str(block)]["state"]
+                border = border + relative_mse(z, project(h))
+            loss = loss + config.border_weight * fade * border
+            parts["border"] = border.detach()
         return loss, parts
 
-    def _keep(self, block: int) -> Callable[..., None]:
-        """A hook that keeps what a block is given, while a step's forward asks for it."""
+    def passes(self) -> list[Pass]:
+        """The student, and in a share of the steps the teacher and its routers."""
+        teaching = 1.0 if self.config.kd_weight else self.fading
+        passes = super().passes() + forward_only(self.teacher, share=teaching)
+        if self.guide is not None:
+            passes += forward_only(self.guide.routers, share=self.fading)
+        return passes
 
-        def hook(_module: nn.Module, given: tuple[Tensor, ...]) -> None:
-            if self.keeping:  # not in evaluation, nor when activation checkpointing runs the forward again
-                self.states[block] = given[0]
+    def _fade(self, progress: float) -> float:
+        """max(0, 1 - progress / fading): what borders and guide count, from 1 to 0."""
+        if not self.fading:
+            return 0.0
+        return max(0.0, 1 - progress / self.fading)
 
-        return hook
+    @torch.no_grad()
+    def _teach(self, images: Tensor, guide: Guide | None) -> tuple[list[Tensor], Tensor, dict[int, Tensor]]:
+        """The teacher's border states (B, T, D_t), its logits (B, C), and what it wants of the student's routers."""
+        if guide is None:
+            *states, logits = self.teacher.hidden_states(images)
+            return states, logits, {}
+        beside: Out = {}
+        *states, logits = self.teacher.hidden_states(images, out=beside, states=guide.sources)
+        return states, logits, guide.targets(beside)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from models.flops import forward_flops
 from models.modules.meta import MetaModel
 from models.modules.stages import Stage
-from trainer.objectives.base import Objective, Step, smoothing
+from models.moe.out import Out
+from trainer.objectives.base import Forward, Objective, Step, label_loss
+from trainer.objectives.cost import Pass, forward_only, relaying, trained
 
 
 class Incubate(Objective):
@@ -19,19 +19,27 @@ class Incubate(Objective):
     """
 
     def __init__(self, module: Stage, meta: MetaModel, index: int, tokens: int, label_smoothing: float = 0.0):
-        self.module, self.meta, self.index, self.label_smoothing = module, meta, index, label_smoothing
+        self.module = module
+        self.meta = meta
+        self.index = index
+        self.tokens = tokens
+        self.label_smoothing = label_smoothing
         self.frozen = [meta]
-        cost = [forward_flops(stage, tokens) for stage in meta.stages]
-        # the stages behind also pass the gradient on
-        self.flops_per_image = sum(cost[:index]) + 3 * forward_flops(module, tokens) + 2 * sum(cost[index + 1 :])
 
-    def __call__(self, forward, images: Tensor, target: Tensor) -> Step:
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__; parts: label."""
         with torch.no_grad():
             h = self.meta.front(images, self.index)
         logits = self.meta.back(forward(h), self.index).float()
-        label = F.cross_entropy(logits, target, label_smoothing=smoothing(target, self.label_smoothing))
+        label = label_loss(logits, target, self.label_smoothing)
         return label, {"label": label.detach()}
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
         """Logits (B, C) of the hybrid: the meta model with the module in place i."""
         return self.meta.back(self.module(self.meta.front(images, self.index)), self.index)
+
+    def passes(self) -> list[Pass]:
+        """The stages in front, the module, and the stages behind, which pass the gradient on."""
+        stages = self.meta.stages
+        in_front = forward_only(*stages[: self.index])
+        return in_front + trained(self.module) + relaying(*stages[self.index + 1 :])

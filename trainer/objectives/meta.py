@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.flops import forward_flops
 from models.modules.meta import MetaModel
 from models.modules.stages import Stage
+from models.moe.out import Out
 from trainer.config.phases import MetaConfig
-from trainer.objectives.base import Objective, Step, relative_mse, smoothing, soft_kl
+from trainer.objectives.base import Forward, Objective, Step, label_loss, relative_mse, soft_kl
+from trainer.objectives.cost import Pass, flops_per_image, forward_only, rate_at, replacing_flops, trained
 from trainer.objectives.end_to_end import Classify
-
-GRID = 1000  # points of the schedule at which the cost of Theseus is averaged
 
 
 def meta_objective(
@@ -40,39 +40,69 @@ class MatchTeacher(Objective):
     model, so its modules only work there when the borders carry what it expects.
     """
 
-    def __init__(self, meta: MetaModel, stages: list[Stage], config: MetaConfig, tokens: int,
-                 label_smoothing: float = 0.0):  # fmt: skip
-        self.module, self.config, self.label_smoothing = MetaWithForcedStages(meta), config, label_smoothing
+    def __init__(
+        self, meta: MetaModel, stages: list[Stage], config: MetaConfig, tokens: int, label_smoothing: float = 0.0
+    ):
+        assert len(stages) == meta.num_modules, "one stage of the teacher per stage of the meta model"
+        self.module = MetaWithForcedStages(meta)
         self.teacher = MetaModel(stages)  # the teacher as a chain of its own modules
+        self.config = config
+        self.tokens = tokens
+        self.label_smoothing = label_smoothing
         self.frozen = [self.teacher]
-        borders = len(stages) - 1
-        free, forced = config.free_weight, config.forced_weight
-        self.weights = [max(free, forced)] * min(borders, 1) + [free] * (borders - 1) + [forced] * (borders - 1)
-        # how far the teacher runs, and which stages run on its states: as far as somebody asks for the result
-        self.teacher_runs = len(stages) if config.kl_weight else borders if any(self.weights) else 0
-        self.forced_stages = range(1, self.teacher_runs if forced else 1)
-        cost = [forward_flops(stage, tokens) for stage in meta.stages]
-        taught = sum(forward_flops(stage, tokens) for stage in stages[: self.teacher_runs])
-        self.flops_per_image = taught + 3 * (sum(cost) + sum(cost[i] for i in self.forced_stages))
+        num_borders = len(stages) - 1
+        free = config.free_weight
+        forced = config.forced_weight
+        # of the errors at the first border, at the others free, and at the others forced
+        first = [max(free, forced)] * min(num_borders, 1)
+        self.weights = first + [free] * (num_borders - 1) + [forced] * (num_borders - 1)
+        # the teacher runs as far as somebody asks for the result
+        self.teacher_runs = 0
+        if config.kl_weight:
+            self.teacher_runs = len(stages)
+        elif any(self.weights):
+            self.teacher_runs = num_borders
+        # the meta stages that also run on the teacher's states
+        self.forced_stages = range(1, self.teacher_runs) if forced else range(0)
 
-    def __call__(self, forward, images: Tensor, target: Tensor) -> Step:
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__; parts: match, kl, label."""
         with torch.no_grad():
-            states = self.teacher.hidden_states(images, self.teacher_runs)
-        free, logits, forced = forward(images, states[: len(self.forced_stages)])
-        borders, wanted = states[: len(free)], states[len(free) :]  # wanted: the logits, unless nobody asks for them
-        pairs = [*zip(free, borders), *zip(forced, borders[1:])]
-        errors = [w * relative_mse(a, b) for w, (a, b) in zip(self.weights, pairs) if w]
-        match = sum(errors, start=logits.new_zeros((), dtype=torch.float32))  # a single module has no border
-        loss, parts = match, {"match": match.detach()}
-        if wanted:
-            kl = sum(soft_kl(wanted[0], given) for given in [logits, *forced[len(free) - 1 :]])
-            loss, parts["kl"] = loss + self.config.kl_weight * kl, kl.detach()
-        label = F.cross_entropy(logits.float(), target, label_smoothing=smoothing(target, self.label_smoothing))
-        return loss + self.config.label_weight * label, parts | {"label": label.detach()}
+            teacher_states = self.teacher.hidden_states(images, self.teacher_runs)
+        free, logits, forced = forward(images, teacher_states[: len(self.forced_stages)])
+        num_borders = len(free)
+        borders = teacher_states[:num_borders]
+        teacher_logits = teacher_states[num_borders:]  # none where nobody asks for them
 
-    def predict(self, images: Tensor) -> Tensor:
+        # sum over free and forced borders of weight |a - b|^2 / |b|^2
+        errors = []
+        pairs = [*zip(free, borders), *zip(forced, borders[1:])]
+        for weight, (state, border) in zip(self.weights, pairs):
+            if weight:
+                errors.append(weight * relative_mse(state, border))
+        match = sum(errors, start=logits.new_zeros((), dtype=torch.float32))  # a single module has no border
+        loss = match
+        parts = {"match": match.detach()}
+        if teacher_logits:
+            # + kl_weight (KL(teacher || free-running) + KL(teacher || last stage on the teacher's state))
+            forced_logits = forced[num_borders - 1 :]
+            kl = sum(soft_kl(teacher_logits[0], each) for each in [logits, *forced_logits])
+            loss = loss + self.config.kl_weight * kl
+            parts["kl"] = kl.detach()
+        # + label_weight CE
+        label = label_loss(logits.float(), target, self.label_smoothing)
+        parts["label"] = label.detach()
+        return loss + self.config.label_weight * label, parts
+
+    def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
         """Logits (B, C) of the free-running meta model."""
         return self.module.meta(images)
+
+    def passes(self) -> list[Pass]:
+        """The teacher as far as it runs, the meta model, and its forced stages once more."""
+        stages = self.module.meta.stages
+        forced = [stages[i] for i in self.forced_stages]
+        return forward_only(*self.teacher.stages[: self.teacher_runs]) + trained(*stages, *forced)
 
 
 class MetaWithForcedStages(nn.Module):
@@ -85,7 +115,8 @@ class MetaWithForcedStages(nn.Module):
     def forward(self, images: Tensor, borders: list[Tensor]) -> tuple[list[Tensor], Tensor, list[Tensor]]:
         """Border states (N-1) and logits of the free run; outputs of stages 1, 2, ... on as many borders as given."""
         *free, logits = self.meta.hidden_states(images)
-        return free, logits, [stage(h) for stage, h in zip(self.meta.stages[1:], borders)]
+        forced = [stage(h) for stage, h in zip(self.meta.stages[1:], borders)]
+        return free, logits, forced
 
 
 class Theseus(Objective):
@@ -97,48 +128,79 @@ class Theseus(Objective):
     the labels alone.
     """
 
-    def __init__(self, meta: MetaModel, stages: list[Stage], config: MetaConfig, tokens: int,
-                 label_smoothing: float = 0.0, seed: int = 0):  # fmt: skip
-        self.module, self.config, self.label_smoothing, self.seed = MixedStages(meta), config, label_smoothing, seed
+    def __init__(
+        self,
+        meta: MetaModel,
+        stages: list[Stage],
+        config: MetaConfig,
+        tokens: int,
+        label_smoothing: float = 0.0,
+        seed: int = 0,
+    ):
+        assert len(stages) == meta.num_modules, "one stage of the teacher per stage of the meta model"
+        self.module = MixedStages(meta)
         self.teacher = MetaModel(stages)
+        self.config = config
+        self.tokens = tokens
+        self.label_smoothing = label_smoothing
+        self.seed = seed
         self.frozen = [self.teacher]
-        ours, theirs = ([forward_flops(stage, tokens) for stage in stages] for stages in (meta.stages, stages))
-        points = [self.replace_rate((i + 0.5) / GRID) for i in range(GRID)]
-        mixed = sum(expected_mixed_flops(p, ours, theirs) for p in points) / GRID
-        self.flops_per_image = round(mixed) + (sum(theirs) if config.kl_weight else 0)
 
-    def __call__(self, forward, images: Tensor, target: Tensor) -> Step:
-        own = self.draw(self.progress)
-        logits = forward(images, [None if mine else stage for mine, stage in zip(own, self.teacher.stages)]).float()
-        label = F.cross_entropy(logits, target, label_smoothing=smoothing(target, self.label_smoothing))
-        loss, parts = self.config.label_weight * label, {"label": label.detach()}
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__; parts: label, kl."""
+        stand_ins = []
+        for replaced, teacher_stage in zip(self.draw(progress), self.teacher.stages):
+            stand_ins.append(None if replaced else teacher_stage)
+        logits = forward(images, stand_ins).float()
+        # label_weight CE
+        label = label_loss(logits, target, self.label_smoothing)
+        loss = self.config.label_weight * label
+        parts = {"label": label.detach()}
         if self.config.kl_weight:
+            # + kl_weight KL(teacher || mixed model)
             with torch.no_grad():
-                wanted = self.teacher(images)
-            kl = soft_kl(wanted, logits)
-            loss, parts["kl"] = loss + self.config.kl_weight * kl, kl.detach()
+                teacher_logits = self.teacher(images)
+            kl = soft_kl(teacher_logits, logits)
+            loss = loss + self.config.kl_weight * kl
+            parts["kl"] = kl.detach()
         return loss, parts
 
     def replace_rate(self, progress: float) -> float:
         """Probability of a meta stage where a share `progress` of the steps is done."""
-        start = self.config.replace_rate
-        return start + (1 - start) * min(1.0, 2 * progress)
+        return rate_at(progress, self.config.replace_rate)
 
     def draw(self, progress: float) -> list[bool]:
-        """Which stages the meta model runs in a step: the same on every rank and after a resume.
+        """Which teacher modules are replaced in a step: the same on every rank and after a resume.
 
         At least one, unlike the paper's draw: a step without any would have nothing to train.
         """
         # a generator of its own: torch's is seeded anew per rank and micro-batch, and ZeRO waits for the same gradients
         # on every rank
-        generator, p = random.Random(f"{self.seed} {progress!r}"), self.replace_rate(progress)
-        own = [generator.random() < p for _ in self.teacher.stages]
-        one = generator.randrange(len(own))
-        return own if any(own) else [i == one for i in range(len(own))]
+        generator = random.Random(f"{self.seed} {progress!r}")
+        rate = self.replace_rate(progress)
+        replaced = [generator.random() < rate for _ in self.teacher.stages]
+        pick = generator.randrange(len(replaced))
+        if not any(replaced):
+            replaced[pick] = True
+        return replaced
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
         """Logits (B, C) of the meta model alone."""
         return self.module.meta(images)
+
+    @functools.cached_property
+    def flops_per_image(self) -> int:
+        """See Objective.__call__; the mean over all draws of all steps."""
+        ours = [forward_flops(stage, self.tokens) for stage in self.module.meta.stages]
+        theirs = [forward_flops(stage, self.tokens) for stage in self.teacher.stages]
+        mixed = replacing_flops(self.config.replace_rate, ours, theirs)
+        return mixed + flops_per_image(self.passes(), self.tokens)
+
+    def passes(self) -> list[Pass]:
+        """What every step runs beside the mixed model: the whole teacher, where its logits count."""
+        if not self.config.kl_weight:
+            return []
+        return forward_only(*self.teacher.stages)
 
 
 class MixedStages(nn.Module):
@@ -153,23 +215,3 @@ class MixedStages(nn.Module):
         for stage, other in zip(self.meta.stages, stand_ins):
             x = stage(x) if other is None else other(x)
         return x
-
-
-def expected_mixed_flops(p: float, ours: list[int], theirs: list[int]) -> float:
-    """Mean FLOPs of one image through a mixed model and back, where each stage is ours with probability p.
-
-    Ours cost three forwards; a frozen one costs one, and one more behind a stage of ours, for the gradient it passes
-    on. When none is drawn (probability (1-p)^N), one of the N is picked.
-
-    Args:
-        ours, theirs: forward FLOPs per stage.
-    """
-    stages, other = len(ours), 1 - p
-    none = other**stages
-    total = 0.0
-    for i, (mine, frozen) in enumerate(zip(ours, theirs)):
-        trained = p + none / stages
-        # frozen, and one before it trained: drawn so, or none drawn and the pick stands before it
-        passes_on = other * (1 - other**i) + none * i / stages
-        total += 3 * mine * trained + frozen * (1 - trained) + frozen * passes_on
-    return total

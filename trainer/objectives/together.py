@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from models.experts.guided_routing import Guide
-from models.flops import forward_flops
 from models.modules.meta import MetaModel
 from models.modules.stages import Stage
+from models.moe.out import Out, inside
 from trainer.config.phases import DistillConfig
-from trainer.objectives.base import Objective, Step
-from trainer.objectives.distill import Distill
+from trainer.objectives.base import Forward, Objective, Step
+from trainer.objectives.cost import Pass, flops_per_image, forward_only
+from trainer.objectives.distill import Distill, Lesson
 
 
 class Together(Objective):
@@ -30,60 +33,88 @@ class Together(Objective):
         guides: of teacher-guided routing, one per module.
     """
 
-    def __init__(self, students: Sequence[nn.Module], teacher_stages: Sequence[Stage], meta: MetaModel,
-                 config: DistillConfig, tokens: int, meta_is_teacher: bool, label_smoothing: float = 0.0,
-                 guides: Sequence[Guide | None] = ()):  # fmt: skip
-        self.pairs = pairs = [
-            Distill(
-                student, stage, meta, i, config, tokens, label_smoothing, students[:i], guides[i] if guides else None
-            )
-            for i, (student, stage) in enumerate(zip(students, teacher_stages))
-        ]
-        self.meta, self.meta_is_teacher = meta, meta_is_teacher
+    def __init__(
+        self,
+        students: Sequence[nn.Module],
+        teacher_stages: Sequence[Stage],
+        meta: MetaModel,
+        config: DistillConfig,
+        tokens: int,
+        meta_is_teacher: bool,
+        label_smoothing: float = 0.0,
+        guides: Sequence[Guide | None] = (),
+    ):
+        assert len(students) == len(teacher_stages) == meta.num_modules, "one pair per stage of the meta model"
+        self.pairs: list[Distill] = []
+        for i, (student, stage) in enumerate(zip(students, teacher_stages)):
+            guide = guides[i] if guides else None
+            self.pairs.append(Distill(student, stage, meta, i, config, tokens, label_smoothing, students[:i], guide))
+        self.meta = meta
+        self.meta_is_teacher = meta_is_teacher
+        self.tokens = tokens
         self.module = ModuleChain(students)
         self.frozen = [meta, *teacher_stages]
-        self.teacher_runs = sum(pair.taught_here for pair in pairs)  # modules, from the first on
-        self.flops_by_module = [pair.flops_of_pair for pair in pairs]  # per image
-        if not meta_is_teacher:
-            for i, pair in enumerate(pairs):
-                self.flops_by_module[i] += pair.back_flops if pair.taught else 0
-                self.flops_by_module[i] += forward_flops(meta.stages[i], tokens) if i + 1 < self.teacher_runs else 0
+        self.teacher_runs = sum(pair.taught_here for pair in self.pairs)  # modules, from the first on
 
-    @property
-    def flops_per_image(self) -> int:
-        """Of all modules together."""
-        return sum(self.flops_by_module)
-
-    def __call__(self, forward, images: Tensor, target: Tensor) -> Step:
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """See Objective.__call__; the parts are those of the pairs, with /<module> behind the name."""
         with torch.no_grad():
-            taught = self._teach(images)
-        total, parts = 0.0, {}
-        for i, (pair, mine, given) in enumerate(zip(self.pairs, forward(images), taught)):
-            pair.progress = self.progress
-            loss, own = pair.loss(mine, target, *given)
+            lessons = self._teach(images)
+        outputs = forward(images, out)
+        total = 0.0
+        parts = {}
+        for i, (pair, state, lesson) in enumerate(zip(self.pairs, outputs, lessons)):
+            told = inside(out, "chain", str(i))
+            loss, parts_of_pair = pair.loss(state, target, lesson, progress, told)
             total = total + loss
-            parts |= {f"{name}/{i}": value for name, value in own.items()}
+            parts |= {f"{name}/{i}": value for name, value in parts_of_pair.items()}
         return total, parts
 
-    def predict(self, images: Tensor) -> Tensor:
+    def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
         """Logits (B, C) of the student's modules in a chain."""
-        return self.module(images)[-1]
+        return self.module(images, out)[-1]
 
-    def _teach(self, images: Tensor) -> list[tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """Per module: input and output of the teacher module, and the teacher's logits; None where not needed."""
-        h, states = images, []
+    def passes(self) -> list[Pass]:
+        """Those of all modules."""
+        passes = []
+        for i in range(len(self.pairs)):
+            passes += self.passes_of_module(i)
+        return passes
+
+    def passes_of_module(self, i: int) -> list[Pass]:
+        """What module i adds: its pair, and in a meta model of its own the teacher's suffix and the way to the next."""
+        pair = self.pairs[i]
+        passes = pair.passes_of_pair()
+        if self.meta_is_teacher:
+            return passes
+        if pair.taught:
+            passes += forward_only(*self.meta.stages[i + 1 :])
+        if i + 1 < self.teacher_runs:
+            passes += forward_only(self.meta.stages[i])
+        return passes
+
+    @functools.cached_property
+    def flops_by_module(self) -> list[int]:
+        """FLOPs of one image in a step, backward included, that each module adds; see Objective.flops_per_image."""
+        return [flops_per_image(self.passes_of_module(i), self.tokens) for i in range(len(self.pairs))]
+
+    def _teach(self, images: Tensor) -> list[Lesson]:
+        """What the teacher's side gives each pair."""
+        lessons: list[Lesson] = []
+        h = images
         for i, pair in enumerate(self.pairs[: self.teacher_runs]):
-            taught = pair.teach(h)
-            states.append((h, taught))
+            lesson = pair.teach(h)
+            lessons.append(lesson)
             if i + 1 < self.teacher_runs:
-                h = taught if self.meta_is_teacher else self.meta.stages[i](h)
-        found = []
-        for i, (pair, (h, taught)) in enumerate(zip(self.pairs, states)):
-            wanted = None
-            if pair.taught:  # in a meta model that is the teacher all ways lead to the same logits
-                wanted = states[-1][1] if self.meta_is_teacher else self.meta.back(taught, i)
-            found.append((h, taught, wanted))
-        return found + [(None, None, None)] * (len(self.pairs) - len(found))
+                h = lesson.state if self.meta_is_teacher else self.meta.stages[i](h)
+        for i, lesson in enumerate(lessons):
+            if not self.pairs[i].taught:
+                continue
+            # in a meta model that is the teacher all ways lead to the same logits
+            logits = lessons[-1].state if self.meta_is_teacher else self.meta.back(lesson.state, i)
+            lessons[i] = replace(lesson, logits=logits)
+        untaught = len(self.pairs) - len(lessons)
+        return lessons + [Lesson()] * untaught
 
 
 class ModuleChain(nn.Module):
@@ -93,10 +124,13 @@ class ModuleChain(nn.Module):
         super().__init__()
         self.chain = nn.ModuleList(modules)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Images (B, C, H, W) -> the output of every module: border states (B, T, D_t), then logits (B, C)."""
+    def forward(self, x: Tensor, out: Out | None = None) -> list[Tensor]:
+        """Images (B, C, H, W) -> the output of every module: border states (B, T, D_t), then logits (B, C).
+
+        What module i tells beside is left in out["chain"]["i"].
+        """
         outputs = []
-        for module in self.chain:
-            x = module(x.detach())
+        for i, module in enumerate(self.chain):
+            x = module(x.detach(), inside(out, "chain", str(i)))
             outputs.append(x)
         return outputs

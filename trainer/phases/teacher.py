@@ -8,9 +8,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from models.teacher.load import TransformersTeacher, load_teacher, save_teacher
-from trainer.context import Run, training_flops
+from trainer.context import Run
 from trainer.distributed.ranks import seed_everything
-from trainer.objectives import Classify
+from trainer.objectives import Classify, cost
+from trainer.objectives.cost import flops_per_image
 from trainer.teaching.estimate import Known, Rehearsed, of_training
 from trainer.teaching.teachers import new_teacher_of, trained_preprocessing
 
@@ -32,7 +33,9 @@ def run(run: Run) -> None:
         save_teacher(model, folder, preprocessing)
     run.dist.barrier()
     # counted on timm's form, in which the attention's products are known by `qkv`
-    trained = replace(trained, flops_per_image=training_flops(load_teacher(str(folder)).model, _tokens(run)))
+    trained = replace(
+        trained, flops_per_image=flops_per_image(cost.trained(load_teacher(str(folder)).model), _tokens(run))
+    )
     run.finish(folder, "teacher", None, trained, settings, metrics=trained.outcome.evaluation)
 
 
@@ -43,7 +46,7 @@ def objective(run: Run, model: TransformersTeacher) -> Classify:
 
 def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
     """What training it will cost; `run` has a teacher of this size already."""
-    return of_training(run, "teacher", "teacher", training_flops(run.teacher.model, run.tokens))
+    return of_training(run, "teacher", "teacher", flops_per_image(cost.trained(run.teacher.model), run.tokens))
 
 
 def _tokens(run: Run) -> int:

@@ -124,7 +124,7 @@ def objective(run: Run, student: nn.Module, borders: Borders | None, *, guided: 
     guide, spent = None, 0
     if guided and schedule.routing_weight:
         routers, spent = routers_of(run, student)
-        guide = Guide(routers, teacher, student, schedule.routing_weight)
+        guide = Guide(routers, teacher, schedule.routing_weight)
     return LearnFromTeacher(student, teacher, schedule, tokens, smoothing, borders, guide), spent
 
 

@@ -27,6 +27,7 @@ from models.flops import forward_flops
 from models.modules.meta import MetaModel
 from models.modules.stitch import StudentModule
 from models.moe.layer import MoE
+from models.moe.out import routings
 from models.moe.parallel import load_full_state_dict
 from trainer import artifacts
 from trainer.context import Run
@@ -220,12 +221,12 @@ class Assembly:
     def _agreement(self, module: StudentModule) -> float:
         """Share of tokens whose first choice is the expert of their cluster, over the module's MoE blocks."""
         module.to(self.run.dist.device).eval()
-        layers = [part for part in module.modules() if isinstance(part, MoE)]
         totals = torch.zeros(2, dtype=torch.float64, device=self.run.dist.device)
         for h, cluster_BT in self._batches():
-            module(h)
-            for layer in layers:
-                same = layer.routing.expert_GSK[..., 0].flatten() == cluster_BT.flatten()
+            out = {}
+            module(h, out)
+            for routing in routings(out).values():
+                same = routing.expert_GSK[..., 0].flatten() == cluster_BT.flatten()
                 totals += torch.tensor([int(same.sum()), same.numel()], device=totals.device)
         module.cpu()
         agreeing, tokens = self.run.dist.sum(totals).tolist()

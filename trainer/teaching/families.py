@@ -25,7 +25,8 @@ class Family(Protocol):
 
     A student is a timm VisionTransformer (or behaves like one: blocks, embed_dim, patch_embed, num_prefix_tokens) with
     `config`, `preprocessing`, `source` and `save_pretrained(folder, preprocessing=, labels=)`. Its config is a frozen
-    dataclass with `depth`, `drop_path_rate` and `on_weights_of(saved, source)`.
+    dataclass with `depth`, `drop_path_rate` and `on_weights_of(saved, source)`. A student with MoE layers, or one whose
+    states are compared at borders, takes `out` and `states` as VMoE.forward does.
     """
 
     def config(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from models.experts.guided_routing import Guide, TeacherRouters, matching_blocks, teacher_routers, teacher_routers_flops
+from models.modules.stages import split
+from models.modules.stitch import StudentModule
 from trainer.config.load import module_depths
 from trainer.context import Run
 from trainer.data.loader import eval_batches
@@ -22,10 +24,11 @@ def module_guide(run: Run, student: nn.Module, stage: nn.Module) -> tuple[Guide 
 
     None where distill.routing_weight is 0. Raises ValueError as routers_of.
     """
-    if not (weight := run.recipe.distill.routing_weight):
+    weight = run.recipe.distill.routing_weight
+    if not weight:
         return None, 0
     routers, flops = routers_of(run, student)
-    return Guide(routers, stage, student, weight), flops
+    return Guide(routers, stage, weight), flops
 
 
 def routers_of(run: Run, student: nn.Module) -> tuple[TeacherRouters, int]:
@@ -37,29 +40,40 @@ def routers_of(run: Run, student: nn.Module) -> tuple[TeacherRouters, int]:
     Raises:
         ValueError: the student has no MoE block, or too few different tokens for its experts.
     """
-    stage = getattr(student, "stage", student)
-    config, device = stage.config, run.dist.device
+    config = student.stage.config if isinstance(student, StudentModule) else student.config
+    device = run.dist.device
+    teacher = run.teacher.model.eval().to(device)
     depths = module_depths(run.recipe.student.depths, config.depth, run.recipe.modules, "student")
-    teacher, entry = run.teacher.model.eval().to(device), None
-    if start := getattr(stage, "start", 0):  # this module takes what the teacher's modules before it put out
-        before = list(itertools.accumulate(depths)).index(start) + 1
-        entry = sum(run.teacher_depths[:before]) - 1
-    whole = not any(parameter.is_meta for parameter in student.parameters())  # else other ranks hold some experts
-    if whole:
-        student.to(device)
     sources = matching_blocks(student, depths, run.teacher_depths)
+    runs_here = not any(parameter.is_meta for parameter in student.parameters())  # else other ranks hold some experts
+    if runs_here:
+        student.to(device)
     images = _images(run, next(teacher.parameters()).dtype)
-    routers = teacher_routers(teacher, student, images, sources, config.moe.num_experts, run.recipe.seed, entry)
-    for model in (teacher, student) if whole else (teacher,):
-        model.cpu()  # where phases keep what they do not train yet
+    whole_teacher = split(teacher, [len(teacher.blocks)])[0]
+    entry = _entry(run, student, depths)
+    routers = teacher_routers(whole_teacher, student, images, sources, config.moe.num_experts, run.recipe.seed, entry)
+    # where phases keep what they do not train yet
+    teacher.cpu()
+    if runs_here:
+        student.cpu()
     count = min(IMAGES, len(run.data.train))
     return routers, teacher_routers_flops(teacher, student, routers, count, run.tokens)
 
 
+def _entry(run: Run, student: nn.Module, depths: Sequence[int]) -> int | None:
+    """The teacher's block whose output a student module takes; None where it takes the images, as a whole one does."""
+    start = student.stage.start if isinstance(student, StudentModule) else 0
+    if not start:
+        return None
+    modules_before = list(itertools.accumulate(depths)).index(start) + 1
+    return sum(run.teacher_depths[:modules_before]) - 1
+
+
 def _images(run: Run, dtype: torch.dtype) -> Iterator[Tensor]:
     """Batches of training images as in evaluation, the same on every rank."""
-    data, batch = run.data, run.recipe.run.eval_batch or 32
-    for found in eval_batches(data.train.spread(IMAGES), data.preprocessing, batch=batch, workers=data.workers):
+    data = run.data
+    batch_size = run.recipe.run.eval_batch or 32
+    for batch in eval_batches(data.train.spread(IMAGES), data.preprocessing, batch=batch_size, workers=data.workers):
         HEARTBEAT.beat()
-        if bool(found.mask.any()):
-            yield found.images[found.mask].to(run.dist.device, dtype)
+        if bool(batch.mask.any()):
+            yield batch.images[batch.mask].to(run.dist.device, dtype)
