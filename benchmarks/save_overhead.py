@@ -23,8 +23,6 @@ if not __package__:
 import models  # noqa: F401  isort: skip  first: it mends torchvision beside a CPU torch
 import torch
 
-from models.teacher.load import new_teacher
-from models.vmoe.model import VMoE
 from trainer.checkpoint.saver import Saver
 from trainer.config.ds_config import read_ds_config
 from trainer.config.load import load_recipe
@@ -32,8 +30,8 @@ from trainer.context import Run
 from trainer.distributed.engine import Engine, build_engine
 from trainer.distributed.ranks import seed_everything, start, stop
 from trainer.objectives import Classify
-from trainer.teaching.students import student_config
-from trainer.teaching.teachers import trained_preprocessing
+from trainer.teaching.students import scratch_student
+from trainer.teaching.teachers import new_teacher_of, planned_teacher, trained_preprocessing
 
 STEPS = 100  # of an interval: one save
 KINDS = ("none", "background", "waited for")
@@ -60,21 +58,15 @@ def main() -> None:
 
 def _training(run: Run, phase: str) -> tuple[Engine, Callable[[int], None]]:
     """The engine of a phase and one optimiser step on noise."""
-    t, experts = run.recipe.teacher, 0
+    t = run.recipe.teacher
     images = trained_preprocessing(t)
     seed_everything(0, 0, deterministic=False)
-    module = new_teacher(
-        image_size=t.image_size, patch_size=t.patch_size, width=t.width, depth=t.depth, heads=t.heads,
-        mlp_dim=t.mlp_dim, labels=run.labels, preprocessing=images,
-    )  # fmt: skip
     if phase == "train":
-        config = student_config(
-            run.recipe, len(run.labels), 0.0,
-            image_size=images.image_size, in_chans=images.in_chans, prefix_tokens=1,
-        )  # fmt: skip
-        module, experts = VMoE(config), run.recipe.student.moe.num_experts
+        module = scratch_student(run.with_teacher(planned_teacher(t, run.labels)))
+    else:
+        module = new_teacher_of(t, run.labels)
     schedule = getattr(run.recipe, phase)
-    settings = run.settings(phase, schedule, experts)
+    settings = run.settings(phase)
     objective = Classify(module, (t.image_size // t.patch_size) ** 2 + 1)
     engine = build_engine(module, schedule, settings, steps_per_epoch=STEPS, dist=run.dist)
     noise = torch.randn(settings.micro_batch, images.in_chans, images.image_size, images.image_size)

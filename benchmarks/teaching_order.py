@@ -26,7 +26,8 @@ from models.teacher.load import load_teacher, save_teacher
 from trainer.config.load import load_recipe
 from trainer.context import Run
 from trainer.distributed.ranks import Dist
-from trainer.objectives import Distill, Objective, Together
+from trainer.objectives import Objective
+from trainer.phases import distill, refine
 from trainer.teaching.meta import new_meta
 from trainer.teaching.students import student_modules
 from trainer.teaching.teachers import new_teacher_of, trained_preprocessing
@@ -59,31 +60,32 @@ def main() -> None:
     print(f"{recipe.modules} modules, {batch} images, {device.type}, medians of {options.rounds} rounds")
     for order, taken in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(taken, seconds["together"]))
-        print(f"{order:10} {statistics.median(taken) * 1e3:8.1f} ms  {ratio:5.2f} x together"
-              f"  (FLOPs {flops[order] / flops['together']:.2f} x)")  # fmt: skip
+        of_flops = flops[order] / flops["together"]
+        print(f"{order:10} {statistics.median(taken) * 1e3:8.1f} ms  {ratio:5.2f} x together  (FLOPs {of_flops:.2f} x)")
 
 
 def _objectives(run: Run, order: str) -> list[Objective]:
     """What is trained of all modules, one optimiser each."""
-    recipe, meta, stages, students = run.recipe, new_meta(run), run.teacher_stages(), student_modules(run)
+    meta, modules = new_meta(run), student_modules(run)
+    numbers = range(run.recipe.modules)
     if order == "together":
-        found = [Together(students, stages, meta, recipe.distill, run.tokens, recipe.meta.blocks_per_module == 0)]
+        objectives = [refine.objective_together(run, modules, meta)[0]]
+    elif order == "sequential":
+        objectives = [refine.objective(run, i, modules[: i + 1], meta)[0] for i in numbers]
     else:
-        found = [
-            Distill(students[i], stages[i], meta, i, recipe.distill, run.tokens,
-                    predecessors=students[:i] if order == "sequential" else ())
-            for i in range(recipe.modules)
-        ]  # fmt: skip
-    for objective in found:
+        objectives = [distill.objective(run, i, modules[i], meta)[0] for i in numbers]
+    for objective in objectives:
         for part in (*objective.frozen, objective.module):
             part.to(run.dist.device)
-    return found
+    return objectives
 
 
 def _teach(
-    objectives: Sequence[Objective], optimizers: Sequence[torch.optim.Optimizer], images: torch.Tensor,
+    objectives: Sequence[Objective],
+    optimizers: Sequence[torch.optim.Optimizer],
+    images: torch.Tensor,
     target: torch.Tensor,
-) -> float:  # fmt: skip
+) -> float:
     """One step of every optimiser; seconds."""
     started = time.perf_counter()
     for objective, optimizer in zip(objectives, optimizers):
@@ -101,7 +103,7 @@ def _teach(
 
 def _flops(objectives: Sequence[Objective]) -> int:
     """Of one image taught to all modules."""
-    return sum(sum(o.flops_by_module) if isinstance(o, Together) else o.flops_per_image for o in objectives)
+    return sum(objective.flops_per_image for objective in objectives)
 
 
 if __name__ == "__main__":
