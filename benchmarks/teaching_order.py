@@ -31,6 +31,9 @@ from trainer.teaching.meta import new_meta
 from trainer.teaching.students import student_modules
 from trainer.teaching.teachers import new_teacher_of, trained_preprocessing
 
+ORDERS = ("parallel", "sequential", "together")
+WARM_UP = 2  # rounds that are not counted
+
 
 def main() -> None:
     """Measure and print."""
@@ -45,45 +48,61 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_teacher(new_teacher_of(recipe.teacher, run.labels), folder, trained_preprocessing(recipe.teacher))
         run = run.with_teacher(load_teacher(folder))
-    orders = {order: _objectives(run, order) for order in ("parallel", "sequential", "together")}
-    pre, batch = run.teacher.preprocessing, recipe.refine.global_batch or 16
-    images = torch.randn(batch, pre.in_chans, pre.image_size, pre.image_size, device=device)
+    preprocessing = run.teacher.preprocessing
+    batch = recipe.refine.global_batch or 16
+    size = preprocessing.image_size
+    objectives: dict[str, list[Objective]] = {}
+    optimizers: dict[str, list[torch.optim.Optimizer]] = {}
+    for order in ORDERS:
+        objectives[order] = _objectives(run, order)
+        optimizers[order] = [torch.optim.AdamW(objective.module.parameters()) for objective in objectives[order]]
+    images = torch.randn(batch, preprocessing.in_chans, size, size, device=device)
     target = torch.randint(len(run.labels), (batch,), device=device)
-    optimizers = {o: [torch.optim.AdamW(each.module.parameters()) for each in found] for o, found in orders.items()}
-    seconds: dict[str, list[float]] = {order: [] for order in orders}
-    for number in range(options.rounds + 2):
-        for order, found in orders.items():
-            taken = _teach(found, optimizers[order], images, target)
-            seconds[order] += [taken] if number >= 2 else []  # the first ones warm up
-    flops = {order: _flops(found) for order, found in orders.items()}
+    seconds: dict[str, list[float]] = {order: [] for order in ORDERS}
+    for number in range(options.rounds + WARM_UP):
+        for order in ORDERS:
+            taken = _teach(objectives[order], optimizers[order], images, target)
+            if number >= WARM_UP:
+                seconds[order].append(taken)
+    flops = {order: _flops(objectives[order]) for order in ORDERS}
     print(f"{recipe.modules} modules, {batch} images, {device.type}, medians of {options.rounds} rounds")
-    for order, taken in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(taken, seconds["together"]))
-        print(f"{order:10} {statistics.median(taken) * 1e3:8.1f} ms  {ratio:5.2f} x together"
-              f"  (FLOPs {flops[order] / flops['together']:.2f} x)")  # fmt: skip
+    for order, times in seconds.items():
+        # round by round, so that a busy minute meets both sides of a ratio
+        ratio = statistics.median(time / together for time, together in zip(times, seconds["together"]))
+        print(
+            f"{order:10} {statistics.median(times) * 1e3:8.1f} ms  {ratio:5.2f} x together"
+            f"  (FLOPs {flops[order] / flops['together']:.2f} x)"
+        )
 
 
 def _objectives(run: Run, order: str) -> list[Objective]:
     """What is trained of all modules, one optimiser each."""
-    recipe, meta, stages, students = run.recipe, new_meta(run), run.teacher_stages(), student_modules(run)
+    recipe = run.recipe
+    meta = new_meta(run)
+    stages = run.teacher_stages()
+    students = student_modules(run)
+    objectives: list[Objective] = []
     if order == "together":
-        found = [Together(students, stages, meta, recipe.distill, run.tokens, recipe.meta.blocks_per_module == 0)]
+        meta_is_teacher = recipe.meta.blocks_per_module == 0
+        objectives.append(Together(students, stages, meta, recipe.distill, run.tokens, meta_is_teacher))
     else:
-        found = [
-            Distill(students[i], stages[i], meta, i, recipe.distill, run.tokens,
-                    predecessors=students[:i] if order == "sequential" else ())
-            for i in range(recipe.modules)
-        ]  # fmt: skip
-    for objective in found:
+        for i in range(recipe.modules):
+            predecessors = students[:i] if order == "sequential" else ()
+            objectives.append(
+                Distill(students[i], stages[i], meta, i, recipe.distill, run.tokens, predecessors=predecessors)
+            )
+    for objective in objectives:
         for part in (*objective.frozen, objective.module):
             part.to(run.dist.device)
-    return found
+    return objectives
 
 
 def _teach(
-    objectives: Sequence[Objective], optimizers: Sequence[torch.optim.Optimizer], images: torch.Tensor,
+    objectives: Sequence[Objective],
+    optimizers: Sequence[torch.optim.Optimizer],
+    images: torch.Tensor,
     target: torch.Tensor,
-) -> float:  # fmt: skip
+) -> float:
     """One step of every optimiser; seconds."""
     started = time.perf_counter()
     for objective, optimizer in zip(objectives, optimizers):
@@ -101,7 +120,13 @@ def _teach(
 
 def _flops(objectives: Sequence[Objective]) -> int:
     """Of one image taught to all modules."""
-    return sum(sum(o.flops_by_module) if isinstance(o, Together) else o.flops_per_image for o in objectives)
+    total = 0
+    for objective in objectives:
+        if isinstance(objective, Together):
+            total += sum(objective.flops_by_module)
+        else:
+            total += objective.flops_per_image
+    return total
 
 
 if __name__ == "__main__":
