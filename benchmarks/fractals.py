@@ -19,7 +19,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 if not __package__:
@@ -45,26 +44,39 @@ def main() -> None:
     parser.add_argument("--difficulty", type=float, nargs="+", default=[0, 0.25, 0.5, 0.75, 1])
     options = parser.parse_args()
     logging.getLogger("trainer").setLevel(logging.WARNING)
-    rows = []
-    for difficulty in options.difficulty:
-        with tempfile.TemporaryDirectory() as cache:
-            config = FractalConfig(
-                options.classes, options.size, options.classes * options.train,
-                options.classes * max(1, options.train // 5), difficulty, cache=cache,
-            )  # fmt: skip
-            started, before = time.perf_counter(), processor_seconds()
-            splits = [open_source(DataConfig(source="fractals", fractals=config), split) for split in ("train", "val")]
-            wall, processor = time.perf_counter() - started, processor_seconds() - before
-            count = sum(map(len, splits))
-            speeds = count / wall, count / processor, count / processor / floor(config.size, Path(cache))
-            rows.append((difficulty, probe(*splits), speeds))
+    rows = [table_row(options, difficulty) for difficulty in options.difficulty]
     print(f"{options.size} px, {options.classes} classes (chance {1 / options.classes:.1%}), of each {options.train}")
     print(f"training images; {len(os.sched_getaffinity(0))} processes, load {os.getloadavg()[0]:.1f}\n")
-    print("| difficulty | thumbnails | grey thumbnails | mean, deviation, border, file size | images/s "
-          "| per processor second | of the floor |\n|---:|---:|---:|---:|---:|---:|---:|")  # fmt: skip
-    for difficulty, found, (wall, processor, ratio) in rows:
-        linear = " | ".join(f"{accuracy:.1%}" for accuracy in found)
-        print(f"| {difficulty:g} | {linear} | {wall:.0f} | {processor:.0f} | {ratio:.3f} |")
+    print(
+        "| difficulty | thumbnails | grey thumbnails | mean, deviation, border, file size | images/s "
+        "| per processor second | of the floor |\n|---:|---:|---:|---:|---:|---:|---:|"
+    )
+    for row in rows:
+        print(row)
+
+
+def table_row(options: argparse.Namespace, difficulty: float) -> str:
+    """Make the images of one difficulty; accuracies of the linear models and speeds as a line of the table."""
+    with tempfile.TemporaryDirectory() as cache:
+        config = FractalConfig(
+            classes=options.classes,
+            size=options.size,
+            train_images=options.classes * options.train,
+            val_images=options.classes * max(1, options.train // 5),
+            difficulty=difficulty,
+            cache=cache,
+        )
+        data = DataConfig(source="fractals", fractals=config)
+        started = time.perf_counter()
+        processor_before = processor_seconds()
+        train = open_source(data, "train")
+        val = open_source(data, "val")
+        wall = time.perf_counter() - started
+        processor = processor_seconds() - processor_before
+        count = len(train) + len(val)
+        of_floor = count / processor / floor(config.size, Path(cache))
+        accuracies = " | ".join(f"{accuracy:.1%}" for accuracy in probe(train, val))
+    return f"| {difficulty:g} | {accuracies} | {count / wall:.0f} | {count / processor:.0f} | {of_floor:.3f} |"
 
 
 def processor_seconds() -> float:
@@ -74,10 +86,13 @@ def processor_seconds() -> float:
 
 def floor(size: int, folder: Path) -> float:
     """Images per processor second when only their random bytes (one a point, one a pixel) are drawn, and written."""
-    before, pixels = processor_seconds(), size**2
-    count, bits = 80_000_000 // pixels, np.random.Philox(0)
+    before = processor_seconds()
+    pixels = size**2
+    count = 80_000_000 // pixels
+    bits = np.random.Philox(0)
     with (folder / "floor").open("wb") as file:
         for _ in range(count):
+            # random_raw gives 8 bytes each
             bits.random_raw(int(pixels * POINTS) // 8)
             file.write(bits.random_raw(pixels // 8).tobytes())
         file.flush()
@@ -87,15 +102,17 @@ def floor(size: int, folder: Path) -> float:
 
 def probe(train: ImageSource, val: ImageSource) -> list[float]:
     """Validation accuracy of the linear models on thumbnails, grey thumbnails, and shortcut features."""
-    features = [[(thumbnail(image), grey(image), shortcuts(image)) for image in images(s)] for s in (train, val)]
-    return [
-        linear_accuracy(*(np.stack([row[kind] for row in rows]) for rows in features), train.targets, val.targets)
-        for kind in range(3)
-    ]
+    pairs = zip(features_of(train), features_of(val))
+    return [linear_accuracy(train_NF, val_NF, train.targets, val.targets) for train_NF, val_NF in pairs]
 
 
-def images(source: ImageSource) -> Iterable[Image.Image]:
-    return (source.image(index) for index in range(len(source)))
+def features_of(source: ImageSource) -> list[np.ndarray]:
+    """Thumbnails, grey thumbnails and shortcut features, (N, F) each, of all images of a source."""
+    rows = []
+    for index in range(len(source)):
+        image = source.image(index)
+        rows.append((thumbnail(image), grey(image), shortcuts(image)))
+    return [np.stack(column) for column in zip(*rows)]
 
 
 def thumbnail(image: Image.Image) -> np.ndarray:
@@ -112,24 +129,34 @@ def grey(image: Image.Image) -> np.ndarray:
 def shortcuts(image: Image.Image) -> np.ndarray:
     """(19,) mean and deviation of each channel, means of the four border lines of each, bytes of the PNG file."""
     pixels_HWC = np.asarray(image, dtype=np.float64)
-    lines = [pixels_HWC[0], pixels_HWC[-1], pixels_HWC[:, 0], pixels_HWC[:, -1]]
-    image.save(file := io.BytesIO(), "png")
-    whole = [pixels_HWC.mean(axis=(0, 1)), pixels_HWC.std(axis=(0, 1))]
-    return np.concatenate([*whole, *(line.mean(axis=0) for line in lines), [file.tell()]])
+    parts = [pixels_HWC.mean(axis=(0, 1)), pixels_HWC.std(axis=(0, 1))]
+    for line in (pixels_HWC[0], pixels_HWC[-1], pixels_HWC[:, 0], pixels_HWC[:, -1]):
+        parts.append(line.mean(axis=0))
+    file = io.BytesIO()
+    image.save(file, "png")
+    parts.append([file.tell()])
+    return np.concatenate(parts)
 
 
 def linear_accuracy(
     train_NF: np.ndarray, val_NF: np.ndarray, train_targets: np.ndarray, val_targets: np.ndarray
 ) -> float:
     """Share of validation images whose class a ridge regression on one-hot targets finds; the best penalty counts."""
-    mean, deviation = train_NF.mean(axis=0), train_NF.std(axis=0) + 1e-6
-    x, z = (np.column_stack([(rows - mean) / deviation, np.ones(len(rows))]) for rows in (train_NF, val_NF))
+    # features of mean 0 and deviation 1 on the training images, and a column of ones for the bias
+    mean_F = train_NF.mean(axis=0)
+    deviation_F = train_NF.std(axis=0) + 1e-6
+    x_NF = np.column_stack([(train_NF - mean_F) / deviation_F, np.ones(len(train_NF))])
+    z_NF = np.column_stack([(val_NF - mean_F) / deviation_F, np.ones(len(val_NF))])
     one_hot_NC = np.eye(train_targets.max() + 1)[train_targets]
-    found = []
+    accuracies = []
     for penalty in PENALTIES:
-        weights = np.linalg.solve(x.T @ x + penalty * len(x) * np.eye(x.shape[1]), x.T @ one_hot_NC)
-        found.append(float(((z @ weights).argmax(axis=1) == val_targets).mean()))
-    return max(found)
+        # W = (X^T X + penalty N I)^-1 X^T Y
+        gram_FF = x_NF.T @ x_NF + penalty * len(x_NF) * np.eye(x_NF.shape[1])
+        weights_FC = np.linalg.solve(gram_FF, x_NF.T @ one_hot_NC)
+        # an image's class is the largest output
+        predicted_N = (z_NF @ weights_FC).argmax(axis=1)
+        accuracies.append(float((predicted_N == val_targets).mean()))
+    return max(accuracies)
 
 
 if __name__ == "__main__":

@@ -57,42 +57,72 @@ def main() -> None:
     layers = routing_metrics(out)
     rows = {"one all-reduce": step.take_metrics, "three per layer": lambda: _row_of_many(layers, dist)}
     row_seconds = _in_turn(rows, STEPS, options.rounds)
-    waits = {name: _waits(work) for name, work in kinds.items()} if dist.device.type == "cuda" else {}
+    waits = {}
+    if dist.device.type == "cuda":
+        waits = {name: _waits(work) for name, work in kinds.items()}
     if dist.main:
         print(f"{dist.world} ranks, micro-batch {len(batch.images)}, medians of {options.rounds} rounds of {STEPS}")
-        for title, found in (("step", seconds), ("row", row_seconds)):
-            for name, (wall, processor) in found.items():
-                waited = f"  waits for the device {waits[name]} times" if name in waits else ""
-                print(f"{title}  {name:<16} {1e3 * wall:8.3f} ms, processor {1e3 * processor:8.3f} ms{waited}")
-        wall, processor = (watched / bare for watched, bare in zip(seconds["watched"], seconds["bare"]))
-        print(f"a watched step takes {wall:.3f} of a bare one, {processor:.3f} of its processor time")
+        _print_medians("step", seconds, waits)
+        _print_medians("row", row_seconds, {})
+        bare_wall, bare_processor = seconds["bare"]
+        wall, processor = seconds["watched"]
+        print(
+            f"a watched step takes {wall / bare_wall:.3f} of a bare one, "
+            f"{processor / bare_processor:.3f} of its processor time"
+        )
     dist.barrier()
     stop()
+
+
+def _print_medians(title: str, seconds: dict[str, tuple[float, float]], waits: dict[str, int]) -> None:
+    for name, (wall, processor) in seconds.items():
+        line = f"{title}  {name:<16} {1e3 * wall:8.3f} ms, processor {1e3 * processor:8.3f} ms"
+        if name in waits:
+            line += f"  waits for the device {waits[name]} times"
+        print(line)
 
 
 def _training(recipe_path: str, ds_config: str, dist: Dist) -> tuple[TrainStep, Batch]:
     """The demo's student in an engine, and one micro-batch of noise."""
     recipe = load_recipe(recipe_path, [])
-    s, t = recipe.student, recipe.teacher
-    sizes = {name: getattr(s, name) for name in ("patch_size", "width", "depth", "heads", "mlp_dim", "moe_blocks")}
-    model = VMoE(VMoEConfig(image_size=t.image_size, num_classes=10, moe=MoEConfig(**to_dict(s.moe)), **sizes))
+    student = recipe.student
+    image_size = recipe.teacher.image_size
+    config = VMoEConfig(
+        image_size=image_size,
+        num_classes=10,
+        patch_size=student.patch_size,
+        width=student.width,
+        depth=student.depth,
+        heads=student.heads,
+        mlp_dim=student.mlp_dim,
+        moe_blocks=student.moe_blocks,
+        moe=MoEConfig(**to_dict(student.moe)),
+    )
+    model = VMoE(config)
     settings = resolve(
-        read_ds_config(ds_config), recipe.train, world=dist.world, local_world=dist.local_world,
-        num_experts=s.moe.num_experts, phase="train",
-    )  # fmt: skip
+        read_ds_config(ds_config),
+        recipe.train,
+        world=dist.world,
+        local_world=dist.local_world,
+        num_experts=student.moe.num_experts,
+        phase="train",
+    )
     engine = build_engine(model, recipe.train, settings, steps_per_epoch=STEPS, dist=dist)
-    source, half = open_source(recipe.data, "train"), (0.5, 0.5, 0.5)
-    data = Data(source, source, Preprocessing(t.image_size, half, half), recipe.augment, 0, 10, False)
+    source = open_source(recipe.data, "train")
+    half = (0.5, 0.5, 0.5)
+    data = Data(source, source, Preprocessing(image_size, half, half), recipe.augment, 0, 10, False)
     task = Task("train", "train", recipe.train.epochs, recipe.seed, recipe.run)
     count = settings.micro_batch
     labels = torch.arange(count) % 10
-    batch = Batch(torch.randn(count, 3, t.image_size, t.image_size), labels, labels >= 0, labels)
+    batch = Batch(torch.randn(count, 3, image_size, image_size), labels, labels >= 0, labels)
     return TrainStep(engine, Classify(model, tokens=17), data, task, dist), batch
 
 
 def _bare(step: TrainStep, batch: Batch) -> None:
+    """Forward, backward and step, and nothing else."""
     engine = step.engine
-    images, labels = batch.images.to(step.dist.device, engine.dtype), batch.labels.to(step.dist.device)
+    images = batch.images.to(step.dist.device, engine.dtype)
+    labels = batch.labels.to(step.dist.device)
     loss, _ = step.objective(engine, images, labels)
     engine.backward(loss)
     engine.step(0)
@@ -107,17 +137,20 @@ def _row_of_many(layers: dict, dist: Dist) -> None:
 
 def _in_turn(kinds: dict[str, Callable[[], object]], steps: int, rounds: int) -> dict[str, tuple[float, float]]:
     """Median seconds of one call per kind, wall and processor; the kinds take turns, as the machine may get busier."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+    wall: dict[str, list[float]] = {name: [] for name in kinds}
+    processor: dict[str, list[float]] = {name: [] for name in kinds}
     for round_ in range(rounds + 1):
         for name, work in kinds.items():
-            begin, busy = time.perf_counter(), time.process_time()
+            wall_before = time.perf_counter()
+            processor_before = time.process_time()
             for _ in range(steps):
                 work()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if round_:  # the first one warms up
-                times[name].append(((time.perf_counter() - begin) / steps, (time.process_time() - busy) / steps))
-    return {name: tuple(map(statistics.median, zip(*pairs))) for name, pairs in times.items()}
+                wall[name].append((time.perf_counter() - wall_before) / steps)
+                processor[name].append((time.process_time() - processor_before) / steps)
+    return {name: (statistics.median(wall[name]), statistics.median(processor[name])) for name in kinds}
 
 
 def _waits(work: Callable[[], object]) -> int:

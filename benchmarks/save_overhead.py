@@ -85,46 +85,61 @@ def _training(run: Run, phase: str) -> tuple[Engine, Callable[[int], None]]:
 
 def _measure(run: Run, engine: Engine, step: Callable[[int], None], folder: Path, rounds: int) -> list[str]:
     """The table: per kind the least disturbed interval, and the median of what training waited."""
-    saver, done = Saver(engine, folder, run.recipe.run, run.dist), 0
+    saver = Saver(engine, folder, run.recipe.run, run.dist)
+    steps_done = 0
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     waited: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for round_ in range(rounds + 1):
         for kind in KINDS:
             run.dist.barrier()
-            begin, blocked = time.perf_counter(), 0.0
-            for inside in range(STEPS):
-                step(done)
-                done += 1
-                if kind != "none" and inside in (0, STEPS - 1):
-                    before = time.perf_counter()
-                    if inside == 0:
-                        saver.save(done, state={}, own={}, wait=kind == "waited for")
-                        last = done
-                    else:
-                        saver.save(last, state={}, own={})  # saved already: waits for it, as the next save would
-                    blocked += time.perf_counter() - before
+            started = time.perf_counter()
+            blocked = _interval(saver, step, steps_done, kind)
+            steps_done += STEPS
             if round_:  # the first one warms up
-                seconds[kind].append(time.perf_counter() - begin)
+                seconds[kind].append(time.perf_counter() - started)
                 waited[kind].append(blocked)
     copied = saver.host_bytes
     saver.close()
-    alone, floor = min(seconds["none"]), _copy_seconds(copied)
-    lines = [f"{run.dist.world} ranks, {copied:,} bytes copied per rank and save, a save every {STEPS} steps",
-             "saves        seconds   training waits (ms)   share of it   longer by"]  # fmt: skip
+    alone = min(seconds["none"])
+    floor = _copy_seconds(copied)
+    lines = [
+        f"{run.dist.world} ranks, {copied:,} bytes copied per rank and save, a save every {STEPS} steps",
+        "saves        seconds   training waits (ms)   share of it   longer by",
+    ]
     for kind in KINDS:
-        whole, wait = min(seconds[kind]), statistics.median(waited[kind])
+        whole = min(seconds[kind])
+        wait = statistics.median(waited[kind])
         lines.append(f"{kind:<11} {whole:8.3f}   {1e3 * wait:19.2f}   {wait / alone:11.2%}   {whole / alone - 1:9.2%}")
     lines.append(f"one copy    {'':8}   {1e3 * floor:19.2f}   {floor / alone:11.2%}   the floor")
     return lines
 
 
+def _interval(saver: Saver, step: Callable[[int], None], steps_done: int, kind: str) -> float:
+    """STEPS optimiser steps with one save after the first of them; seconds that training waited for it."""
+    step(steps_done)
+    blocked = 0.0
+    if kind != "none":
+        asked = time.perf_counter()
+        saver.save(steps_done + 1, state={}, own={}, wait=kind == "waited for")
+        blocked += time.perf_counter() - asked
+    for number in range(steps_done + 1, steps_done + STEPS):
+        step(number)
+    if kind != "none":
+        asked = time.perf_counter()
+        saver.save(steps_done + 1, state={}, own={})  # saved already: waits for it, as the next save would
+        blocked += time.perf_counter() - asked
+    return blocked
+
+
 def _copy_seconds(count: int) -> float:
-    source, target = torch.ones(count, dtype=torch.uint8), torch.empty(count, dtype=torch.uint8)
+    """Median seconds of copying `count` bytes in memory."""
+    source = torch.ones(count, dtype=torch.uint8)
+    target = torch.empty(count, dtype=torch.uint8)
     times = []
     for _ in range(7):
-        begin = time.perf_counter()
+        started = time.perf_counter()
         target.copy_(source)
-        times.append(time.perf_counter() - begin)
+        times.append(time.perf_counter() - started)
     return statistics.median(times)
 
 

@@ -40,15 +40,15 @@ def main() -> None:
         "floor of a start: launcher, torch, deepspeed": lambda: first_sign(stub),
         "first training step of the demo": lambda: first_sign(demo),
     }
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in cases}
     for _ in range(rounds):  # in turn, so that a busy minute meets all of them
         for name, measure in cases.items():
-            found[name].append(measure())
+            seconds[name].append(measure())
     print(f"median of {rounds}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
     print("| | wall s | processor s |\n|---|---:|---:|")
-    for name, values in found.items():
-        wall, processor = (statistics.median(column) for column in zip(*values))
-        print(f"| {name} | {wall:.2f} | {processor:.2f} |")
+    for name, pairs in seconds.items():
+        walls, processors = zip(*pairs)
+        print(f"| {name} | {statistics.median(walls):.2f} | {statistics.median(processors):.2f} |")
 
 
 def answer(*arguments: str) -> tuple[float, float]:
@@ -66,24 +66,35 @@ def first_sign(case: Callable[[Path], tuple[list[str], Callable[[], float | None
     """Start two ranks through the launcher; wall seconds until `sign` says when, processor seconds of all by then."""
     with tempfile.TemporaryDirectory() as folder:
         arguments, sign = case(Path(folder))
-        launcher = [sys.executable, str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2"]
-        environ = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        binaries = Path(sys.executable).parent
+        launcher = [sys.executable, str(binaries / "deepspeed"), "--num_gpus", "2", "--master_port", _free_port()]
+        log = Path(folder) / "log"
         started = time.time()
-        with (Path(folder) / "log").open("w") as log:
-            process = subprocess.Popen([*launcher, "--master_port", _free_port(), *arguments], cwd=ROOT, stdout=log,
-                                       stderr=log, env=environ, start_new_session=True)  # fmt: skip
-        processor: dict[int, float] = {}  # the tree's processes, also those that have ended
+        with log.open("w") as log_file:
+            process = subprocess.Popen(
+                [*launcher, *arguments],
+                cwd=ROOT,
+                stdout=log_file,
+                stderr=log_file,
+                env={**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"},
+                start_new_session=True,
+            )
+        processor: dict[int, float] = {}  # by process id, of the whole tree, also those that have ended
         try:
-            while (at := sign()) is None:
-                if time.time() - started > SECONDS or (process.poll() is not None and sign() is None):
-                    raise SystemExit(f"no first step:\n{(Path(folder) / 'log').read_text()}")
-                for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+            seen_at = sign()
+            while seen_at is None:
+                # asked once more after the end: the sign may have come in between
+                ended_without = process.poll() is not None and sign() is None
+                if ended_without or time.time() - started > SECONDS:
+                    raise SystemExit(f"no first step:\n{log.read_text()}")
+                for member in _tree(process):
                     with contextlib.suppress(psutil.NoSuchProcess):
-                        processor[member.pid] = sum(member.cpu_times()[:2])
+                        processor[member.pid] = sum(member.cpu_times()[:2])  # user and system
                 time.sleep(0.05)
+                seen_at = sign()
         finally:
             _end(process)
-    return at - started, sum(processor.values())
+    return seen_at - started, sum(processor.values())
 
 
 def demo(folder: Path) -> tuple[list[str], Callable[[], float | None]]:
@@ -91,8 +102,12 @@ def demo(folder: Path) -> tuple[list[str], Callable[[], float | None]]:
     rows = folder / "out/teacher/metrics.jsonl"
 
     def sign() -> float | None:
-        lines = rows.read_text().splitlines() if rows.is_file() else []
-        return json.loads(lines[0])["time"] if lines else None
+        if not rows.is_file():
+            return None
+        lines = rows.read_text().splitlines()
+        if not lines:
+            return None
+        return json.loads(lines[0])["time"]
 
     arguments = ["trainer/run.py", "--ds_config", "ds_configs/cpu_debug.json", "--recipe", "recipes/demo.yaml"]
     return [*arguments, "--phase", "all", "--out", str(folder / "out"), "run.log_every=1"], sign
@@ -103,8 +118,10 @@ def stub(folder: Path) -> tuple[list[str], Callable[[], float | None]]:
     (folder / "stub.py").write_text(STUB)
 
     def sign() -> float | None:
-        said = [path.read_text() for path in folder.glob("rank*")]
-        return max(map(float, said)) if len(said) == 2 and all(said) else None
+        times = [path.read_text() for path in folder.glob("rank*")]
+        if len(times) < 2 or not all(times):
+            return None
+        return max(float(text) for text in times)
 
     return [str(folder / "stub.py"), str(folder / "rank")], sign
 
@@ -112,12 +129,18 @@ def stub(folder: Path) -> tuple[list[str], Callable[[], float | None]]:
 def _end(process: subprocess.Popen) -> None:
     """kill -9 the launcher and its ranks, which share its session."""
     with contextlib.suppress(ProcessLookupError, psutil.NoSuchProcess):
-        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        tree = _tree(process)
         for member in tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.send_signal(signal.SIGKILL)
         psutil.wait_procs(tree, timeout=30)
     process.wait(30)
+
+
+def _tree(process: subprocess.Popen) -> list[psutil.Process]:
+    """A process and all below it."""
+    root = psutil.Process(process.pid)
+    return [root, *root.children(recursive=True)]
 
 
 def _free_port() -> str:

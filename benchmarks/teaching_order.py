@@ -32,6 +32,9 @@ from trainer.teaching.meta import new_meta
 from trainer.teaching.students import student_modules
 from trainer.teaching.teachers import new_teacher_of, trained_preprocessing
 
+ORDERS = ("parallel", "sequential", "together")
+WARM_UP = 2  # rounds that are not counted
+
 
 def main() -> None:
     """Measure and print."""
@@ -46,22 +49,31 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         save_teacher(new_teacher_of(recipe.teacher, run.labels), folder, trained_preprocessing(recipe.teacher))
         run = run.with_teacher(load_teacher(folder))
-    orders = {order: _objectives(run, order) for order in ("parallel", "sequential", "together")}
-    pre, batch = run.teacher.preprocessing, recipe.refine.global_batch or 16
-    images = torch.randn(batch, pre.in_chans, pre.image_size, pre.image_size, device=device)
+    preprocessing = run.teacher.preprocessing
+    batch = recipe.refine.global_batch or 16
+    size = preprocessing.image_size
+    objectives: dict[str, list[Objective]] = {}
+    optimizers: dict[str, list[torch.optim.Optimizer]] = {}
+    for order in ORDERS:
+        objectives[order] = _objectives(run, order)
+        optimizers[order] = [torch.optim.AdamW(objective.module.parameters()) for objective in objectives[order]]
+    images = torch.randn(batch, preprocessing.in_chans, size, size, device=device)
     target = torch.randint(len(run.labels), (batch,), device=device)
-    optimizers = {o: [torch.optim.AdamW(each.module.parameters()) for each in found] for o, found in orders.items()}
-    seconds: dict[str, list[float]] = {order: [] for order in orders}
-    for number in range(options.rounds + 2):
-        for order, found in orders.items():
-            taken = _teach(found, optimizers[order], images, target)
-            seconds[order] += [taken] if number >= 2 else []  # the first ones warm up
-    flops = {order: _flops(found) for order, found in orders.items()}
+    seconds: dict[str, list[float]] = {order: [] for order in ORDERS}
+    for number in range(options.rounds + WARM_UP):
+        for order in ORDERS:
+            taken = _teach(objectives[order], optimizers[order], images, target)
+            if number >= WARM_UP:
+                seconds[order].append(taken)
+    flops = {order: _flops(objectives[order]) for order in ORDERS}
     print(f"{recipe.modules} modules, {batch} images, {device.type}, medians of {options.rounds} rounds")
-    for order, taken in seconds.items():
-        ratio = statistics.median(a / b for a, b in zip(taken, seconds["together"]))
-        of_flops = flops[order] / flops["together"]
-        print(f"{order:10} {statistics.median(taken) * 1e3:8.1f} ms  {ratio:5.2f} x together  (FLOPs {of_flops:.2f} x)")
+    for order, times in seconds.items():
+        # round by round, so that a busy minute meets both sides of a ratio
+        ratio = statistics.median(time / together for time, together in zip(times, seconds["together"]))
+        print(
+            f"{order:10} {statistics.median(times) * 1e3:8.1f} ms  {ratio:5.2f} x together"
+            f"  (FLOPs {flops[order] / flops['together']:.2f} x)"
+        )
 
 
 def _objectives(run: Run, order: str) -> list[Objective]:

@@ -59,10 +59,11 @@ def test_each_expert_serves_its_cluster():
     wanted = dense(x[None])[0]
 
     def error(expert_of_token):
-        outputs = torch.stack([
-            torch.nn.functional.gelu(x @ e["fc1"].weight.T + e["fc1"].bias) @ e["fc2"].weight.T + e["fc2"].bias
-            for e in moe.experts
-        ])  # fmt: skip
+        outputs = []
+        for expert in moe.experts:
+            hidden = torch.nn.functional.gelu(x @ expert["fc1"].weight.T + expert["fc1"].bias)
+            outputs.append(hidden @ expert["fc2"].weight.T + expert["fc2"].bias)
+        outputs = torch.stack(outputs)
         got = outputs[expert_of_token, torch.arange(len(x))]
         return ((got - wanted).square().sum() / wanted.square().sum()).item()
 

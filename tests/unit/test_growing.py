@@ -103,8 +103,8 @@ def test_weights_go_back_into_the_transformers_model(tmp_path):
     pre = trained_preprocessing(t)
 
     def fresh():
-        return new_teacher(image_size=16, patch_size=8, width=32, depth=4, heads=2, mlp_dim=64, labels=["a", "b"],
-                           preprocessing=pre)  # fmt: skip
+        sizes = {"image_size": 16, "patch_size": 8, "width": 32, "depth": 4, "heads": 2, "mlp_dim": 64}
+        return new_teacher(**sizes, labels=["a", "b"], preprocessing=pre)
 
     model, target = to_timm(fresh().classifier), fresh()
     for parameter in model.parameters():
@@ -119,8 +119,10 @@ def test_drop_path_rises_over_the_blocks():
     model = tiny("vit", depth=5)
     names = list(model.state_dict())
     set_drop_path(model, 0.2)
-    rates = [[part.drop_prob for part in (b.drop_path1, b.drop_path2) if isinstance(part, DropPath)]
-             for b in model.blocks]  # fmt: skip
+    rates = []
+    for block in model.blocks:
+        parts = (block.drop_path1, block.drop_path2)
+        rates.append([part.drop_prob for part in parts if isinstance(part, DropPath)])
     assert rates == [[], *([pytest.approx(r)] * 2 for r in (0.05, 0.1, 0.15, 0.2))]
     assert list(model.state_dict()) == names
     set_drop_path(model, 0.0)

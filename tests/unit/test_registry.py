@@ -19,8 +19,15 @@ from tests.hub_server import HubServer
 
 NAMES = sorted(models.registry.VARIANTS)
 # a few blocks of any of the sizes: placement, routing and pooling are what differs
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 4, "mlp_dim": 48,
-         "moe": {"num_experts": 4}}  # fmt: skip
+SMALL = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 4,
+    "mlp_dim": 48,
+    "moe": {"num_experts": 4},
+}
 IMAGES = Preprocessing(image_size=32, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear", crop_pct=0.8)
 
 
@@ -93,8 +100,15 @@ def test_forward_and_gradient_checkpointing_agree(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("options", [{}, {"reg_tokens": 2}, {"global_pool": "avg", "class_token": False},
-                                     {"representation_size": 12, "drop_rate": 0.1, "drop_path_rate": 0.1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"reg_tokens": 2},
+        {"global_pool": "avg", "class_token": False},
+        {"representation_size": 12, "drop_rate": 0.1, "drop_path_rate": 0.1},
+    ],
+)
 def test_backward_reaches_every_parameter(name, options):
     model = create(name, num_classes=42, **options).train()
     logits = model(images())

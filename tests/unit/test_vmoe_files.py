@@ -17,9 +17,16 @@ from models.vmoe.model import VMoE, VMoEConfig, load_expert_parallel
 from tests.hub_server import HubServer
 
 TINY = VMoEConfig(
-    image_size=16, patch_size=8, width=8, depth=2, heads=2, mlp_dim=12, num_classes=3, moe_blocks="1",
+    image_size=16,
+    patch_size=8,
+    width=8,
+    depth=2,
+    heads=2,
+    mlp_dim=12,
+    num_classes=3,
+    moe_blocks="1",
     moe=MoEConfig(num_experts=4, k=2),
-)  # fmt: skip
+)
 IMAGES = Preprocessing(image_size=16, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=0.8)
 
 
