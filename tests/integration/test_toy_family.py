@@ -34,9 +34,14 @@ class Toy(VisionTransformer):
 
     def __init__(self, config):
         super().__init__(
-            img_size=config.image_size, patch_size=config.patch_size, embed_dim=config.width, depth=config.depth,
-            num_heads=config.heads, num_classes=config.num_classes, drop_path_rate=config.drop_path_rate,
-        )  # fmt: skip
+            img_size=config.image_size,
+            patch_size=config.patch_size,
+            embed_dim=config.width,
+            depth=config.depth,
+            num_heads=config.heads,
+            num_classes=config.num_classes,
+            drop_path_rate=config.drop_path_rate,
+        )
         self.config, self.preprocessing, self.labels, self.source = config, None, None, None
 
     def forward(self, x, out=None):

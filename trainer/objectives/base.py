@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ Step = tuple[Tensor, dict[str, Tensor]]
 Forward = Callable[..., Any]  # the engine in a run, the bare module in a unit test
 
 
-class Objective:
+class Objective(ABC):
     """One kind of training step; the loop moves `module` (trained) and `frozen` to the device.
 
     A subclass says what a step is (`step`), what is evaluated (`predict`) and what a step passes through (`passes`).
@@ -48,17 +49,17 @@ class Objective:
             out = {}
         return self.step(forward, images, target, progress, out)
 
+    @abstractmethod
     def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
         """What a subclass does when it is called."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
         """Logits (B, classes) that are evaluated; `out` as in a step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def passes(self) -> list[Pass]:
         """What one image passes through in a step."""
-        raise NotImplementedError
 
     @functools.cached_property
     def flops_per_image(self) -> int:
