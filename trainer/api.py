@@ -94,6 +94,7 @@ def load_results(out: str | Path) -> dict[str, dict[str, Any]]:
 def execute(job: Job) -> None:
     """Join the other ranks, check everything, run the phases of a job (collective)."""
     import models  # noqa: F401  first: it mends torchvision beside a CPU torch
+    from trainer import writer_lock
     from trainer.context import Run
     from trainer.distributed import ranks
     from trainer.plan import preflight
@@ -107,6 +108,7 @@ def execute(job: Job) -> None:
             _run(run, job, phase)
     finally:
         interrupt.HEARTBEAT.rest()
+        writer_lock.release_all()
 
 
 def _run(run: Any, job: Job, phase: str) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from trainer import writer_lock
 from trainer.config.load import build, first_difference, read_yaml, to_dict
 from trainer.config.recipe import Recipe
 from trainer.config.redaction import refuse_secrets
@@ -32,7 +33,7 @@ PACKAGES = ("torch", "deepspeed", "timm", "transformers", "datasets", "huggingfa
 
 
 def open_folder(out: Path, name: str, recipe: Recipe, run: dict[str, Any]) -> tuple[Path, bool]:
-    """Create or re-open an artifact's folder and write its config.yaml.
+    """Create or re-open an artifact's folder, write its config.yaml, and keep other processes from writing there.
 
     Args:
         out: the run's folder.
@@ -44,10 +45,10 @@ def open_folder(out: Path, name: str, recipe: Recipe, run: dict[str, Any]) -> tu
 
     Raises:
         ValueError: the folder belongs to another recipe (the first differing key is named), or a token or password
-            would be written.
+            would be written, or another process is writing there.
     """
     folder = out / name
-    begun = folder.is_dir() and any(path.name != "config.yaml" for path in folder.iterdir())
+    begun = folder.is_dir() and any(not _says_nothing(path.name) for path in folder.iterdir())
     if begun:  # a folder left by a start that was refused holds nothing that a corrected recipe could spoil
         _refuse_other_recipe(folder, name, recipe, f"{folder} belongs to another run")
     if not begun or not (folder / "config.yaml").is_file():
@@ -55,7 +56,12 @@ def open_folder(out: Path, name: str, recipe: Recipe, run: dict[str, Any]) -> tu
         refuse_secrets(text.splitlines(), "the recipe or the command line")
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", text)
-    return folder, (folder / "result.json").is_file()
+    complete = folder / "result.json"
+    if not complete.is_file():
+        writer_lock.hold(folder)
+        if complete.is_file():  # another process has ended in this moment
+            writer_lock.release(folder)
+    return folder, complete.is_file()
 
 
 def require(out: Path, name: str, recipe: Recipe, needed_by: str) -> tuple[Path, dict[str, Any]]:
@@ -122,14 +128,21 @@ def reading(folder: Path) -> Iterator[None]:
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
-    """Record the artifact's files and write result.json, the mark of completion, last."""
+    """Record the artifact's files, write result.json, the mark of completion, last, and give the folder back."""
     files = {}
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in NOT_RECORDED and path.suffix != ".tmp":
+        unrecorded = path.name in NOT_RECORDED or path.name.startswith(writer_lock.NAME) or path.suffix == ".tmp"
+        if path.is_file() and not unrecorded:
             files[path.name] = file_record(path)
     result = result | {"git_commit": git_commit(), "versions": versions(), "files": files}
     write_json(folder / "result.json", result)
+    writer_lock.release(folder)
     return result
+
+
+def _says_nothing(name: str) -> bool:
+    """Whether a file of an artifact's folder is there before anything of the artifact is."""
+    return name == "config.yaml" or name.startswith(writer_lock.NAME)
 
 
 def git_commit() -> str | None:

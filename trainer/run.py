@@ -23,13 +23,14 @@ from trainer.cli import flags as cli
 from trainer.config.load import one_line
 from trainer.config.redaction import redact, refuse_secrets
 from trainer.distributed import interrupt
+from trainer.distributed.launchers import ranks_from_environment, spokesman_rank
 from trainer.request.job import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Job
 from trainer.tracking.console import quieten, set_up_logging
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Do what the arguments ask and return the exit code: 0 only when it is done (others: trainer/request/job.py)."""
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    rank = spokesman_rank()
     try:
         work = _work(sys.argv[1:] if arguments is None else arguments, rank)
     except (ValueError, OSError) as error:
@@ -50,9 +51,18 @@ def _work(arguments: list[str], rank: int) -> Callable[[], int]:
     if command:
         return partial(_alone, rank, _command, *command)
     job = cli.read_job(options, arguments)
+    try:
+        rank = ranks_from_environment()["rank"]
+    except ValueError as error:  # who is rank 0 is what is in doubt: each process speaks for itself
+        return partial(_refuse, error)
     if options.dry_run:
         return partial(_alone, rank, _dry_run, job)
     return partial(_train, rank, job)
+
+
+def _refuse(error: Exception) -> int:
+    _say(error)
+    return EXIT_BAD_INPUT
 
 
 def _train(rank: int, job: Job) -> int:

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from tests.launch import ROOT, TINY, environment, launch
+from tests.launch import ROOT, TINY, environment, launch, started
 from trainer.loop.step import TrainStep
 from trainer.run import main
 from trainer.tracking.metrics import read_metrics
@@ -204,3 +206,56 @@ print(sum(model.labels[c] == source.labels[source.label(i)] for i, c in enumerat
                               env=environment(), timeout=120)  # fmt: skip
     assert finished.returncode == 0, finished.stderr
     assert int(finished.stdout) / 100 == result_of(chain[0] / "evaluate")["metrics"]["accuracy"]
+
+
+def start_on_uneven_nodes(sizes: str) -> int:
+    """Join the ranks as torchrun starts them on nodes of these sizes, and say what they agree on."""
+    import models  # noqa: F401
+    from trainer.distributed import ranks
+
+    rank = int(os.environ["RANK"])
+    for size in map(int, sizes.split(",")):
+        if rank < size:
+            os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+            break
+        rank -= size
+    print(f"agreed on {ranks.start().local_world}", flush=True)
+    ranks.stop()
+    return 0
+
+
+@pytest.mark.parametrize("sizes, agreed", [("2,1", 1), ("2,2", 2)])
+def test_nodes_with_different_numbers_of_ranks(warm, sizes, agreed):
+    function = f"tests.integration.test_launchers:{start_on_uneven_nodes.__name__}"
+    finished = warm.call(function, sizes, ranks=sum(map(int, sizes.split(","))))
+    assert finished.code == 0, finished.output
+    assert finished.output.count(f"agreed on {agreed}\n") >= 1
+
+
+def test_a_second_start_on_the_same_out_is_refused_and_the_first_goes_on(tmp_path):
+    """What two processes of an unknown launcher are, too: each takes itself for the only one."""
+    arguments = [*TINY, "--phase", "teacher", "--out", tmp_path / "out", "teacher.epochs=400", "run.save_every=2"]
+    with started("python", 1, arguments) as first:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out/teacher/checkpoints/latest.json").is_file():
+            assert time.monotonic() < deadline and first.process.poll() is None, first.log.read_text()
+            time.sleep(0.1)
+        second = launch("python", 1, arguments)
+        assert second.code == 2 and "is being written by" in second.output and str(first.process.pid) in second.output
+        assert first.process.poll() is None
+        first.kill()
+        assert (tmp_path / "out/teacher/writer.json").is_file()  # of a process that is gone: taken over
+    with started("python", 1, arguments) as third:
+        while "was left by" not in third.log.read_text():
+            assert third.process.poll() is None, third.log.read_text()
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_of_mpi_do_not_train_alone(tmp_path, rank):
+    """mpiexec -n 2 of MPICH, without an address where they could meet."""
+    command = [sys.executable, ROOT / "trainer/run.py", *TINY, "--phase", "teacher", "--out", tmp_path / "out"]
+    finished = subprocess.run(command, env=environment() | {"PMI_RANK": rank, "PMI_SIZE": "2"}, capture_output=True,
+                              text=True, timeout=60)  # fmt: skip
+    assert finished.returncode == 2 and f"process {rank} of 2 (PMI_RANK, PMI_SIZE)" in finished.stderr
+    assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ LAYERS = (
     "models.vmoe",
     "models.experts models.auto models.registry",
     "trainer.config",
-    "trainer.disk trainer.request",
+    "trainer.disk trainer.request trainer.writer_lock",
     "trainer.artifacts trainer.data trainer.distributed trainer.tracking trainer.objectives",
     "trainer.checkpoint trainer.evaluation trainer.report",
     "trainer.hub trainer.loop",
@@ -43,6 +43,7 @@ WITHOUT_TORCH = (
     "config",
     "disk",
     "distributed.interrupt",
+    "distributed.launchers",
     "hub.push",
     "plan.cost",
     "report",
@@ -52,6 +53,7 @@ WITHOUT_TORCH = (
     "tracking.console",
     "tracking.metrics",
     "tracking.trackers",
+    "writer_lock",
 )
 HEAVY = {"torch", "timm", "transformers", "datasets", "deepspeed", "safetensors", "models"}
 LARGEST = 25  # files in one folder

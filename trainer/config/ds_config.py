@@ -291,7 +291,7 @@ def _ep_size(ep_size: Any, world: int, local_world: int, num_experts: int) -> in
     if num_experts == 0:
         return 1
     if ep_size == "auto":
-        return math.gcd(local_world, num_experts)
+        return math.gcd(world, local_world, num_experts)
     if isinstance(ep_size, bool) or not isinstance(ep_size, int) or ep_size < 1:
         raise ValueError(f'"trainer.ep_size" is {ep_size!r}, expected a whole number from 1 or "auto"')
     for count, name in ((world, "ranks"), (num_experts, "experts")):

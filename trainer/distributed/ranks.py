@@ -1,22 +1,34 @@
 """Who am I among the ranks, and the few collective helpers the phases need.
 
-Ranks come from the environment: torchrun and the deepspeed launcher set RANK, srun sets SLURM_PROCID, plain python
-sets nothing and is a world of one.
+What launchers put into the environment is read in launchers.py.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as torch_dist
+
+from trainer.config.load import one_line
+from trainer.distributed.launchers import (
+    ranks_from_environment,
+    ranks_on_this_node,
+    rendezvous_address,
+    started_by_hand,
+)
+
+WAIT = 600  # seconds for the other ranks of a launcher: nodes start, and import torch, at different speeds
+WAIT_BY_HAND = 60  # ... of ranks that no launcher set, where nobody else may ever come
 
 
 class Agreed(Exception):
@@ -91,52 +103,41 @@ class Dist:
         self.agree(error)
 
 
-def ranks_from_environment(environ: dict[str, str] | os._Environ = os.environ) -> dict[str, int]:
-    """Rank, world, local_rank, local_world: from RANK (torchrun, deepspeed), else SLURM_PROCID (srun), else 0 of 1."""
-    if "RANK" in environ:
-        world = int(environ.get("WORLD_SIZE", 1))
-        local_world = int(environ.get("LOCAL_WORLD_SIZE", environ.get("LOCAL_SIZE", world)))
-        return {
-            "rank": int(environ["RANK"]),
-            "world": world,
-            "local_rank": int(environ.get("LOCAL_RANK", 0)),
-            "local_world": local_world,
-        }
-    if "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ and int(environ.get("SLURM_NTASKS", 1)) > 0:
-        world = int(environ["SLURM_STEP_NUM_TASKS"])
-        # like "4(x2),3": 4 tasks on two nodes, 3 on another
-        per_node = environ.get("SLURM_STEP_TASKS_PER_NODE", str(world)).split("(")[0].split(",")[0]
-        return {
-            "rank": int(environ["SLURM_PROCID"]),
-            "world": world,
-            "local_rank": int(environ.get("SLURM_LOCALID", 0)),
-            "local_world": int(per_node),
-        }
-    return {"rank": 0, "world": 1, "local_rank": 0, "local_world": 1}
-
-
 def start() -> Dist:
-    """Join the process group through DeepSpeed (NCCL on GPUs, gloo on CPU) and return who this process is.
+    """Join the process group (NCCL on GPUs, gloo on CPU) and return who this process is.
 
     Raises:
-        ValueError: more ranks on this node than GPUs, or several ranks without a rendezvous address.
+        ValueError: what the environment says contradicts itself, more ranks on this node than GPUs, several ranks on
+            one GPU, several ranks without a rendezvous address.
+        OSError: the other ranks did not come in time.
     """
     ranks = ranks_from_environment()
     cuda = torch.cuda.is_available()
-    if cuda and ranks["local_rank"] >= torch.cuda.device_count():
-        raise ValueError(
-            f"local rank {ranks['local_rank']} on a node with {torch.cuda.device_count()} GPUs: "
-            "start one process per GPU (deepspeed --num_gpus N, or srun --ntasks-per-node N)"
-        )
+    gpu = ranks["local_rank"]
+    if cuda:
+        visible = torch.cuda.device_count()
+        if visible == 1:
+            gpu = 0  # srun --gpus-per-task=1 shows every rank a GPU of its own; that they differ is checked below
+        elif gpu >= visible:
+            raise ValueError(
+                f"local rank {gpu} on a node with {visible} GPUs: "
+                "start one process per GPU (deepspeed --num_gpus N, or srun --ntasks-per-node N)"
+            )
+    if ranks["world"] > 1:
+        rendezvous_address()  # refused here, before anything is waited for
     _export(ranks)
     device = torch.device("cpu")
     if cuda:
-        device = torch.device("cuda", ranks["local_rank"])
+        device = torch.device("cuda", gpu)
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:  # ranks of one node share its cores instead of fighting for them
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks["local_world"]))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_this_node()))
     _init_process_group("nccl" if cuda else "gloo")
-    return Dist(device=device, **ranks)
+    dist = Dist(device=device, **ranks)
+    if torch_dist.is_initialized():
+        # nodes with different numbers of ranks: what divides all of them, so that every rank spreads experts alike
+        dist = replace(dist, local_world=math.gcd(*dist.gather(dist.local_world)))
+    return dist
 
 
 def stop() -> None:
@@ -176,24 +177,10 @@ def seed_draws(seed: int, step: int, place: int) -> None:
 
 
 def _export(ranks: dict[str, int]) -> None:
-    """Write the ranks where DeepSpeed and torch look for them, with a rendezvous address for a world of one."""
+    """Write the ranks where DeepSpeed and torch look for them."""
     os.environ["RANK"] = str(ranks["rank"])
     os.environ["WORLD_SIZE"] = str(ranks["world"])
     os.environ["LOCAL_RANK"] = str(ranks["local_rank"])
-    if ranks["world"] == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    elif "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        raise ValueError(
-            f"{ranks['world']} ranks but MASTER_ADDR or MASTER_PORT is not set: start through deepspeed, torchrun or "
-            "slurm/phase.sbatch, which set both"
-        )
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _init_process_group(backend: str) -> None:
@@ -203,4 +190,54 @@ def _init_process_group(backend: str) -> None:
         # On CPU DeepSpeed would compile this operator (45 s, needs g++; a killed build leaves a lock that hangs later
         # runs). It only serves an inference all-reduce, which we never call.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch_dist.is_initialized():  # a second run_phase of one process finds the group of the first
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = _meet(rank, world)
+        if backend == "nccl":
+            _refuse_shared_gpus(store, rank, world)
+        torch_dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+
+
+def _meet(rank: int, world: int) -> torch_dist.Store:
+    """The store through which the ranks find each other, once all of them are there.
+
+    Raises:
+        OSError: they are not, after a while.
+    """
+    if world == 1:
+        return torch_dist.HashStore()  # no network: an address that is left over in the shell is not asked
+    address = rendezvous_address()
+    by_hand = started_by_hand()
+    limit = timedelta(seconds=WAIT_BY_HAND if by_hand else WAIT)
+    try:
+        store, _, _ = next(torch_dist.rendezvous("env://", rank, world, timeout=limit))
+        store.set(f"m2mkd/here/{rank}", "")
+        store.wait([f"m2mkd/here/{other}" for other in range(world)], limit)
+    except (torch_dist.DistError, RuntimeError) as error:  # DistNetworkError, DistStoreError: nobody there, or too few
+        left_over = (
+            " RANK and WORLD_SIZE may be left over in this shell: unset them to train with one process." * by_hand
+        )
+        raise OSError(
+            f"the {world} ranks did not all meet at {address} within {limit.seconds} s (this is rank {rank}; "
+            f"{one_line(error)[:200]}).{left_over} Check that every rank was started, with the same MASTER_ADDR and "
+            "MASTER_PORT"
+        ) from error
+    store.set_timeout(torch_dist.default_pg_timeout)
+    return store
+
+
+def _refuse_shared_gpus(store: torch_dist.Store, rank: int, world: int) -> None:
+    """Raise a ValueError on every rank when two of them have the same GPU: NCCL would fail, or wait, only later."""
+    gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+    store.set(f"m2mkd/gpu/{rank}", f"{socket.gethostname()} {getattr(gpu, 'uuid', rank)}")
+    owners: dict[bytes, int] = {}
+    for other in range(world):
+        where = store.get(f"m2mkd/gpu/{other}")
+        if where in owners:
+            host = where.decode().split()[0]
+            raise ValueError(
+                f"ranks {owners[where]} and {other} have the same GPU of {host}: start one process per GPU "
+                "(deepspeed --num_gpus N, srun --gpus-per-task=1, or CUDA_VISIBLE_DEVICES with all of them)"
+            )
+        owners[where] = other

@@ -7,11 +7,12 @@ The launcher's ranks are those of the plan. The checks are the ones of a start a
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 
 from trainer.artifacts import missing, require
-from trainer.distributed.ranks import ranks_from_environment
+from trainer.distributed.launchers import ranks_from_environment
 from trainer.plan import preflight
 from trainer.plan.cost import measured_speed
 from trainer.plan.rehearsal import DryRun, carry_out
@@ -25,7 +26,8 @@ from trainer.tracking.console import table
 def show(job: Job) -> int:
     """Print checks, state and cost of a job's phases; 0, or EXIT_BAD_INPUT when a check found a problem."""
     ranks = ranks_from_environment()
-    world, local = ranks["world"], ranks["local_world"]
+    world = ranks["world"]
+    local = math.gcd(world, ranks["local_world"])  # nodes with different numbers of ranks: see ranks.start
     layout = dict.fromkeys(stage_names(), (world // local, local))
     with tempfile.TemporaryDirectory() as scratch:
         dry = DryRun(job.recipe, job.ds_values, job.out, layout, scratch)
