@@ -6,7 +6,7 @@ STUDY ?= recipes/study_ablation.yaml
 BIN := $(VENV)/bin
 ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1 PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup demo study test slurm-test faults elastic hostile slurm-packages lint format clean
+.PHONY: setup demo study test slurm-test faults elastic sweep hostile slurm-packages lint format clean
 
 setup: $(VENV)/.runtime
 
@@ -51,6 +51,10 @@ faults: $(VENV)/.dev
 
 elastic: $(VENV)/.dev
 	$(ENV) python -m pytest -m slow tests/integration/test_elastic.py
+
+# Every DeepSpeed key at 2 and 4 ranks and every ep size against a plain loop.
+sweep: $(VENV)/.dev
+	$(ENV) python -m pytest -m "slow or not slow" tests/integration/test_ds_keys.py
 
 hostile: $(VENV)/.dev
 	$(ENV) python -m pytest -m "slow or not slow" tests/hostile

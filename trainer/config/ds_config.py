@@ -15,36 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config import ds_keys
+from trainer.config.ds_keys import PASSED_ON
 from trainer.config.load import COMMAND_LINE, close, first_repeated, parse_override
 from trainer.config.phases import ScheduleConfig
 
-# What this trainer passes on; DeepSpeed itself ignores a misspelt key without a word.
-PASSED_ON = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "zero_optimization",
-    "bf16",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "flops_profiler",
-    "comms_logger",
-    "tensorboard",
-    "csv_monitor",
-    "wandb",
-    "aio",
-    "checkpoint",
-    "data_types",
-    "seq_parallel_communication_data_type",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-)
 REFUSED = {
     "optimizer": 'the recipe owns the optimizer (train.optimizer, train.lr, ...): delete the section "optimizer"',
     "scheduler": 'the recipe owns the schedule (train.lr, train.warmup_epochs, ...): delete the section "scheduler"',
@@ -63,7 +38,11 @@ SECTIONS = {
     "zero_optimization": '{"stage": 1}',
     "bf16": '{"enabled": true}',
     "trainer": '{"ep_size": "auto"}',
+    "data_types": '{"grad_accum_dtype": "fp32"}',
+    "flops_profiler": '{"enabled": true}',
+    "comms_logger": '{"enabled": true}',
     "tensorboard": '{"enabled": true}',
+    "csv_monitor": '{"enabled": true}',
     "wandb": '{"enabled": true}',
 }
 
@@ -168,15 +147,12 @@ def resolve(
     Raises:
         ValueError: one fact given two values (both are named), or a way of scaling that does not work.
     """
+    ds_keys.check(values, "the DeepSpeed JSON")
     config = {key: value for key, value in values.items() if key in PASSED_ON and value != "auto"}
     ours = values.get("trainer", {})
     micro_batch, accumulation, global_batch = _batches(config, schedule, world, phase)
     clip = _one_value(config, "gradient_clipping", schedule.clip, f"{phase}.clip", otherwise=0.0)
     bf16 = config.get("bf16", {})
-    if bf16.get("check_grad_overflow", True) is not True:
-        raise ValueError(
-            '"bf16.check_grad_overflow" off would let a gradient that is not finite into the weights: delete it'
-        )
     zero = _zero(config)
     config |= {
         "train_batch_size": global_batch,
@@ -190,13 +166,16 @@ def resolve(
     if "offload_optimizer" in zero:
         config.setdefault("zero_force_ds_cpu_optimizer", False)  # torch's AdamW on the CPU: nothing to compile
     _check_monitors(config)
+    ep = _ep_size(ours.get("ep_size", "auto"), world, local_world, num_experts)
+    if num_experts:
+        ds_keys.with_experts(config, ep)
     return Settings(
         config=config,
         micro_batch=micro_batch,
         accumulation=accumulation,
         global_batch=global_batch,
         clip=float(clip),
-        ep_size=_ep_size(ours.get("ep_size", "auto"), world, local_world, num_experts),
+        ep_size=ep,
         activation_checkpointing=bool(ours.get("activation_checkpointing", False)),
         bf16=bool(bf16.get("enabled", False)),
     )
@@ -264,25 +243,13 @@ def _zero(config: dict) -> dict[str, Any]:
     """The section zero_optimization without its "auto", refused where it does not work with MoE or loses an error."""
     zero = dict(config.get("zero_optimization", {}))
     stage = zero.get("stage", 0)
-    if not isinstance(stage, int) or stage not in (1, 2):
+    if isinstance(stage, bool) or not isinstance(stage, int) or stage not in (1, 2):
         why = "there is no such stage"
         if isinstance(stage, int) and stage == 0:
             why = "without ZeRO DeepSpeed leaves experts out of the clipping norm"
         elif isinstance(stage, int) and stage == 3:
             why = "ZeRO-3 refuses DeepSpeed's MoE layer"
         raise ValueError(f'"zero_optimization.stage" is {stage!r}, expected 1 or 2: {why}')
-    if zero.get("round_robin_gradients", False) is not False:
-        raise ValueError(
-            '"zero_optimization.round_robin_gradients" makes DeepSpeed misplace the fp32 weights it reports, so '
-            "checkpoints and bf16 results would be wrong: delete it"
-        )
-    if zero.get("compute_grad_norm", True) is not True:
-        raise ValueError(
-            '"zero_optimization.compute_grad_norm" off would let a gradient that is not finite into the weights: '
-            "delete it"
-        )
-    if "offload_param" in zero:
-        raise ValueError('"zero_optimization.offload_param" needs ZeRO-3, which MoE does not support: delete it')
     return {key: value for key, value in zero.items() if value != "auto"}
 
 
@@ -314,10 +281,10 @@ def _check_keys(values: dict[str, Any], name: str) -> None:
     for key in values.get("trainer", {}):
         if key not in TRAINER_KEYS:
             raise ValueError(f'{name}: unknown key "trainer.{key}". Known: {", ".join(TRAINER_KEYS)}')
-    for section, key in (("bf16", "enabled"), ("trainer", "activation_checkpointing")):
-        value = values.get(section, {}).get(key, False)
-        if not isinstance(value, bool):
-            raise ValueError(f'{name}: "{section}.{key}" is {value!r}, expected true or false')
+    recompute = values.get("trainer", {}).get("activation_checkpointing", False)
+    if not isinstance(recompute, bool):
+        raise ValueError(f'{name}: "trainer.activation_checkpointing" is {recompute!r}, expected true or false')
+    ds_keys.check(values, name)
 
 
 def _disabled(value: Any) -> bool:
