@@ -222,3 +222,31 @@ def test_exif_rotation_is_not_applied_and_the_first_frame_is_taken():
 def test_rgb_takes_the_short_way(monkeypatch):
     monkeypatch.setattr(pixels, "_refuse_unclear", lambda image: pytest.fail("looked at more than the mode"))
     np.testing.assert_array_equal(read(encoded(COLOUR, "PNG")), np.asarray(COLOUR))
+
+
+INTACT = {
+    "JPEG": encoded(COLOUR, "JPEG"),
+    "PNG": encoded(COLOUR, "PNG"),
+    "PNG with alpha": encoded(clear_left(COLOUR), "PNG"),
+    "PNG with a palette": encoded(COLOUR.convert("P"), "PNG", transparency=3),
+    "WebP": encoded(clear_left(COLOUR), "WEBP"),
+    "BMP": encoded(COLOUR, "BMP"),
+    "GIF": encoded(COLOUR.convert("P"), "GIF", transparency=3),
+    "CMYK": encoded(COLOUR.convert("CMYK"), "TIFF", compression="tiff_lzw"),
+} | SIXTEEN_BITS
+
+
+@pytest.mark.parametrize("name", INTACT)
+def test_damaged_files_are_read_or_named(name):
+    """Up to four bytes altered: an 8-bit RGB picture all the same, or one error of ours, whatever a decoder says."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        content = bytearray(INTACT[name])
+        for place in rng.integers(0, len(content), rng.integers(1, 5)):
+            content[place] = rng.integers(0, 256)
+        try:
+            pixels_HWC = read(bytes(content))
+        except UnreadableImageError as error:
+            assert "image it cannot be read" in str(error)
+        else:
+            assert pixels_HWC.dtype == np.uint8 and pixels_HWC.shape[2] == 3

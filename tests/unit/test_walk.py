@@ -193,6 +193,8 @@ def test_the_one_folder_that_is_another_name_of_the_split(root, asked):
     (root / "train").rename(root / "training")
     assert opened(root, val_split=asked).remarks == "it stands for data.train_split 'train'"
     assert names(opened(root, "val", val_split=asked)) == names(source)
+    (root / "val").rename(root / "Valid")
+    assert len(opened(root, "val", val_split=asked)) == 2
 
 
 def test_several_other_names_or_none_are_refused(root):

@@ -15,7 +15,8 @@ from pathlib import Path
 from trainer.data.decode import EXTENSIONS, printable
 from trainer.data.hub_splits import listed
 
-# names by which `datasets` knows a split: where the folder asked for is not, one called by another name of its row is
+# names by which `datasets` knows a split: where the folder asked for is not, the one with another name of its row is
+# taken, in any case
 SPLIT_NAMES = (
     ("train", "training"),
     ("validation", "valid", "val", "dev"),
@@ -76,13 +77,13 @@ def split_folder(root: Path, split: str, key: str) -> str:
     Raises:
         ValueError: no such folder, or several that could be meant; the folders there are listed.
     """
-    if (root / split).is_dir():
+    if os.path.isdir(root / split):
         return split
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise ValueError(f"data.path {root} is not a folder: give the one that holds the splits.")
     folders = sorted(entry.name for entry in _entries(root) if _is_folder(entry))
-    names = next((row for row in SPLIT_NAMES if split in row), ())
-    meant = [name for name in folders if name in names]
+    names = next((row for row in SPLIT_NAMES if split.lower() in row), ())
+    meant = [name for name in folders if name.lower() in names]
     if len(meant) == 1:
         return meant[0]
     several = f", {' and '.join(meant)} could each be meant" if meant else ""
@@ -148,7 +149,7 @@ def is_picture_folder(root: Path, train_split: str) -> bool:
     It does not when it was written by save_to_disk, or has metadata files, a README.md that says how it is read,
     parquet or arrow files.
     """
-    if not root.is_dir() or _holds_any(root, SAVED):
+    if not os.path.isdir(root) or _holds_any(root, SAVED):
         return False
     try:
         train = root / split_folder(root, train_split, "data.train_split")
