@@ -152,13 +152,11 @@ def test_the_way_for_thin_pictures_comes_to_the_same_pixels(monkeypatch, interpo
 @pytest.mark.parametrize("size", [(2, 50_000), (50_000, 2), (1, 400_000), (400_000, 1), (1, 1)])
 def test_thin_pictures_take_no_more_memory_than_others(monkeypatch, size):
     """The memory of a resize is what Pillow is asked to make, and what it makes in between."""
-    largest = 0
     original = Image.Image.resize
 
     def resize(image, new_size, *arguments, box=None, **options):
-        nonlocal largest
         rows = image.height if box is None else box[3] - box[1]
-        largest = max(largest, new_size[0] * max(new_size[1], rows))
+        assert new_size[0] * max(new_size[1], rows) <= 2**25  # 4 bytes each: 134 MB
         return original(image, new_size, *arguments, box=box, **options)
 
     monkeypatch.setattr(Image.Image, "resize", resize)
@@ -168,11 +166,23 @@ def test_thin_pictures_take_no_more_memory_than_others(monkeypatch, size):
     for pixels in made:
         values = pixels[:, ::50, ::50] * 127.5 + 127.5
         torch.testing.assert_close(values, torch.tensor([10.0, 200, 30])[:, None, None].expand_as(values))
-    assert 0 < largest <= transforms.MAX_RESIZED
+
+
+@pytest.mark.parametrize(
+    ("size", "scale"), [((1, 1), (0.08, 1.0)), ((2, 2), (0.08, 1.0)), ((1, 3), (0.08, 1.0)), ((8, 8), (0.001, 0.002))]
+)
+def test_a_crop_is_never_of_no_pixel(size, scale):
+    """timm rounds it to none, and Pillow makes black of that, without a word."""
+    image = Image.new("RGB", size, (200, 200, 200))
+    transform = train_transform(Preprocessing(16, HALF, HALF), AugmentConfig(scale=scale))
+    seed_draws(0, 0, 0)
+    for _ in range(100):
+        made = transform(image) * 127.5 + 127.5
+        torch.testing.assert_close(made, torch.full_like(made, 200))
 
 
 def test_transforms_can_be_sent_to_a_worker_process():
     """As Python 3.14 does by default."""
-    image = photo(20, 30)
-    transform = eval_transform(Preprocessing(16, HALF, HALF))
-    torch.testing.assert_close(pickle.loads(pickle.dumps(transform))(image), transform(image), rtol=0, atol=0)
+    image, pre = photo(20, 30), Preprocessing(16, HALF, HALF)
+    for transform in (eval_transform(pre), train_transform(pre, PLAIN)):
+        torch.testing.assert_close(pickle.loads(pickle.dumps(transform))(image), transform(image), rtol=0, atol=0)

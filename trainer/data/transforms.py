@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import auto_augment, create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from models.preprocessing import INTERPOLATIONS, Preprocessing
 from trainer.config.data import AugmentConfig
@@ -47,6 +48,7 @@ def train_transform(pre: Preprocessing, aug: AugmentConfig) -> Transform:
             "expected something like rand-m9-mstd0.5-inc1, or empty for none."
         ) from error
     _mend_posterize(transform)
+    _mend_crop(transform)
     return transform
 
 
@@ -138,6 +140,23 @@ def _posterize(image: Image.Image, bits_to_keep: int, **options: Any) -> Image.I
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)  # as Pillow before 13
     return auto_augment.posterize(image, bits_to_keep, **options)
+
+
+def _mend_crop(transform: Transform) -> None:
+    """Let timm's RandomResizedCrop keep a pixel at least, in place.
+
+    Of 1 x 1 pixels, or of 8 x 8 at a scale of 0.001, it rounds to a crop of none, which is resized to a black image.
+    """
+    for step in transform.transforms:
+        if isinstance(step, RandomResizedCropAndInterpolation):
+            step.get_params = _crop_of_a_pixel_at_least
+
+
+def _crop_of_a_pixel_at_least(
+    image: Image.Image, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    top, left, height, width = RandomResizedCropAndInterpolation.get_params(image, scale, ratio)
+    return min(top, image.height - 1), min(left, image.width - 1), max(height, 1), max(width, 1)
 
 
 def _shared(pre: Preprocessing) -> dict:
