@@ -109,7 +109,8 @@ UNCLEAR = {
         "mode F",
     ),
     "float TIFF of 0 to 255": (encoded(Image.fromarray(GREY_HW.astype(np.float32)), "TIFF"), "mode F"),
-    "PFM under the name of a PPM": (b"Pf 7 5 -1.0\n" + GREY_HW.astype("<f4").tobytes(), "mode F"),
+    # Pillow knows it from 10.3 on
+    "PFM under the name of a PPM": (b"Pf 7 5 -1.0\n" + GREY_HW.astype("<f4").tobytes(), "(mode F|format that is)"),
     "32-bit TIFF": (tiff(DEEP_HW.astype("<u4").tobytes(), DEEP_HW.shape, bits=32), "mode I[)]"),
     "32-bit TIFF by Pillow": (encoded(Image.fromarray(GREY_HW.astype(np.int32)), "TIFF"), "mode I[)]"),
     "signed 16-bit TIFF": (tiff(DEEP_HW.astype("<u2").tobytes(), DEEP_HW.shape, sample=2), "signed integers"),
