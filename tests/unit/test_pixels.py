@@ -40,7 +40,11 @@ def png(values_HWC: np.ndarray, colour: int, *extra: bytes) -> bytes:
     """A PNG of 16 bits a channel. colour: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
     height, width = values_HWC.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values_HWC)
-    header = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+    return png_of(rows, width, height, 16, colour, *extra)
+
+
+def png_of(rows: bytes, width: int, height: int, bits: int, colour: int, *extra: bytes) -> bytes:
+    header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)
     parts = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
@@ -179,6 +183,13 @@ def test_transparent_colours_and_palette_entries():
     assert read(encoded(palette, "PNG", transparency=bytes([255, 51])))[0, 1].tolist() == [206] * 3  # .8 * 255 + .2 * 9
     deep = png(np.array([[300, 40000]]), 0, chunk(b"tRNS", struct.pack(">H", 300)))
     assert read(deep)[0].tolist() == [[255] * 3, [156] * 3]
+
+
+def test_transparent_grey_of_few_bits():
+    """As programs write it that make PNG files small; Pillow alone takes 85, which 1 of 2 bits becomes, for another."""
+    for bits, row, greys in ((2, 0b00011011, [0, 255, 170, 255]), (4, 0x1F, [255, 255])):
+        content = png_of(bytes([0, row]), len(greys), 1, bits, 0, chunk(b"tRNS", struct.pack(">H", 1)))
+        assert read(content)[0, :, 0].tolist() == greys
 
 
 def test_alpha_of_16_bits():

@@ -74,6 +74,9 @@ def test_hidden_names_are_neither_class_nor_picture(root, case, caplog):
     assert source.remarks == f"left out: 1 hidden ({counted})"
     assert f"folder {root}/train: {source.remarks}" in caplog.text
     assert opened(root, "val").remarks == ""
+    lay(root / "val" / name)
+    val = opened(root, "val")
+    assert (val.labels, names(val), val.remarks) == (["cat", "dog"], ["val/cat/2.png", "val/dog/3.png"], source.remarks)
 
 
 OTHER = {

@@ -35,7 +35,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         UnclearPixelsError: of a mode that is refused.
     """
-    _refuse_deep_transparency(image)
+    _correct_transparent_colour(image)
     image.load()
     if image.mode == "RGB" and not image.has_transparency_data:  # nearly every picture
         return image.convert("RGB")
@@ -47,12 +47,23 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _refuse_deep_transparency(image: Image.Image) -> None:
-    """A transparent colour is compared with 16 bits of a pixel, and Pillow keeps 8; only before loading it tells so."""
-    if isinstance(image.info.get("transparency"), tuple) and "RGB;16" in str(image.tile):
+def _correct_transparent_colour(image: Image.Image) -> None:
+    """Of a PNG, in place: it counts in the bits of the file, and Pillow compares it with pixels brought to 8 bits.
+
+    How many bits those are Pillow tells only before it loads the pixels.
+    """
+    colour = image.info.get("transparency")
+    if colour is None:
+        return
+    stored_as = str(image.tile)
+    if isinstance(colour, tuple) and "RGB;16" in stored_as:
         raise UnclearPixelsError(
             "it has 16 bits a channel (mode RGB;16) and a transparent colour; save it with an alpha channel or 8 bits"
         )
+    if isinstance(colour, int):
+        for bits in (2, 4):
+            if f"'L;{bits}'" in stored_as:
+                image.info["transparency"] = colour * 255 // (2**bits - 1)
 
 
 def _refuse_unclear(image: Image.Image) -> None:
