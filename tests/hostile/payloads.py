@@ -23,8 +23,12 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def encoded(format: str, size: int = 64) -> bytes:
+    return saved(NOISE[:size, :size], format)
+
+
+def saved(pixels: np.ndarray, format: str) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(NOISE[:size, :size]).save(buffer, format)
+    Image.fromarray(pixels).save(buffer, format)
     return buffer.getvalue()
 
 
@@ -66,6 +70,9 @@ CONTENTS = {
     "truncated PNG": encoded("PNG")[:3000],
     "truncated WebP": encoded("WEBP")[:800],
     "empty file": b"",
+    "TIFF of floats": saved(NOISE[:, :, 0].astype(np.float32), "TIFF"),
+    "TIFF of 32-bit integers": saved(NOISE[:, :, 0].astype(np.int32), "TIFF"),
+    "8-bit values in a 16-bit PNG": saved(NOISE[:, :, 0].astype(np.uint16), "PNG"),
     "text": b"error: not a picture\n",
     "PostScript program": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(owned) (w) file closefile\n",
     "pickle": PICKLE,

@@ -30,10 +30,22 @@ def only(root: Path, count: int) -> None:
         path.unlink()
 
 
+def heic(root: Path) -> None:
+    for path in root.glob("train/*/*.png"):
+        path.rename(path.with_suffix(".heic"))
+
+
+def one_folder_twice(root: Path) -> None:
+    for split in ("train", "validation"):
+        (root / split / "c").symlink_to("b")
+
+
 LAYOUTS = {
     "links in a circle": (circle, ["leads to a folder that was read already", "train/a/"]),
     "one class": (one_class, ["has one class (a)", "two or more"]),
     "no pictures": (no_pictures, ["no images under", "train", ".jpeg"]),
+    "pictures of a telephone": (heic, ["no images under", "left out: 32 with an extension", ".heic 32"]),
+    "one folder under two classes": (one_folder_twice, ["train/c leads to a folder that was read already"]),
     "no classes": (lambda root: [shutil.rmtree(path) for path in root.glob("train/*")], ["no class folders in"]),
     "no splits": (lambda root: [shutil.rmtree(path) for path in root.glob("*")], ["'train' is not a folder in"]),
     "other classes in validation": (
@@ -52,7 +64,15 @@ LAYOUTS = {
     "a link to itself": (lambda root: (shutil.rmtree(root), root.symlink_to(root)), ["is not a folder"]),
 }
 
-SLOW = ("no classes", "no splits", "a file", "nothing", "a link to itself")
+SLOW = (
+    "pictures of a telephone",
+    "one folder under two classes",
+    "no classes",
+    "no splits",
+    "a file",
+    "nothing",
+    "a link to itself",
+)
 
 
 @pytest.mark.parametrize("name", cases(LAYOUTS, SLOW))
@@ -67,3 +87,12 @@ def test_layout(hostile, tmp_path, name):
         str(pictures) if name != "smaller than the batch" else "",
         *expected,
     )
+
+
+def test_hub_says_of_a_folder_what_folder_says(hostile, tmp_path):
+    """A class named otherwise in the validation folder, which `datasets` calls validation: no phantom class of it."""
+    pictures = make_pictures(tmp_path / "pictures")
+    (pictures / "validation/b").rename(pictures / "validation/B")
+    (pictures / "validation").rename(pictures / "val")
+    overrides = ["--phase", "teacher", "data.source=hub", f"data.path={pictures}", "data.val_split=validation"]
+    hostile.refuse("folders: hub, other classes", tmp_path, overrides, "only in train: b", "only in val: B")

@@ -84,8 +84,8 @@ def test_limit_spreads_over_the_classes(folder):
 
 
 def test_missing_split_folder_lists_the_folders_there(folder):
-    with pytest.raises(ValueError, match=r"data.val_split 'val' .* folders there: train, validation"):
-        open_source(folder_config(folder, val_split="val"), "val")
+    with pytest.raises(ValueError, match=r"data.val_split 'held' .* folders there: train, validation"):
+        open_source(folder_config(folder, val_split="held"), "val")
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         open_source(folder_config(folder / "nowhere"), "train")
 

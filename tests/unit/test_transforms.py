@@ -1,5 +1,6 @@
 """Transforms against the teacher's own: timm's evaluation transform, transformers' image processor, and plain PIL."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from models.preprocessing import Preprocessing
+from models.preprocessing import CROP_MODES, Preprocessing
 from trainer.config.data import AugmentConfig
 from trainer.config.load import load_recipe
+from trainer.data import transforms
 from trainer.data.transforms import eval_transform, train_transform
 from trainer.distributed.ranks import seed_draws
 
@@ -122,3 +124,55 @@ def test_every_shipped_recipe_augments_thousands_of_images(path):
     for number in range(4000 if augment.rand_augment else 500):
         made = transform(image)
         assert made.shape == (3, 16, 16) and bool(torch.isfinite(made).all()), number
+
+
+# long thin pictures: resizing the shorter side of 2 x 50,000 pixels to 256 would make 1.6e9 of 1e5
+
+THIN = ((2, 900), (900, 2), (1, 701), (701, 1), (37, 2000), (2000, 37), (300, 1999), (1, 1), (120, 90))
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "crop_mode", "levels"),
+    # two passes of one order or the other round differently, and where a box is held in 32 bits the last digits do
+    [("bicubic", "center", 1.1), ("lanczos", "center", 1.1), ("bilinear", "center", 2.1), ("bilinear", "squash", 1.1)],
+)
+def test_the_way_for_thin_pictures_comes_to_the_same_pixels(monkeypatch, interpolation, crop_mode, levels):
+    rng = np.random.default_rng(0)
+    for width, height in THIN:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for size, crop_pct in ((32, 0.875), (33, 0.9), (48, 1.0)):
+            pre = Preprocessing(size, HALF, HALF, interpolation, crop_pct, crop_mode)
+            monkeypatch.setattr(transforms, "MAX_RESIZED", 2**25)
+            expected = eval_transform(pre)(image)
+            monkeypatch.setattr(transforms, "MAX_RESIZED", 0)
+            found = eval_transform(pre)(image)
+            assert (found - expected).abs().max() * 127.5 < levels, (width, height, size)
+
+
+@pytest.mark.parametrize("size", [(2, 50_000), (50_000, 2), (1, 400_000), (400_000, 1), (1, 1)])
+def test_thin_pictures_take_no_more_memory_than_others(monkeypatch, size):
+    """The memory of a resize is what Pillow is asked to make, and what it makes in between."""
+    largest = 0
+    original = Image.Image.resize
+
+    def resize(image, new_size, *arguments, box=None, **options):
+        nonlocal largest
+        rows = image.height if box is None else box[3] - box[1]
+        largest = max(largest, new_size[0] * max(new_size[1], rows))
+        return original(image, new_size, *arguments, box=box, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", resize)
+    image = Image.new("RGB", size, (10, 200, 30))
+    made = [eval_transform(Preprocessing(224, HALF, HALF, "bicubic", 0.875, mode))(image) for mode in CROP_MODES]
+    made.append(train_transform(Preprocessing(224, HALF, HALF), AugmentConfig(scale=(0.08, 1.0), hflip=0.5))(image))
+    for pixels in made:
+        values = pixels[:, ::50, ::50] * 127.5 + 127.5
+        torch.testing.assert_close(values, torch.tensor([10.0, 200, 30])[:, None, None].expand_as(values))
+    assert 0 < largest <= transforms.MAX_RESIZED
+
+
+def test_transforms_can_be_sent_to_a_worker_process():
+    """As Python 3.14 does by default."""
+    image = photo(20, 30)
+    transform = eval_transform(Preprocessing(16, HALF, HALF))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(transform))(image), transform(image), rtol=0, atol=0)

@@ -25,6 +25,7 @@ class ImageSource(ABC):
     """
 
     origin: str  # where they come from, for the record: a folder, or a hub id with the commit it resolved to
+    remarks: str = ""  # what was left out of a folder and why, in one line
 
     def __init__(self, name: str, labels: Sequence[str], targets: np.ndarray, data: DataConfig):
         if not len(targets):

@@ -9,8 +9,20 @@ from contextlib import contextmanager
 
 from PIL import Image, UnidentifiedImageError
 
+from trainer.data.pixels import UnclearPixelsError, to_rgb
+
 # what a .jpg holds decides how PIL reads it, and for an EPS it would start Ghostscript: only these are tried
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+EXTENSIONS_OF = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+FORMATS = tuple(EXTENSIONS_OF)
+EXTENSIONS = sum(EXTENSIONS_OF.values(), ())  # in lower case, of the files that a folder is searched for
 SKIP_HINT = "Repair or remove it, or set data.skip_unreadable=true."
 
 
@@ -19,7 +31,7 @@ class UnreadableImageError(ValueError):
 
 
 def decode(source: str | bytes, description: str, max_pixels: int) -> Image.Image:
-    """Decode to RGB as torchvision and timm do: first frame, EXIF rotation not applied.
+    """Decode to 8-bit RGB by the table of pixels.py, as torchvision and timm: first frame, EXIF rotation not applied.
 
     Args:
         source: path of a file, or the content of one.
@@ -31,11 +43,13 @@ def decode(source: str | bytes, description: str, max_pixels: int) -> Image.Imag
     """
     try:
         with _opened(source) as file, _pixel_limit(max_pixels), Image.open(file, formats=FORMATS) as image:
-            return image.convert("RGB")
+            return to_rgb(image)
     except MemoryError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         reason = f"{error} The limit is data.max_pixels={max_pixels}; raise it for a picture you trust"
+    except UnclearPixelsError as error:
+        reason = str(error)
     except UnidentifiedImageError:
         reason = f"not a picture in a format that is read ({', '.join(FORMATS)})"
     except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error and more

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from trainer.config.data import DataConfig
 from trainer.data.base import ImageSource
-from trainer.data.decode import SKIP_HINT, UnreadableImageError, decode, printable
+from trainer.data.decode import EXTENSIONS, SKIP_HINT, UnreadableImageError, decode
 from trainer.data.hub_splits import check_columns, labels_and_targets, listed, load_splits, refuse_outside
+from trainer.data.walk import Tally, class_folders, is_picture_folder, pictures, split_folder
 
 logger = logging.getLogger(__name__)
 DIGITS_FILE = Path(__file__).with_name("digits.npz")  # see DIGITS.md
@@ -58,27 +58,36 @@ class DigitsSource(ImageSource):
 
 
 class FolderSource(ImageSource):
-    """PATH/<split>/<class>/*.jpg, as torchvision's ImageFolder reads it; links are followed, also out of PATH."""
+    """PATH/<split>/<class>/*.jpg, as torchvision's ImageFolder reads it; what is left out is counted (walk.py)."""
 
     def __init__(self, data: DataConfig, split: str):
         root = Path(data.path).expanduser()
-        train_classes = _class_folders(root, data.train_split, "data.train_split")
-        name = _name_of(split, data)
-        classes = _class_folders(root, name, f"data.{split}_split")
+        train_name = split_folder(root, data.train_split, "data.train_split")
+        name = split_folder(root, _name_of(split, data), f"data.{split}_split")
+        train_classes = class_folders(root / train_name, Tally())
+        tally = Tally()
+        classes = class_folders(root / name, tally)
         if classes != train_classes:
             raise ValueError(
-                f"the class folders of {root / data.train_split} and {root / name} differ: "
-                f"only in {data.train_split}: {listed(set(train_classes) - set(classes))}; "
+                f"the class folders of {root / train_name} and {root / name} differ: "
+                f"only in {train_name}: {listed(set(train_classes) - set(classes))}; "
                 f"only in {name}: {listed(set(classes) - set(train_classes))}. Give both the same folders."
             )
-        paths_of = [_pictures(root / name / label) for label in classes]
-        if not any(paths_of):
-            raise ValueError(f"no images under {root / name}; expected {', '.join(IMG_EXTENSIONS)} in class folders.")
+        paths_of = pictures(root / name, classes, tally)
+        if not any(paths_of.values()):
+            expected = f"expected {', '.join(EXTENSIONS)} in class folders"
+            raise ValueError(f"no images under {root / name}; {expected} ({tally}).")
         # one array, not a million str objects: reference counts would copy those into every worker process
-        self._paths = np.array(list(itertools.chain.from_iterable(paths_of)))
-        targets = np.repeat(np.arange(len(classes)), list(map(len, paths_of)))
+        self._paths = np.array(list(itertools.chain.from_iterable(paths_of.values())))
+        targets = np.repeat(np.arange(len(classes)), list(map(len, paths_of.values())))
         self.origin = str(root)
         super().__init__(f"folder {root / name}", classes, targets, data)
+        self.remarks = str(tally)
+        asked_name = _name_of(split, data)
+        if name != asked_name:
+            self.remarks = "; ".join(filter(None, [f"it stands for data.{split}_split {asked_name!r}", self.remarks]))
+        if self.remarks:
+            logger.warning("%s: %s", self.name, self.remarks)
 
     def _read(self, row: int) -> Image.Image:
         path = os.fsdecode(self._paths[row])
@@ -123,55 +132,25 @@ class HubSource(ImageSource):
         return decode(path if content is None else content, description, self.max_pixels)
 
 
+def _hub(data: DataConfig, split: str) -> ImageSource:
+    """A local folder of pictures is read by the one reader of such folders: classes, order and pixels are the same."""
+    if not is_picture_folder(Path(data.path).expanduser(), data.train_split):
+        return HubSource(data, split)
+    for key, column, name in (("image_key", data.image_key, "image"), ("label_key", data.label_key, "label")):
+        if column != name:
+            raise ValueError(f"data.{key} {column!r} is not a column of {data.path}; columns there: image, label.")
+    return FolderSource(data, split)
+
+
 def _fractals(data: DataConfig, split: str) -> ImageSource:
     from trainer.data.fractals import FractalSource  # late: it builds on this file
 
     return FractalSource(data, split)
 
 
-_SOURCES = {"digits": DigitsSource, "fractals": _fractals, "folder": FolderSource, "hub": HubSource}
+_SOURCES = {"digits": DigitsSource, "fractals": _fractals, "folder": FolderSource, "hub": _hub}
 
 
 def _name_of(split: str, data: DataConfig) -> str:
     """What the data set calls "train" or "val"."""
     return data.train_split if split == "train" else data.val_split
-
-
-def _class_folders(root: Path, split: str, key: str) -> list[str]:
-    folder = root / split
-    if not folder.is_dir():
-        if not root.is_dir():
-            raise ValueError(f"data.path {root} is not a folder: give the one that holds the splits.")
-        folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-        raise ValueError(f"{key} {split!r} is not a folder in {root}; folders there: {listed(folders)}.")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    if not classes:
-        raise ValueError(f"no class folders in {folder}; expected images in {folder}/<class>/.")
-    for name in classes:
-        if not name.isprintable():  # it becomes a label in JSON files and reports
-            raise ValueError(f"the class folder {name!a} of {folder} has a name that is no text: give it another.")
-    return classes
-
-
-def _pictures(folder: Path) -> list[bytes]:
-    """Paths of all images below a class folder, in ImageFolder's order.
-
-    Raises:
-        ValueError: a folder that is reached twice, through links in a circle or to one place: ImageFolder would count
-            its images many times over, or never end.
-    """
-    pictures_in = {}  # folder -> its pictures
-    read_already = set()
-    for path, _, files in os.walk(folder, followlinks=True, onerror=_raise):
-        status = os.stat(path)
-        identity = (status.st_dev, status.st_ino)  # the same whichever link leads to it
-        if identity in read_already:
-            raise ValueError(f"{printable(path)} leads to a folder that was read already: remove the link.")
-        read_already.add(identity)
-        pictures = [name for name in sorted(files) if name.lower().endswith(IMG_EXTENSIONS)]
-        pictures_in[path] = [os.fsencode(os.path.join(path, name)) for name in pictures]
-    return list(itertools.chain.from_iterable(pictures_in[path] for path in sorted(pictures_in)))
-
-
-def _raise(error: OSError) -> None:
-    raise error

@@ -103,7 +103,12 @@ class DryRun:
         train, val = self.run.sources
         for source in (train, val):
             source.image_or_next(0)
-        return f"{train.name}, {len(train):,} training and {len(val):,} validation images, {len(train.labels)} classes"
+        remarks = ""
+        for name, source in (("training", train), ("validation", val)):
+            if source.remarks:
+                remarks += f"; {name}: {source.remarks}"
+        images = f"{len(train):,} training and {len(val):,} validation images"
+        return f"{train.name}, {images}, {len(train.labels)} classes{remarks}"
 
     def hub(self) -> str:
         """What compute nodes cannot download, and whether there is a token for private repositories and the push."""
