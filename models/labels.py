@@ -253,9 +253,7 @@ def _looked_up(data: Sequence[str], head: Sequence[str]) -> tuple[int, ...] | No
     return tuple(row_of[name] for name in data)
 
 
-def _refusal(
-    data: list[str], head: list[str], all_found: bool, counts: str, what: str, policy_key: str
-) -> str:
+def _refusal(data: list[str], head: list[str], all_found: bool, counts: str, what: str, policy_key: str) -> str:
     step = "use a teacher fine-tuned on this data"
     if policy_key and all_found:
         step += f", or set {policy_key}=subset to keep the rows of the data's classes alone"
@@ -299,9 +297,9 @@ def _synsets_of_words(names: Sequence[str]) -> list[str] | None:
     info = ImageNetInfo("imagenet-1k")
     synsets = info.label_names()
     words_of = {synset: _words(info.label_name_to_description(synset)) for synset in synsets}
-    if len(names) == len(synsets):
-        if all(_words(name) & words_of[synset] for name, synset in zip(names, synsets)):
-            return list(synsets)
+    in_place = [bool(_words(name) & words_of[synset]) for name, synset in zip(names, synsets)]
+    if len(names) == len(synsets) and all(in_place):
+        return list(synsets)
     found = []
     for name in names:
         words = _words(name)

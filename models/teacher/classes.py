@@ -36,10 +36,24 @@ def with_classes(teacher: Teacher, labels: Sequence[str], match: Match) -> Teach
     return teacher
 
 
+def without_head(dense: Teacher) -> Teacher:
+    """The same dense model, changed in place so that it gives features only: its classes are not those of the data."""
+    model = dense.model
+    for name in HEADS:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            dense.as_saved |= {f"{name}.{key}": value for key, value in head.state_dict().items()}
+            setattr(model, name, nn.Identity())
+    model.num_classes = 0
+    dense.num_classes = 0
+    dense.labels = None
+    return dense
+
+
 @torch.no_grad()
 def put_in_order(head: nn.Linear, rows: Sequence[int]) -> None:
     """Put the rows of a head into another order, in place."""
-    order = torch.tensor(rows)
+    order = torch.tensor(rows, device=head.weight.device)
     head.weight.copy_(head.weight[order])
     if head.bias is not None:
         head.bias.copy_(head.bias[order])
@@ -48,10 +62,13 @@ def put_in_order(head: nn.Linear, rows: Sequence[int]) -> None:
 @torch.no_grad()
 def _rows_of(head: nn.Linear, rows: Sequence[int]) -> nn.Linear:
     """A head of these rows of another, frozen like it."""
-    order = torch.tensor(rows)
+    device = head.weight.device  # not the default one: a caller may build on the meta device
+    order = torch.tensor(rows, device=device)
     has_bias = head.bias is not None
     # without initial values: those would take draws from torch's generator
-    new = nn.utils.skip_init(nn.Linear, head.in_features, len(rows), bias=has_bias, dtype=head.weight.dtype)
+    new = nn.utils.skip_init(
+        nn.Linear, head.in_features, len(rows), bias=has_bias, dtype=head.weight.dtype, device=device
+    )
     new.weight.copy_(head.weight[order])
     if has_bias:
         new.bias.copy_(head.bias[order])

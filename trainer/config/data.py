@@ -38,9 +38,9 @@ class DataConfig:
         "digits", "embedded digits, procedural fractals, an ImageFolder, or `datasets`"
     )
     path: str = knob("", "folder (source folder), or hub id[@revision] / local path (source hub)")
-    config: str = knob("", "configuration (subset) of a data set that has several (source hub); empty = its only one")
     image_key: str = knob("image", "column with the image (source hub)")
     label_key: str = knob("label", "column with the label (source hub)")
+    config: str = knob("", "configuration (subset) of a data set that has several (source hub); empty = its only one")
     train_split: str = knob("train", "split or sub-folder for training")
     val_split: str = knob("validation", "split or sub-folder for evaluation")
     val_share: float = knob(
