@@ -154,13 +154,14 @@ def refuse_other_classes(
             f"{what} was made on classes in another order: {first_names(other)} there, {first_names(data)} in {where}. "
             f"{step}"
         )
-    raise ValueError(f"{what} was made on other classes: {differences(data, other, 'there')}. {step}")
+    raise ValueError(f"{what} was made on other classes: {differences(data, other, 'it')}. {step}")
 
 
 def differences(data: Sequence[str], other: Sequence[str], other_side: str, data_side: str = "the data") -> str:
     """What is only on either side, and which of it is nearly the same, as part of a message."""
-    only_data = [name for name in data if name not in set(other)]
-    only_other = [name for name in other if name not in set(data)]
+    in_data, in_other = set(data), set(other)
+    only_data = [name for name in data if name not in in_other]
+    only_other = [name for name in other if name not in in_data]
     parts = []
     for side, names in ((data_side, only_data), (other_side, only_other)):
         parts.append(f"only in {side}: {first_names(names) if names else 'none'}")
