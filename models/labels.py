@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 SHOWN = 5  # names of a long list in one line
+IMAGENET_CLASSES = 1000
+MADE_UP = 0.01  # share of ImageNet's names that may be others than WordNet's
 SYNSET = re.compile(r"n\d{8}")
 UNNAMED = re.compile(r"LABEL_(\d+)")  # transformers' own words where nobody gave names
 POLICIES = ("names", "subset", "numbers")  # of teacher.classes
@@ -274,9 +276,9 @@ def _refusal(data: list[str], head: list[str], all_found: bool, counts: str, wha
 
 
 def _as_synsets(data: list[str], head: list[str]) -> tuple[list[str], list[str]] | None:
-    """Both lists as ImageNet synsets (n01440764), where one is written so and the other in words; else None."""
+    """Both lists as ImageNet synsets (n01440764), where one is written so or both have all 1000 in words; else None."""
     written = [all(SYNSET.fullmatch(name) for name in names) for names in (data, head)]
-    if written.count(True) != 1:
+    if all(written) or (not any(written) and not len(data) == len(head) == IMAGENET_CLASSES):
         return None
     sides = []
     for names, is_synsets in zip((data, head), written):
@@ -290,16 +292,14 @@ def _as_synsets(data: list[str], head: list[str]) -> tuple[list[str], list[str]]
 def _synsets_of_words(names: Sequence[str]) -> list[str] | None:
     """The ImageNet-1k synset of each name in words, "tench, Tinca tinca"; None when one is unknown or ambiguous.
 
-    Two synsets are called "crane". In a list of all 1000 in ImageNet's own order the place tells which; every name has
-    to share a word with the synset of its place.
+    Two synsets are called "crane". In a list of all 1000 in ImageNet's own order the place tells which.
     """
     from timm.data import ImageNetInfo
 
     info = ImageNetInfo("imagenet-1k")
     synsets = info.label_names()
     words_of = {synset: _words(info.label_name_to_description(synset)) for synset in synsets}
-    in_place = [bool(_words(name) & words_of[synset]) for name, synset in zip(names, synsets)]
-    if len(names) == len(synsets) and all(in_place):
+    if _stand_in_order(names, [words_of[synset] for synset in synsets]):
         return list(synsets)
     found = []
     for name in names:
@@ -311,6 +311,20 @@ def _synsets_of_words(names: Sequence[str]) -> list[str] | None:
             return None
         found.append(candidates[0])
     return found
+
+
+def _stand_in_order(names: Sequence[str], words_of: Sequence[frozenset[str]]) -> bool:
+    """Whether names stand in the order of these synsets.
+
+    Each has a word of the synset of its place, but for a few that somebody made up ("crane2"); and those have no word
+    of another's place.
+    """
+    if len(names) != len(words_of):
+        return False
+    others = [place for place, name in enumerate(names) if not _words(name) & words_of[place]]
+    if len(others) > MADE_UP * len(names):
+        return False
+    return not any(_words(names[place]) & words_of[other] for place in others for other in others)
 
 
 def _words(name: str) -> frozenset[str]:

@@ -117,6 +117,17 @@ def test_an_imagenet_folder_and_a_teacher_of_the_hub():
         match(SYNSETS, [*WORDS[1:], WORDS[0]])
 
 
+def test_the_thousand_names_of_imagenet_with_some_made_up():
+    names = list(WORDS)
+    names[134], names[517] = "crane bird", "crane2"  # a list of names may hold none twice
+    for data, head in ((SYNSETS, names), (names, WORDS)):
+        assert match(data, head).rows == tuple(range(1000))
+    names[7], names[8] = names[8], names[7]  # cock and hen
+    for data, head in ((SYNSETS, names), (names, WORDS)):
+        with pytest.raises(ValueError, match="other classes"):
+            match(data, head)
+
+
 def test_ten_classes_of_imagenet_and_a_teacher_of_all_thousand():
     ten = ["n01440764", "n02102040", "n02979186", "n03000684", "n03028079"]
     with pytest.raises(ValueError, match=r"set teacher\.classes=subset"):

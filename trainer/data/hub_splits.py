@@ -24,6 +24,7 @@ CONFIGURATIONS = re.compile(r"(?:available configs: |not found. Available: )\[([
 SEVERAL_CACHED = re.compile(r"There are multiple .* configurations in the cache: (.*)")
 CACHED_CONFIGURATIONS = re.compile(r"(?s)Couldn't find cache for .*Available configs in the cache: \[([^\]]*)\]")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+CLASSES_HINT = " If these are the classes: data.val_share=0.1 takes them all for training but for a tenth."
 HELD_OUT_HINT = " Or set data.val_share=0.1 to hold out a tenth of the training images."
 HUB_FILE = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 

@@ -127,8 +127,8 @@ class HubSource(ImageSource):
         self._image_key = data.image_key
         refuse_outside(self._images, data.image_key, data.path)
         super().__init__(f"hub {data.path} {name}", labels, targets, data, named=named)
-        self.remarks = remark
-        if remark:
+        if remark and split == "train":  # the same of both splits
+            self.remarks = remark
             logger.warning("%s: %s", self.name, remark)
 
     def _read(self, row: int) -> Image.Image:
