@@ -324,10 +324,11 @@ class Run:
                 "device": str(self.dist.device.type),
                 "command": self.command,
                 "data": self.sources[0].origin,
-                "classes": self.labels if phase in REUSED else len(self.labels),
                 "health": outcome.health,
                 **made_with,
             }
+            if phase in REUSED:
+                result["classes"] = self.labels
             artifacts.write_result(folder, result)
         self.dist.barrier()
 
