@@ -55,6 +55,12 @@ def first_names(names: Sequence[str], shown: int = SHOWN) -> str:
     return f"{text} and {more} more" if more > 0 else text
 
 
+def _names_from(first: int, names: Sequence[str]) -> str:
+    """The names from the first place at which two lists differ."""
+    where = f"from class {first} on " if first else ""
+    return where + first_names(names[first:])
+
+
 def printable(name: str) -> str:
     """A name as part of a line: control characters and bytes that are no text are escaped."""
     return name if name.isprintable() else ascii(name)[1:-1]
@@ -101,7 +107,7 @@ def match_classes(
     by_number = tuple(range(len(data)))
     if policy == "numbers":
         if num_classes != len(data):
-            raise ValueError(f"{counts}: {policy_key}=numbers needs as many. Use a teacher fine-tuned on this data")
+            raise ValueError(f"{counts}: {policy_key}=numbers needs as many. Use one fine-tuned on this data")
         if head == data:
             return Match(by_number)
         return Match(by_number, f"{what}: class i of the data is row i of its head, as {policy_key}=numbers says")
@@ -109,7 +115,7 @@ def match_classes(
         head = _names_of_unnamed(data, num_classes, what, policy, policy_key)
         if head is None:
             return _by_number(data, num_classes, counts, f"{what} does not name its classes", policy_key)
-    elif not data_named and len(head) == len(data) and head != data:
+    elif not data_named and len(head) == len(data) and sorted(head) != sorted(data):
         return _by_number(data, num_classes, counts, f"the data ({where}) has numbers for its classes", policy_key)
     if head == data:
         return Match(by_number)
@@ -123,11 +129,10 @@ def match_classes(
         return Match(order, text + how)
     if order == by_number:
         return Match(order, f"{what} has the data's classes in the data's order{how}")
-    return Match(
-        order,
-        f"{what} has the data's classes in another order, {first_names(head)}; the rows of its head are put into the "
-        f"data's, {first_names(data)}{how}",
-    )
+    first = next(number for number, row in enumerate(order) if row != number)
+    theirs, ours = _names_from(first, head), _names_from(first, data)
+    text = f"{what} has the data's classes in another order, {theirs}; the rows of its head are put into the data's, {ours}"
+    return Match(order, text + how)
 
 
 def refuse_other_classes(
@@ -152,9 +157,10 @@ def refuse_other_classes(
     if other == data:
         return None
     if sorted(other) == sorted(data):
+        first = next(number for number, name in enumerate(data) if name != other[number])
         raise ValueError(
-            f"{what} was made on classes in another order: {first_names(other)} there, {first_names(data)} in {where}. "
-            f"{step}"
+            f"{what} was made on classes in another order: {_names_from(first, other)} there, "
+            f"{_names_from(first, data)} in {where}. {step}"
         )
     raise ValueError(f"{what} was made on other classes: {differences(data, other, 'it')}. {step}")
 
@@ -220,7 +226,7 @@ def _names_of_unnamed(
 
 def _by_number(data: Sequence[str], num_classes: int, counts: str, why: str, policy_key: str) -> Match:
     if num_classes != len(data):
-        raise ValueError(f"{counts}: use a teacher fine-tuned on this data")
+        raise ValueError(f"{counts}: use one fine-tuned on this data")
     hint = f"; {policy_key}=numbers says that it is so" if policy_key else ""
     text = f"{why}: class i of the data is taken to be row i of the head ({first_names(data)}){hint}"
     return Match(tuple(range(len(data))), text, sure=False)
@@ -257,7 +263,7 @@ def _looked_up(data: Sequence[str], head: Sequence[str]) -> tuple[int, ...] | No
 
 
 def _refusal(data: list[str], head: list[str], all_found: bool, counts: str, what: str, policy_key: str) -> str:
-    step = "use a teacher fine-tuned on this data"
+    step = "use one fine-tuned on this data"
     if policy_key and all_found:
         step += f", or set {policy_key}=subset to keep the rows of the data's classes alone"
     elif policy_key and len(head) == len(data):

@@ -29,7 +29,13 @@ def test_another_order_is_found_by_name_and_both_are_shown():
     assert found.sure and "cat, dog, owl" in found.note and "owl, cat, dog" in found.note
 
 
+def test_orders_are_shown_from_where_they_differ():
+    note = match([*"abcdefghij"], [*"abcdefgjih"]).note
+    assert "from class 7 on j, i, h;" in note and "from class 7 on h, i, j" in note
+
+
 def test_numbers_that_were_sorted_as_text_are_found_by_name():
+    assert match(["0", "1", "2"], ["0", "2", "1"], named=False).rows == (0, 2, 1)
     assert match(["10", "2", "9"], ["2", "9", "10"]).rows == (2, 0, 1)
 
 
