@@ -131,7 +131,8 @@ def match_classes(
         return Match(order, f"{what} has the data's classes in the data's order{how}")
     first = next(number for number, row in enumerate(order) if row != number)
     theirs, ours = _names_from(first, head), _names_from(first, data)
-    text = f"{what} has the data's classes in another order, {theirs}; the rows of its head are put into the data's, {ours}"
+    done = f"the rows of its head are put into the data's, {ours}"
+    text = f"{what} has the data's classes in another order, {theirs}; {done}"
     return Match(order, text + how)
 
 
