@@ -224,7 +224,7 @@ def test_a_missing_validation_split_names_the_knob_and_one_that_is_there_is_not_
     for source, path, val_split in (("hub", "both", "validation"), ("folder", "f", "val")):
         config = {"source": source, "path": str(tmp_path / path), "val_share": 0.5}
         with pytest.raises(
-            ValueError, match=r"has a split '\w+': set data\.val_share=0 to use it, or data\.val_split=''"
+            ValueError, match=r"has a split '\w+': set data\.val_share=0 to use it, or 'data\.val_split=\"\"'"
         ):
             open_source(DataConfig(**config, val_split=val_split), "val")
         assert len(open_source(DataConfig(**config, val_split=""), "val")) == 2

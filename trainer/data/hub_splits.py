@@ -51,7 +51,7 @@ def load_splits(path: str, configuration: str = "") -> tuple["datasets.DatasetDi
     if saved and configuration:
         raise ValueError(
             f"data.config is {configuration!r}, but data.path {path!r} was written by save_to_disk, which has no "
-            "configurations: set data.config=''."
+            "configurations: leave data.config out."
         )
     try:
         if saved:

@@ -189,7 +189,8 @@ def _without_split_folders(data: DataConfig) -> DataConfig:
 
 
 def _unused_split(data: DataConfig) -> str:
-    return f"a split {data.val_split!r}: set data.val_share=0 to use it, or data.val_split='' to leave it unused."
+    unused = "'data.val_split=\"\"'"  # quoted twice: a shell takes one pair away, and YAML reads nothing as null
+    return f"a split {data.val_split!r}: set data.val_share=0 to use it, or {unused} to leave it unused."
 
 
 def _fractals(data: DataConfig, split: str) -> ImageSource:
