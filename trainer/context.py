@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.flops import num_tokens
+from models.labels import Match, match_classes
 from models.modules.stages import split
+from models.teacher.classes import with_classes
 from models.teacher.load import Teacher, fingerprint, load_teacher
 from trainer import artifacts
 from trainer.config.ds_config import Settings, resolve
@@ -22,6 +24,7 @@ from trainer.config.load import module_depths
 from trainer.config.phases import ScheduleConfig
 from trainer.config.recipe import Recipe
 from trainer.data.base import ImageSource
+from trainer.data.classes import doubts
 from trainer.data.sources import open_source
 from trainer.disk import replacing
 from trainer.distributed.engine import build_engine, working_type
@@ -32,6 +35,7 @@ from trainer.request.graph import artifact_name, experts_in, in_one_job, own_tea
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+REUSED = ("teacher", "meta", "distill", "train", "evaluate")  # whose results name their classes: other runs read them
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,13 @@ class Run:
     @property
     def sources(self) -> tuple[ImageSource, ImageSource]:
         """Training and validation images."""
-        data = self.recipe.data
-        return self.opened.once("sources", lambda: (open_source(data, "train"), open_source(data, "val")))
+        return self.opened.once("sources", self._open_sources)
+
+    def _open_sources(self) -> tuple[ImageSource, ImageSource]:
+        train, val = (open_source(self.recipe.data, split) for split in ("train", "val"))
+        for doubt in doubts(train, val):
+            log.warning(doubt)
+        return train, val
 
     @property
     def labels(self) -> list[str]:
@@ -98,7 +107,7 @@ class Run:
         """The teacher of the recipe, on the CPU; made by phase teacher or assemble when the recipe names none.
 
         Raises:
-            ValueError: not found, not supported, or its head has another number of classes than the data.
+            ValueError: not found, not supported, or its head has other classes than the data.
         """
         return self.planned_teacher or self.opened.once("teacher", self._load_teacher)
 
@@ -106,13 +115,36 @@ class Run:
         source = self.recipe.teacher.source
         for name in own_teacher(self.recipe):
             source = str(artifacts.require(self.out, name, self.recipe, "a recipe without teacher.source")[0])
-        teacher = load_teacher(source)
-        if teacher.num_classes != len(self.labels):
-            raise ValueError(
-                f"teacher {teacher.source} has {teacher.num_classes} classes and the data "
-                f"({self.sources[0].name}) has {len(self.labels)}: use a teacher fine-tuned on this data"
-            )
-        return teacher
+        return self.fitted(load_teacher(source), self.recipe.teacher.classes)
+
+    def fitted(self, dense: Teacher, policy: str, what: str = "teacher") -> Teacher:
+        """A dense model whose head has the data's classes in the data's order.
+
+        Args:
+            policy: how they are found, as teacher.classes says it.
+            what: the dense model is, in messages.
+
+        Raises:
+            ValueError: it has other classes than the data; what is only on either side is named.
+        """
+        match = match_classes(
+            self.labels,
+            dense.labels,
+            dense.num_classes,
+            data_named=self.sources[0].named,
+            what=f"{what} {dense.source}",
+            where=self.sources[0].name,
+            policy=policy,
+            policy_key="teacher.classes" if what == "teacher" else "",
+        )
+        self.opened.once(f"said: {match.note}", lambda: self.say(match))  # also where it is loaded more than once
+        return with_classes(dense, self.labels, match)
+
+    @staticmethod
+    def say(match: Match) -> None:
+        """Log how classes were found, where they are not simply the same."""
+        if match.note:
+            log.log(logging.INFO if match.sure else logging.WARNING, match.note)
 
     @property
     def teacher_record(self) -> dict[str, Any]:
@@ -295,6 +327,8 @@ class Run:
                 "health": outcome.health,
                 **made_with,
             }
+            if phase in REUSED:
+                result["classes"] = self.labels
             artifacts.write_result(folder, result)
         self.dist.barrier()
 

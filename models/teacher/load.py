@@ -6,7 +6,7 @@ and no code of a checkpoint ever runs. `new_teacher` starts one from scratch for
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class Teacher:
     source: str  # hub id with the commit it resolved to, or the directory
     labels: list[str] | None  # class names by index, when the checkpoint has them
     num_classes: int  # 0: no head, gives features only
+    as_saved: dict[str, Tensor] = field(default_factory=dict)  # what the checkpoint has otherwise (classes.py)
+    classes_note: str = ""  # how its classes were matched with the data's; empty = they are the same
 
 
 def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
@@ -315,16 +317,21 @@ def save_teacher(model: TransformersTeacher, directory: str | Path, preprocessin
 def fingerprint(dense: Teacher) -> dict[str, Any]:
     """What tells a dense model from others, wherever it lies: its sizes and the SHA-256 of its weights (on the CPU).
 
+    The weights are those of the checkpoint, also where the rows of its head were put into the order of other data.
+
     Returns:
-        source, width, blocks and sha256, as plain values.
+        source, width, blocks and sha256, as plain values; "classes" where its head was changed.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(dense.model.state_dict().items()):
+    for name, tensor in sorted((dense.model.state_dict() | dense.as_saved).items()):
         digest.update(name.encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return {
+    record = {
         "source": dense.source,
         "width": dense.model.embed_dim,
         "blocks": len(dense.model.blocks),
         "sha256": digest.hexdigest(),
     }
+    if dense.classes_note:
+        record["classes"] = dense.classes_note
+    return record

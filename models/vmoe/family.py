@@ -84,14 +84,13 @@ def assemble(modules: Sequence[StudentModule], stitches: str, states: Sequence[T
     return assemble_student(modules, stitches, states)
 
 
-def read_config(files: CheckpointFiles) -> tuple[VMoEConfig, Preprocessing | None]:
-    """Configuration and preprocessing of a saved V-MoE.
+def read_config(files: CheckpointFiles) -> tuple[VMoEConfig, Preprocessing | None, list[str] | None]:
+    """Configuration, preprocessing and class names of a saved V-MoE.
 
     Raises:
         ValueError: not one of ours.
     """
-    saved, preprocessing, _ = saved_files.read(files)
-    return saved, preprocessing
+    return saved_files.read(files)
 
 
 def write_config(folder: Path, config: VMoEConfig, preprocessing: Preprocessing, labels: Sequence[str]) -> None:

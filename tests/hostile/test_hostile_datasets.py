@@ -107,11 +107,14 @@ OUTSIDE = "names a file outside of it"
 CASES = {
     "label of 1e9": (lambda root: parquet(root, halves(0, 10**9)), ["1000000000", "from 0 to below"]),
     "label of 2**63": (lambda root: parquet(root, halves(0, 2**63), kind=pa.uint64()), ["from 0 to below"]),
-    "negative label": (lambda root: parquet(root, halves(0, -1)), ["row 19 is labelled -1", "expected one of 2"]),
+    "negative label": (lambda root: parquet(root, halves(0, -1)), ["row 19 is labelled -1", "stands for no label"]),
     "label that is no number": (lambda root: parquet(root, [float("nan")] * ROWS), ["expected class labels"]),
     "missing label": (lambda root: parquet(root, halves(0, None)), ["expected class labels", "no gaps"]),
     "true and false": (lambda root: parquet(root, [True, False] * 10), ["expected class labels"]),
     "lists as labels": (lambda root: parquet(root, [[0, 1]] * ROWS), ["expected class labels"]),
+    "no labels at all": (lambda root: parquet(root, [-1] * ROWS), ["a split without labels", "data.val_split"]),
+    "numbers as text with a space": (lambda root: parquet(root, ["1", "1 "] * 10), ["'1' and '1 '", "white space"]),
+    "name that writes a line": (lambda root: parquet(root, ["a", "b\nerror: no"] * 10), ["whose name is no text"]),
     "one class": (lambda root: parquet(root, [0] * ROWS), ["has one class (0)"]),
     "no rows": (lambda root: parquet(root, [], kind=pa.int64()), ["cannot be loaded"]),
     "smaller than the batch": (lambda root: parquet(root, [0, 1] * 4), ["8 training images are fewer"]),
@@ -172,3 +175,12 @@ def test_data_set(hostile, tmp_path, name):
     make(tmp_path / "data")
     arguments = ["--phase", "teacher", "data.source=hub", f"data.path={tmp_path / 'data'}", "data.val_split=train"]
     hostile.refuse(f"data sets: {name}", tmp_path, arguments, *expected)
+
+
+def test_teacher_of_other_classes(hostile, finished_run, tmp_path):
+    """As many classes, but other ones: nothing may be learnt from their rows."""
+    parquet(tmp_path / "data", [f"class {i}" for i in range(10)] * 4)
+    arguments = ["--phase", "meta", f"teacher.source={finished_run / 'teacher'}", "data.source=hub",
+                 f"data.path={tmp_path / 'data'}", "data.val_split=train"]  # fmt: skip
+    expected = ["has other classes than the data", "only in its head: 0, 1, 2", "teacher.classes=numbers"]
+    hostile.refuse("data sets: teacher of other classes", tmp_path, arguments, *expected)

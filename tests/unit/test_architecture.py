@@ -15,7 +15,7 @@ SOURCES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 PACKAGES = {name for name, path in FILES.items() if path.name == "__init__.py"}
 # Rooms (a package or a single file) from the ground up: each may use those above it in this list, none of its own row.
 LAYERS = (
-    "models._torchvision models.preprocessing",
+    "models._torchvision models.labels models.preprocessing",
     "models.files models.moe",
     "models.flops models.modules models.teacher",
     "models.vmoe",

@@ -40,17 +40,29 @@ class DataConfig:
     path: str = knob("", "folder (source folder), or hub id[@revision] / local path (source hub)")
     image_key: str = knob("image", "column with the image (source hub)")
     label_key: str = knob("label", "column with the label (source hub)")
+    config: str = knob("", "configuration (subset) of a data set that has several (source hub); empty = its only one")
     train_split: str = knob("train", "split or sub-folder for training")
     val_split: str = knob("validation", "split or sub-folder for evaluation")
+    val_share: float = knob(
+        0.0,
+        "share of the training images of each class that is held out for evaluation, always the same ones, where the "
+        "data has no validation split (sources folder and hub); 0 = val_split is the validation split",
+    )
     workers: int = knob(0, "data loading processes per rank")
     skip_unreadable: bool = knob(False, "replace an unreadable image by the next one and count it, instead of stopping")
     max_pixels: int = knob(100_000_000, "width x height of the largest image that is decoded: a guard against bombs")
-    limit: int = knob(0, "use n images of each split, spread evenly over it; 0 = all")
+    limit: int = knob(0, "use n images of each split, spread evenly over it, after val_share; 0 = all")
     fractals: FractalConfig = section(FractalConfig)
 
     def __post_init__(self):
         if self.source in ("folder", "hub") and not self.path:
             raise ValueError(f"data.source is {self.source!r} but data.path is empty: set data.path=FOLDER_OR_HUB_ID")
+        require(0 <= self.val_share < 1, "data.val_share", self.val_share, "0 (off) to below 1, e.g. 0.1 for a tenth")
+        if self.source not in ("folder", "hub"):
+            expected = f"0 with data.source={self.source}, which brings its own validation images"
+            require(not self.val_share, "data.val_share", self.val_share, expected)
+        if self.config and self.source != "hub":
+            require(False, "data.config", self.config, f"none with data.source={self.source}: only source hub has them")
         require(self.workers >= 0, "data.workers", self.workers, "0 or more")
         require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "1 or more")
         require(self.limit >= 0, "data.limit", self.limit, "0 (all) or more")

@@ -50,6 +50,14 @@ class TeacherConfig(ScheduleConfig):
     """The monolithic teacher: of the hub or a folder, a small ViT of phase `teacher`, or (experimental) a grown one."""
 
     source: str = knob("", "hub id[@revision] or directory; empty = train one with phase teacher")
+    classes: Literal["names", "subset", "numbers"] = knob(
+        "names",
+        "how its classes are found in the data: by their names, in whatever order; the same where it may have more of "
+        "them; or by number, the same classes in the same order whatever they are called",
+    )
+    allow_chance: bool = knob(
+        False, "go on with a teacher.source that is far below chance on the validation images, instead of stopping"
+    )
     grown: bool = knob(
         False,
         "experimental, in no study yet: grow it inside the meta model, phases meta, incubate and assemble in place of "

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from trainer.config.data import DataConfig
+from trainer.data.classes import checked_names
 from trainer.data.decode import UnreadableImageError
 from trainer.data.hub_splits import listed
 
@@ -20,28 +21,33 @@ logger = logging.getLogger(__name__)
 class ImageSource(ABC):
     """The images of one split. `rows` are the numbers of the images used, `targets` their labels.
 
+    Args:
+        named: False when nobody gave the classes a name: they are called by their numbers, 0, 1, 2 ...
+
     Raises:
-        ValueError: no images, or fewer than two classes.
+        ValueError: no images, fewer than two classes, or names of classes that are none (classes.py).
     """
 
     origin: str  # where they come from, for the record: a folder, or a hub id with the commit it resolved to
     remarks: str = ""  # what was left out of a folder and why, in one line
 
-    def __init__(self, name: str, labels: Sequence[str], targets: np.ndarray, data: DataConfig):
+    def __init__(self, name: str, labels: Sequence[str], targets: np.ndarray, data: DataConfig, *, named: bool = True):
         if not len(targets):
             raise ValueError(f"{name} has no images: check data.path and the names of its splits.")
         if len(labels) < 2:
             raise ValueError(f"{name} has one class ({listed(labels)}): give images of two or more to tell apart.")
         self.name = name
         self.max_pixels = data.max_pixels
-        self.labels = list(labels)
+        self.labels = checked_names(labels, name)
+        self.named = named
         self.skip_unreadable = data.skip_unreadable
         self.skipped: set[int] = set()  # indices found unreadable so far; only filled when skip_unreadable is on
         self.rows = np.arange(len(targets))
+        self.targets = targets
+        self.counts = np.bincount(targets, minlength=len(labels))  # images per class, before data.limit
         if 0 < data.limit < len(targets):
-            # spread over the split: most data sets are sorted by class, and the first n would be one class
-            self.rows = self.rows[: data.limit] * len(targets) // data.limit
-        self.targets = targets[self.rows]
+            self.rows = spread_over(len(targets), data.limit)
+            self.targets = targets[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,8 +90,12 @@ class ImageSource(ABC):
 
     def spread(self, count: int) -> ImageSource:
         """A view on `count` images spread evenly over this source; all of them when it has no more."""
-        count = min(count, len(self))
-        return self.subset(np.arange(count) * len(self) // count)
+        return self.subset(spread_over(len(self), min(count, len(self))))
 
     @abstractmethod
     def _read(self, row: int) -> Image.Image: ...
+
+
+def spread_over(total: int, count: int) -> np.ndarray:
+    """`count` of `total` places, evenly spread: most data is sorted by class, and the first would be of one class."""
+    return np.arange(count) * total // count

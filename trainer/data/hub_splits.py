@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trainer.config.data import DataConfig
-from trainer.config.load import one_line
+from trainer.config.load import close, one_line
 from trainer.data.decode import printable
 
 if TYPE_CHECKING:
@@ -18,44 +18,106 @@ if TYPE_CHECKING:
 
 NAMES_SHOWN = 10  # of a long list in an error message
 REASON_SHOWN = 300  # characters of what a library says
-MAX_CLASSES = 1_000_000  # a larger label is a mistake, and a list of that many names is no small one
 EXPECTED = "Expected a hub id, id@revision, a save_to_disk folder, or a folder of images or parquet files."
+# what `datasets` says when a configuration is missing or unknown, and which ones its cache has
+CONFIGURATIONS = re.compile(r"(?:available configs: |not found. Available: )\[([^\]]*)\]")
+SEVERAL_CACHED = re.compile(r"There are multiple .* configurations in the cache: (.*)")
+CACHED_CONFIGURATIONS = re.compile(r"(?s)Couldn't find cache for .*Available configs in the cache: \[([^\]]*)\]")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+CLASSES_HINT = " If these are the classes: data.val_share=0.1 takes them all for training but for a tenth."
+HELD_OUT_HINT = " Or set data.val_share=0.1 to hold out a tenth of the training images."
 HUB_FILE = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 
 
-def load_splits(path: str) -> tuple["datasets.DatasetDict", str]:
+def load_splits(path: str, configuration: str = "") -> tuple["datasets.DatasetDict", str]:
     """The splits of a hub data set (id or id@revision), a `save_to_disk` folder, or a folder of images or parquet.
 
+    Args:
+        configuration: which one of a data set that has several ("" = its only one).
+
     Returns:
-        (splits, origin): the folder, or the hub id with the commit its files came from, as far as `datasets` tells.
+        (splits, origin): the folder, or the hub id with the commit its files came from, as far as `datasets` tells; and
+        the configuration, where it has a name of its own.
 
     Raises:
-        ValueError: it cannot be loaded, or an index of it names files outside of it.
+        ValueError: it cannot be loaded, has no such configuration, or an index of it names files outside of it.
     """
     import datasets
 
     folder = Path(path).expanduser()
     origin = str(folder)
+    options = {"name": configuration} if configuration else {}
+    saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+    if saved and configuration:
+        raise ValueError(
+            f"data.config is {configuration!r}, but data.path {path!r} was written by save_to_disk, which has no "
+            "configurations: leave data.config out."
+        )
     try:
-        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if saved:
             _refuse_other_files(folder)
             loaded = datasets.load_from_disk(str(folder))
         elif folder.exists():
-            loaded = datasets.load_dataset(str(folder))
+            loaded = datasets.load_dataset(str(folder), **options)
         else:
             origin, _, revision = path.partition("@")
-            loaded = datasets.load_dataset(origin, revision=revision or None)
-            origin = f"{origin}@{_commit(loaded) or revision or 'main'}"
+            loaded = datasets.load_dataset(origin, revision=revision or None, **options)
+            commit = _commit(loaded)
+            if COMMIT.fullmatch(revision) and commit not in (None, revision):  # the cache does not ask which
+                raise ValueError(f"the cache of this machine holds commit {commit} of it and not the one asked for")
+            origin = f"{origin}@{commit or revision or 'main'}"
     except MemoryError:
         raise
     except Exception as error:  # whatever the library raises, from its readers to its HTTP client: it cannot be loaded
-        cause = error.__cause__ or error  # DatasetGenerationError says nothing itself
-        reason = printable(one_line(cause)[:REASON_SHOWN]).rstrip(".")
-        what = f"{type(cause).__name__}: {reason}"
-        raise ValueError(f"data.path {path!r} cannot be loaded: {what}. {EXPECTED}") from error
+        raise ValueError(_why_not(path, configuration, error)) from error
     if isinstance(loaded, datasets.Dataset):  # save_to_disk of one split does not keep a split's name as a key
-        return datasets.DatasetDict({str(loaded.split or "train"): loaded}), origin
+        loaded = datasets.DatasetDict({str(loaded.split or "train"): loaded})
+    chosen = _configuration_of(loaded)
+    if not saved and chosen != "default":
+        origin += f", configuration {chosen}"
     return loaded, origin
+
+
+def _why_not(path: str, configuration: str, error: Exception) -> str:
+    """One line on why `datasets` does not load something: what it says itself, or what that means here."""
+    configurations = CONFIGURATIONS.search(str(error))
+    if configurations:
+        known = re.findall(r"'([^']+)'", configurations[1])
+        if not configuration:
+            return f"{path!r} has several configurations: set data.config to one of {', '.join(known)}."
+        return f"data.config {configuration!r} is not a configuration of {path!r}. {close(configuration, known)}"
+    several = SEVERAL_CACHED.search(str(error))
+    if several:
+        return f"{path!r} has several configurations in the cache: set data.config to one of {several[1]}."
+    cause = error.__cause__ or error  # DatasetGenerationError says nothing itself
+    reason = printable(one_line(cause)[:REASON_SHOWN]).rstrip(".")
+    said = f"{type(cause).__name__}: {reason}"
+    in_cache = CACHED_CONFIGURATIONS.search(str(error))
+    local = Path(path).expanduser().exists() or path.startswith(("/", "./", "../", "~"))
+    if in_cache or (_offline() and not local):
+        what = f"configuration {configuration!r} of {path!r}" if configuration else repr(path)
+        others = f"; cached of it: {in_cache[1]}" if in_cache else ""
+        return (
+            f"data.path {what} is not in the cache of this machine{others}. This says nothing of whether it exists: "
+            "nothing is downloaded while HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set. Download it where there is a "
+            f"network and share HF_HOME, or unset them ({said})."
+        )
+    if local and not Path(path).expanduser().exists():
+        return f"data.path {path!r} cannot be loaded: there is no such folder on this machine. {EXPECTED}"
+    return f"data.path {path!r} cannot be loaded: {said}. {EXPECTED}"
+
+
+def _offline() -> bool:
+    import datasets
+    from huggingface_hub import constants
+
+    return bool(datasets.config.HF_HUB_OFFLINE or constants.HF_HUB_OFFLINE)
+
+
+def _configuration_of(loaded: Any) -> str:
+    """The configuration `datasets` took; "default" where it has no name of its own."""
+    names = [split.info.config_name for split in loaded.values()]
+    return next((name for name in names if name), "default")
 
 
 def check_columns(split: "datasets.Dataset", data: DataConfig) -> None:
@@ -64,52 +126,6 @@ def check_columns(split: "datasets.Dataset", data: DataConfig) -> None:
         if column not in split.features:
             columns = listed(split.features)
             raise ValueError(f"{key} {column!r} is not a column of {data.path}; columns there: {columns}.")
-
-
-def labels_and_targets(
-    train: "datasets.Dataset", chosen: "datasets.Dataset", data: DataConfig
-) -> tuple[list[str], np.ndarray]:
-    """Label names, fixed by the train split, and the label number of every row of `chosen`.
-
-    Raises:
-        ValueError: an empty split, labels that are no labels, or one that the train split does not have.
-    """
-    import datasets
-
-    what = f"data.label_key {data.label_key!r} of {data.path}"
-    for name, split in ((data.train_split, train), (data.val_split, chosen)):
-        if not len(split):
-            raise ValueError(f"split {name!r} of {data.path} has no rows: set data.train_split and data.val_split.")
-    feature = chosen.features[data.label_key]
-    values = _column(chosen, data.label_key)
-    if isinstance(feature, datasets.ClassLabel):
-        labels = train.features[data.label_key].names
-        if feature.names != labels:
-            raise ValueError(
-                f"{what} has other class names in {data.train_split} than in {data.val_split}: give both the same."
-            )
-    else:
-        train_values = _column(train, data.label_key)
-        kinds = set(map(type, train_values)) | set(map(type, values))
-        if kinds == {int}:
-            largest = max(train_values)
-            if largest >= MAX_CLASSES:
-                raise ValueError(f"{what} goes up to {largest}, expected numbers from 0 to below {MAX_CLASSES}.")
-            labels = list(map(str, range(largest + 1)))
-        elif kinds == {str}:
-            labels = sorted(set(train_values))
-            number_of = {label: number for number, label in enumerate(labels)}
-            # a label that the train split does not have stays a text, and is refused below
-            values = [number_of.get(value, value) for value in values]
-        else:
-            raise ValueError(f"{what} holds {feature}, expected class labels, integers or strings and no gaps.")
-    for row, value in enumerate(values):
-        if not isinstance(value, int) or not 0 <= value < len(labels):
-            raise ValueError(
-                f"{what}: row {row} is labelled {value!r}, expected one of {len(labels)} labels of split "
-                f"{data.train_split!r} ({listed(labels)})."
-            )
-    return labels, np.array(values, dtype=np.int64)
 
 
 def refuse_outside(images: "datasets.Dataset", key: str, path: str) -> None:
@@ -190,7 +206,3 @@ def _commit(loaded: Any) -> str | None:
             if address:
                 return address[1]
     return None
-
-
-def _column(split: "datasets.Dataset", key: str) -> list[Any]:
-    return split.with_format(None).select_columns([key])[:][key]  # leaves the images of the other column undecoded

@@ -7,16 +7,19 @@ a streamed one with a shuffle buffer does not. Images are decoded by decode.py f
 import itertools
 import logging
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from models.labels import tidy
 from trainer.config.data import DataConfig
 from trainer.data.base import ImageSource
+from trainer.data.classes import checked_names, held_out, labels_and_targets, refuse_differing_folders
 from trainer.data.decode import EXTENSIONS, SKIP_HINT, UnreadableImageError, decode
-from trainer.data.hub_splits import check_columns, labels_and_targets, listed, load_splits, refuse_outside
-from trainer.data.walk import Tally, class_folders, is_picture_folder, pictures, split_folder
+from trainer.data.hub_splits import HELD_OUT_HINT, check_columns, listed, load_splits, refuse_outside
+from trainer.data.walk import SPLIT_NAMES, Tally, class_folders, is_picture_folder, pictures, split_folder
 
 logger = logging.getLogger(__name__)
 DIGITS_FILE = Path(__file__).with_name("digits.npz")  # see DIGITS.md
@@ -31,6 +34,8 @@ def open_source(data: DataConfig, split: str) -> ImageSource:
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}.")
+    if data.val_share:
+        return _held_out(data, split)
     return _SOURCES[data.source](data, split)
 
 
@@ -66,22 +71,20 @@ class FolderSource(ImageSource):
         name = split_folder(root, _name_of(split, data), f"data.{split}_split")
         train_classes = class_folders(root / train_name, Tally())
         tally = Tally()
-        classes = class_folders(root / name, tally)
-        if classes != train_classes:
-            raise ValueError(
-                f"the class folders of {root / train_name} and {root / name} differ: "
-                f"only in {train_name}: {listed(set(train_classes) - set(classes))}; "
-                f"only in {name}: {listed(set(classes) - set(train_classes))}. Give both the same folders."
-            )
-        paths_of = pictures(root / name, classes, tally)
+        folders = class_folders(root / name, tally)
+        both = f"the class folders of {root / train_name} and {root / name}"
+        refuse_differing_folders(list(map(tidy, train_classes)), list(map(tidy, folders)), train_name, name, both)
+        checked_names(folders, f"folder {root / name}")
+        folders.sort(key=tidy)  # the same order where one split was written on a Mac and the other was not
+        paths_of = pictures(root / name, folders, tally)
         if not any(paths_of.values()):
             expected = f"expected {', '.join(EXTENSIONS)} in class folders"
             raise ValueError(f"no images under {root / name}; {expected} ({tally}).")
         # one array, not a million str objects: reference counts would copy those into every worker process
         self._paths = np.array(list(itertools.chain.from_iterable(paths_of.values())))
-        targets = np.repeat(np.arange(len(classes)), list(map(len, paths_of.values())))
+        targets = np.repeat(np.arange(len(folders)), list(map(len, paths_of.values())))
         self.origin = str(root)
-        super().__init__(f"folder {root / name}", classes, targets, data)
+        super().__init__(f"folder {root / name}", folders, targets, data)
         self.remarks = str(tally)
         asked_name = _name_of(split, data)
         if name != asked_name:
@@ -100,13 +103,18 @@ class HubSource(ImageSource):
     def __init__(self, data: DataConfig, split: str):
         import datasets
 
-        splits, self.origin = load_splits(data.path)
+        splits, self.origin = load_splits(data.path, data.config)
         name = _name_of(split, data)
         for key, split_name in (("data.train_split", data.train_split), (f"data.{split}_split", name)):
             if split_name not in splits:
-                raise ValueError(f"{key} {split_name!r} is not in {data.path}; splits there: {listed(splits)}.")
+                held_out_hint = HELD_OUT_HINT if key == "data.val_split" else ""
+                raise ValueError(
+                    f"{key} {split_name!r} is not in {data.path}; splits there: {listed(splits)}.{held_out_hint}"
+                )
             check_columns(splits[split_name], data)
-        labels, targets = labels_and_targets(splits[data.train_split], splits[name], data)
+        if data.val_share and data.val_split in splits:
+            raise ValueError(f"data.val_share is {data.val_share:g}, but {data.path} has {_unused_split(data)}")
+        labels, targets, named, remark = labels_and_targets(splits[data.train_split], splits[name], data, name)
         # undecoded, so that every source decodes alike and an error can name the file
         images = splits[name].with_format(None).select_columns([data.image_key])
         try:
@@ -118,7 +126,10 @@ class HubSource(ImageSource):
             ) from error
         self._image_key = data.image_key
         refuse_outside(self._images, data.image_key, data.path)
-        super().__init__(f"hub {data.path} {name}", labels, targets, data)
+        super().__init__(f"hub {data.path} {name}", labels, targets, data, named=named)
+        if remark and split == "train":  # the same of both splits
+            self.remarks = remark
+            logger.warning("%s: %s", self.name, remark)
 
     def _read(self, row: int) -> Image.Image:
         file = self._images[row][self._image_key] or {}
@@ -140,6 +151,46 @@ def _hub(data: DataConfig, split: str) -> ImageSource:
         if column != name:
             raise ValueError(f"data.{key} {column!r} is not a column of {data.path}; columns there: image, label.")
     return FolderSource(data, split)
+
+
+def _held_out(data: DataConfig, split: str) -> ImageSource:
+    """One side of the training split, of which data.val_share of each class is validation; then data.limit."""
+    if data.source == "folder" or Path(data.path).expanduser().is_dir():
+        data = _without_split_folders(data)
+    whole = _SOURCES[data.source](replace(data, limit=0), "train")
+    is_val = held_out(whole.targets, whole.labels, data.val_share)
+    side = is_val if split == "val" else ~is_val
+    source = whole.subset(np.flatnonzero(side))
+    source.counts = np.bincount(source.targets, minlength=len(source.labels))
+    source.name = f"{whole.name}, {'the' if split == 'val' else 'without the'} {data.val_share:g} held out"
+    return source.spread(data.limit) if data.limit else source
+
+
+def _without_split_folders(data: DataConfig) -> DataConfig:
+    """The same data, read as PATH/<class>/ where PATH has class folders in place of the training split's folder.
+
+    Raises:
+        ValueError: there is a validation split, so none has to be held out.
+    """
+    root = Path(data.path).expanduser()
+    if not root.is_dir() or (root / "dataset_dict.json").is_file():
+        return data
+    folders = [entry.name for entry in root.iterdir() if entry.is_dir()]
+    if data.val_split in folders:
+        raise ValueError(f"data.val_share is {data.val_share:g}, but {root} has {_unused_split(data)}")
+    try:
+        split_folder(root, data.train_split, "data.train_split")
+    except ValueError:
+        known = set(itertools.chain.from_iterable(SPLIT_NAMES))
+        if not folders or known & set(map(str.lower, folders)):
+            raise
+        return replace(data, train_split="")
+    return data
+
+
+def _unused_split(data: DataConfig) -> str:
+    unused = "'data.val_split=\"\"'"  # quoted twice: a shell takes one pair away, and YAML reads nothing as null
+    return f"a split {data.val_split!r}: set data.val_share=0 to use it, or {unused} to leave it unused."
 
 
 def _fractals(data: DataConfig, split: str) -> ImageSource:

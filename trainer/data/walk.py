@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.data.decode import EXTENSIONS, printable
-from trainer.data.hub_splits import listed
+from trainer.data.hub_splits import CLASSES_HINT, HELD_OUT_HINT, listed
 
 # names by which `datasets` knows a split: where the folder asked for is not, the one with another name of its row is
 # taken, in any case
@@ -87,7 +87,8 @@ def split_folder(root: Path, split: str, key: str) -> str:
     if len(meant) == 1:
         return meant[0]
     several = f", {' and '.join(meant)} could each be meant" if meant else ""
-    raise ValueError(f"{key} {split!r} is not a folder in {root}{several}; folders there: {listed(folders)}.")
+    hint = HELD_OUT_HINT if key == "data.val_split" else CLASSES_HINT
+    raise ValueError(f"{key} {split!r} is not a folder in {root}{several}; folders there: {listed(folders)}.{hint}")
 
 
 def class_folders(folder: Path, tally: Tally) -> list[str]:

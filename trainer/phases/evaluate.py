@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
+from models.labels import refuse_other_classes
 from trainer import artifacts
 from trainer.context import Run, Trained
 from trainer.disk import write_json
@@ -12,6 +14,8 @@ from trainer.evaluation.analysis import Analysis
 from trainer.loop.fit import Outcome
 from trainer.request.graph import artifact_name
 from trainer.teaching.families import family_of
+
+log = logging.getLogger(__name__)
 
 
 def run(run: Run, start: str) -> None:
@@ -23,6 +27,10 @@ def run(run: Run, start: str) -> None:
     settings = run.settings("train")
     with artifacts.reading(trained):
         student = family_of(run.recipe).load(str(trained)).to(run.dist.device)
+        step = "Use the data it was trained on"
+        note = refuse_other_classes(run.labels, student.labels, what=str(trained), where=run.sources[0].name, step=step)
+        if note:
+            log.warning(note)
     data = run.data_for(student.preprocessing)
     analysis = Analysis(student, data.val, student.preprocessing, run.dist)
     dtype = next(student.parameters()).dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,12 +34,17 @@ def run(run: Run) -> None:
     settings = run.settings("meta")
     meta, stages = new_meta(run), run.teacher_stages()
     if schedule.blocks_per_module:
+        checked = None if grown else hybrids.check_teacher(run, settings)
         trained = run.train(objective(run, meta, stages), run.data, schedule, settings, folder, "meta")
-    else:
+    else:  # the meta model is the teacher: its weights are kept before the check may round them
         trained = run.left_as_it_is(Predictor(meta, meta), settings)
+        checked = hybrids.check_teacher(run, settings)
     metrics = dict(trained.outcome.evaluation)
-    if not grown:  # else the teacher is not there yet: phase assemble measures its hybrids
-        metrics |= hybrids.measure(run, meta, stages, settings)
+    if checked is not None:  # else the teacher is not there yet: phase assemble measures its hybrids
+        metrics |= hybrids.measure(run, meta, stages, settings, checked.accuracy)
+        if checked.doubt:
+            health = trained.outcome.health | {"teacher_at_chance": checked.doubt}
+            trained = replace(trained, outcome=replace(trained.outcome, health=health))
     border_bases = bases.measure(meta, run.data, working_type(settings), run.eval_batch(settings), run.dist)
     if run.dist.main:
         bases.save(folder, border_bases)

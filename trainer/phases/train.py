@@ -170,7 +170,10 @@ def _begin(run: Run, start: str, settings: Settings, folder: Path) -> Beginning:
         return Beginning(scratch_student(run, schedule.drop_path))
     if schedule.init:
         student = reuse.initial_student(run, settings.ep_size)
-        return Beginning(student, {"init": student.source})
+        made_with = {"init": student.source}
+        if student.classes_note:
+            made_with["init_classes"] = student.classes_note
+        return Beginning(student, made_with)
     modules = student_modules(run, schedule.drop_path)
     for i, module in enumerate(modules):
         learned, _ = artifacts.require(run.out, f"{last_round(run.recipe)}_{i}", run.recipe, "--phase train")

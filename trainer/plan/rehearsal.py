@@ -26,6 +26,7 @@ from trainer.config.ds_config import read_ds_config
 from trainer.config.load import load_recipe
 from trainer.config.recipe import Recipe
 from trainer.context import Run
+from trainer.data.classes import describe, doubts
 from trainer.distributed.ranks import Dist
 from trainer.phases import code_of
 from trainer.request.graph import TABLE, Phase, in_one_job, last_round, learns_from_teacher
@@ -103,12 +104,12 @@ class DryRun:
         train, val = self.run.sources
         for source in (train, val):
             source.image_or_next(0)
-        remarks = ""
+        images = f"{len(train):,} training and {len(val):,} validation images"
+        parts = [f"{train.name}, {images}, {len(train.labels)} classes", describe(train, val)]
         for name, source in (("training", train), ("validation", val)):
             if source.remarks:
-                remarks += f"; {name}: {source.remarks}"
-        images = f"{len(train):,} training and {len(val):,} validation images"
-        return f"{train.name}, {images}, {len(train.labels)} classes{remarks}"
+                parts.append(f"{name}: {source.remarks}")
+        return "; ".join([*parts, *doubts(train, val)])
 
     def hub(self) -> str:
         """What compute nodes cannot download, and whether there is a token for private repositories and the push."""
@@ -136,9 +137,10 @@ class DryRun:
             self.rehearse(teacher)
         self.parameters = sum(p.numel() for p in self.run.teacher.model.parameters())
         size = self.run.teacher.preprocessing.image_size
+        note = self.run.teacher.classes_note
         return (
             f"{self.parameters / 1e6:.1f} M parameters, {size} px, {self.run.tokens} tokens, blocks per module "
-            f"{self.run.teacher_depths}"
+            f"{self.run.teacher_depths}{'; ' if note else ''}{note}"
         )
 
     def rehearse(self, row: Phase, module: int | None = None) -> str:

@@ -154,6 +154,10 @@ def _keys(record: PhaseRecord, prefix: str) -> list[str]:
 
 
 def _teachers(phases: Mapping[str, PhaseRecord]) -> Iterator[str]:
+    health = (phases["meta"].result or {}).get("health")
+    doubt = health.get("teacher_at_chance") if isinstance(health, dict) else None
+    if doubt:
+        yield f"No better than chance: {doubt}."
     teacher = teacher_accuracy(phases)
     for name, hybrid, _ in hybrids(phases):
         if teacher and hybrid is not None and hybrid < FAR_BELOW * teacher:

@@ -22,7 +22,11 @@ OF_META = (*OF_TEACHER, "modules", "meta")
 OF_STUDENT = (*OF_META, "distill", "expert", "student")
 OF_TRAINING = (*OF_STUDENT, "refine", "train")
 # ... but for these keys of them
-NOT_DEFINING = {"data": ("workers", "fractals.cache"), "train": ("start", "baselines")}
+NOT_DEFINING = {
+    "data": ("workers", "fractals.cache"),
+    "teacher": ("allow_chance",),
+    "train": ("start", "baselines"),
+}
 
 
 def own_teacher(recipe: Recipe) -> tuple[str, ...]:
@@ -388,7 +392,7 @@ def defining(recipe: dict[str, Any], name: str) -> dict[str, Any]:
         if isinstance(value, dict):
             without = NOT_DEFINING.get(section, ())
             if phase == section == "teacher":
-                without = ("depths",)  # it is cut into modules later
+                without = (*without, "depths")  # it is cut into modules later
             value = _without(value, without)
         kept[section] = value
     return kept

@@ -59,8 +59,8 @@ class Family(Protocol):
     def assemble(self, modules: Sequence[nn.Module], stitches: str, states: Sequence[Tensor] | None) -> nn.Module:
         """One student from its learned modules."""
 
-    def read_config(self, files: CheckpointFiles) -> tuple[Any, Preprocessing | None]:
-        """Configuration and preprocessing of a saved student."""
+    def read_config(self, files: CheckpointFiles) -> tuple[Any, Preprocessing | None, list[str] | None]:
+        """Configuration, preprocessing and class names of a saved student."""
 
     def write_config(self, folder: Path, config: Any, preprocessing: Preprocessing, labels: Sequence[str]) -> None:
         """Write what makes a model of weights that are put beside it."""

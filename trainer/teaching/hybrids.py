@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -11,20 +12,71 @@ from trainer.config.ds_config import Settings
 from trainer.context import Run
 from trainer.distributed.engine import working_type
 from trainer.evaluation.accuracy import Predictor, evaluate
+from trainer.tracking.health import against_chance
 
 log = logging.getLogger(__name__)
 FAR_BELOW = 0.9  # a hybrid under this share of the teacher's accuracy teaches little
 
 
-def measure(run: Run, meta: MetaModel, stages: list[nn.Module], settings: Settings) -> dict[str, float]:
-    """Accuracy of the teacher, and of the meta model with each teacher module in its place (collective)."""
+@dataclass(frozen=True)
+class TeacherCheck:
+    """What the teacher reaches on the validation images by itself.
+
+    Attributes:
+        doubt: empty, or one line: it is not above chance.
+    """
+
+    accuracy: float
+    doubt: str = ""
+
+
+def check_teacher(run: Run, settings: Settings) -> TeacherCheck:
+    """Measure the teacher before anything learns from it (collective).
+
+    Raises:
+        ValueError: on all ranks, a teacher.source that is far below chance, unless teacher.allow_chance.
+    """
+    dtype = working_type(settings)
+    teacher = run.teacher.model.to(run.dist.device, dtype)
+    evaluation = evaluate(Predictor(teacher, teacher), run.data, dtype, run.eval_batch(settings), run.dist)
+    accuracy, images, classes = evaluation["accuracy"], evaluation["images"], len(run.labels)
+    verdict = against_chance(accuracy, images, classes)
+    if verdict == "above":
+        return TeacherCheck(accuracy)
+    found = f"teacher {run.teacher.source} reaches {accuracy:.1%} on {images} validation images"
+    chance = f"where guessing among {classes} classes reaches {1 / classes:.1%}"
+    cause = "its classes may stand in another order than the data's, its images may need other preprocessing"
+    t = run.recipe.teacher
+    if verdict == "below" and t.source and not t.allow_chance:
+        raise ValueError(
+            f"{found}, {chance}: {cause}. Check teacher.classes={t.classes} and its id2label, or set "
+            "teacher.allow_chance=true to go on"
+        )
+    doubt = f"{found}, {chance}: nothing can be learnt from it; {cause}, or it is not trained"
+    if run.dist.main:
+        log.error(doubt)
+    return TeacherCheck(accuracy, doubt)
+
+
+def measure(
+    run: Run, meta: MetaModel, stages: list[nn.Module], settings: Settings, teacher_accuracy: float | None = None
+) -> dict[str, float]:
+    """Accuracy of the teacher, and of the meta model with each teacher module in its place (collective).
+
+    Args:
+        teacher_accuracy: where it is known already.
+    """
     dtype, batch = working_type(settings), run.eval_batch(settings)
     meta.to(run.dist.device, dtype)
     teacher = run.teacher.model.to(run.dist.device, dtype)
-    predictors = {"teacher_accuracy": Predictor(meta, teacher, (teacher,))}
+    accuracies = {}
+    predictors = {}
+    if teacher_accuracy is None:
+        predictors["teacher_accuracy"] = Predictor(meta, teacher, (teacher,))
+    else:
+        accuracies["teacher_accuracy"] = teacher_accuracy
     for i, stage in enumerate(stages):
         predictors[f"hybrid_accuracy/{i}"] = _hybrid(meta, stage, i)
-    accuracies = {}
     for name, predictor in predictors.items():
         accuracies[name] = evaluate(predictor, run.data, dtype, batch, run.dist)["accuracy"]
     return accuracies

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 from models.files.hub import CheckpointFiles, Weights
+from models.labels import Match, match_classes, refuse_other_classes
+from models.teacher.classes import put_in_order
 from trainer import artifacts, disk
 from trainer.config.load import build, module_depths, read_yaml
 from trainer.config.recipe import Recipe
@@ -81,27 +83,39 @@ def take_module(run: Run, module: int, folder: Path) -> None:
 def initial_student(run: Run, ep_size: int) -> nn.Module:
     """The student of train.init with this rank's experts, under the recipe's dropout and capacities (collective).
 
+    Its head gets the data's classes in the data's order.
+
     Raises:
-        ValueError: not there, damaged, without preprocessing, or another model than the recipe's; both sides are named.
+        ValueError: not there, damaged, without preprocessing, or another model than the recipe's or on other classes;
+            both sides are named.
     """
     init = run.recipe.train.init
     with run.dist.together():
-        student = family_of(run.recipe).load(
-            init, ep_size=ep_size, ep_rank=run.dist.rank % ep_size, config=_initial_config(run)
-        )
-    return student.float().train()
+        config, match = _initial_config(run)
+        student = family_of(run.recipe).load(init, ep_size=ep_size, ep_rank=run.dist.rank % ep_size, config=config)
+    student = student.float()
+    run.say(match)
+    if match.rows != tuple(range(len(run.labels))):
+        put_in_order(student.head, match.rows)
+    student.classes_note = match.note
+    return student.train()
 
 
-def _initial_config(run: Run) -> Any:
-    """The recipe's student on the images of train.init, checked against it."""
+def _initial_config(run: Run) -> tuple[Any, Match]:
+    """The recipe's student on the images of train.init, checked against it, and where the data's classes are in it."""
     files = CheckpointFiles(run.recipe.train.init)
-    saved, preprocessing = family_of(run.recipe).read_config(files)
+    saved, preprocessing, labels = family_of(run.recipe).read_config(files)
     if preprocessing is None:
         raise ValueError(f"{files} does not say what its images must look like: save it with its preprocessing")
     prefix_tokens = int(saved.class_token) + saved.reg_tokens
     drop_path = run.recipe.train.drop_path
     wanted = config_for(run.recipe, len(run.labels), drop_path, saved.image_size, saved.in_chans, prefix_tokens)
-    return wanted.on_weights_of(saved, f"train.init {files}")
+    config = wanted.on_weights_of(saved, f"train.init {files}")
+    source = run.sources[0]
+    match = match_classes(
+        run.labels, labels, saved.num_classes, data_named=source.named, what=f"train.init {files}", where=source.name
+    )
+    return config, match
 
 
 class _Artifact:
@@ -116,6 +130,7 @@ class _Artifact:
         self.files = CheckpointFiles(source, folder=name)
         self.recipe = self._recipe()
         self.result = self._result(source)
+        self._compare_classes()
         self._compare()
 
     def take(self, folder: Path, module: nn.Module) -> None:
@@ -207,6 +222,19 @@ class _Artifact:
             self._same(
                 "the meta model (SHA-256; take it from the same place with meta.source)", their_digest, our_digest
             )
+
+    def _compare_classes(self) -> None:
+        """By name: what was taught gives its outputs in the order of its own data."""
+        names = self.result.get("classes")
+        note = refuse_other_classes(
+            self.run.labels,
+            names if isinstance(names, list) else None,
+            what=str(self.files),
+            where=self.run.sources[0].name,
+            step="Use the data it was made on, or train your own",
+        )
+        if note:
+            log.warning(note)
 
     def _same_teacher(self) -> None:
         theirs, ours = self.result.get("teacher"), self.run.teacher_record

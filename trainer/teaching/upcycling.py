@@ -24,9 +24,10 @@ from models.experts.from_clusters import Clustered, cluster_experts
 from models.experts.upcycle import chosen_layers, norm_eps, upcycle
 from models.flops import forward_flops, num_tokens
 from models.moe.layer import MoE
+from models.teacher.classes import without_head
 from models.teacher.load import Teacher, fingerprint, load_teacher
 from trainer import artifacts
-from trainer.config.load import first_difference, split_evenly, to_dict
+from trainer.config.load import first_difference, one_line, split_evenly, to_dict
 from trainer.context import Run
 from trainer.data.loader import eval_batches
 from trainer.disk import move_into_place
@@ -46,9 +47,16 @@ def dense_start(run: Run) -> Teacher:
 
 def _load_dense(run: Run) -> Teacher:
     init = run.recipe.student.init
-    if init != "teacher":
-        return load_teacher(init)
-    return run.planned_teacher or load_teacher(run.teacher.source)
+    if init == "teacher":
+        return run.planned_teacher or run.fitted(load_teacher(run.teacher.source), run.recipe.teacher.classes)
+    dense = load_teacher(init)
+    if dense.num_classes == len(run.labels):
+        try:
+            return run.fitted(dense, "names", "student.init")
+        except ValueError as error:  # it starts the student all the same, as one with another number of classes does
+            log.warning("%s. The student starts without its head", one_line(error).rstrip("."))
+            return without_head(dense)
+    return dense
 
 
 def started(run: Run, config: Any, depths: tuple[int, ...]) -> nn.Module:

@@ -21,6 +21,7 @@ FEWEST_ROWS = 8  # before any is called a spike
 LEAST_SPREAD = 0.01  # of the median: on a plateau the deviation is so small that noise would be a spike
 DEAD_SHARE = 0.01  # of an equal share of the choices: an expert below it counts as without tokens
 COLLAPSED_SHARE = 0.9  # of the first choices: an expert above it leaves the others nothing to do
+CHANCE_TAIL = 1e-3  # of the binomial distribution on either side: what counts as above or below chance
 COLLAPSED_ENTROPY = 0.25  # of the first choices, 1 = spread evenly over all experts
 
 
@@ -260,6 +261,29 @@ def collapse(first: Sequence[float]) -> str | None:
         return None
     used = [expert for expert, share in enumerate(first) if share * len(first) >= DEAD_SHARE]
     return f"first choices go to {_experts(used)} of {len(first)}, {max(first):.0%} to one (entropy {entropy:.2f})"
+
+
+def against_chance(accuracy: float, images: float, classes: float) -> str:
+    """Whether a model knows more than its classes' number: "above", "near" or "below" chance.
+
+    The tails of the binomial distribution of `images` guesses at 1 / `classes`, of CHANCE_TAIL each: what is far below
+    has its classes in another order, for one that has learnt nothing guesses right that often.
+
+    Args:
+        accuracy: 0..1 on these images.
+    """
+    p, n, correct = 1 / classes, round(images), round(accuracy * images)
+    at_least = sum(_binomial(n, k, p) for k in range(correct, n + 1))
+    at_most = sum(_binomial(n, k, p) for k in range(correct + 1))
+    if at_least < CHANCE_TAIL and accuracy > p:
+        return "above"
+    return "below" if at_most < CHANCE_TAIL else "near"
+
+
+def _binomial(n: int, k: int, p: float) -> float:
+    """Probability of k right guesses of n: n! / (k! (n - k)!) p^k (1 - p)^(n - k), by logarithms."""
+    ways = math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+    return math.exp(ways + k * math.log(p) + (n - k) * math.log1p(-p))
 
 
 def _experts(numbers: list[int]) -> str:
