@@ -12,6 +12,7 @@ from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from deepspeed.utils.timer import SynchronizedWallClockTimer
 from torch import Tensor, nn
 
+from .dropout import ExpertDropout, draw_number
 from .layer import MoE, Routed, run_experts
 from .out import Out
 
@@ -40,6 +41,8 @@ class ParallelMoE(DeepSpeedMoE):
         self.set_deepspeed_parallelism()
         start = dist.get_rank(self.deepspeed_moe.ep_group) * self.num_local_experts
         experts.deepspeed_experts = moe.experts[start : start + self.num_local_experts]
+        experts.first = start
+        experts.ep_group = self.deepspeed_moe.ep_group
         for parameter in experts.parameters():
             parameter.allreduce = False
             parameter.group_name = self.expert_group_name
@@ -117,10 +120,22 @@ class LocalExperts(nn.Module):
         self.act = moe.act
         self.dropout = moe.config.dropout
         self.deepspeed_experts = nn.ModuleList()
+        self.first = 0  # number of the first own expert among all
+        self.ep_group: dist.ProcessGroup | None = None
 
     def forward(self, x_PERD: Tensor) -> Tensor:
         """(ranks of the group, own experts, rows of a rank, D) in and out."""
         P, E, R, D = x_PERD.shape
         x_ERD = x_PERD.transpose(0, 1).reshape(E, P * R, D)
-        y_ERD = run_experts(self.deepspeed_experts, x_ERD, self.act, self.dropout, self.training)
+        dropout = None
+        if self.training and self.dropout:
+            dropout = ExpertDropout(self.dropout, self._numbers(x_PERD), self.first)
+        y_ERD = run_experts(self.deepspeed_experts, x_ERD, self.act, dropout)
         return y_ERD.view(E, P, R, D).transpose(0, 1)
+
+    def _numbers(self, x_PERD: Tensor) -> Tensor:
+        """What every rank of the group has drawn for the dropout of its own rows, (P,) (collective)."""
+        own_number = draw_number(x_PERD)
+        numbers = [torch.empty_like(own_number) for _ in range(len(x_PERD))]
+        dist.all_gather(numbers, own_number, group=self.ep_group)
+        return torch.cat(numbers)
