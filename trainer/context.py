@@ -22,13 +22,14 @@ from trainer.config.load import module_depths
 from trainer.config.phases import ScheduleConfig
 from trainer.config.recipe import Recipe
 from trainer.data.base import ImageSource
+from trainer.data.sampler import phase_seed
 from trainer.data.sources import open_source
 from trainer.disk import replacing
 from trainer.distributed.engine import build_engine, working_type
 from trainer.distributed.ranks import Dist, seed_everything
 from trainer.evaluation.accuracy import eval_batch, evaluate
 from trainer.loop.fit import Data, Outcome, Task, epoch_length, fit
-from trainer.request.graph import artifact_name, experts_in, in_one_job, own_teacher, row_of
+from trainer.request.graph import artifact_name, experts_in, in_one_job, own_teacher, phase_of, row_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -216,7 +217,8 @@ class Run:
         run = self.recipe.run
         flops_per_image = objective.flops_per_image  # counted on the plain module: the engine takes experts out of it
         seed_everything(self.recipe.seed, self.dist.rank, run.deterministic)
-        task = Task(folder.name, description, schedule.epochs, self.recipe.seed, run, evaluate_start)
+        seed = phase_seed(self.recipe.seed, phase_of(folder.name))
+        task = Task(folder.name, description, schedule.epochs, seed, run, evaluate_start)
         engine = build_engine(
             objective.module,
             schedule,
