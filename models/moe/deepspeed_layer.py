@@ -103,8 +103,10 @@ class Gate(Routed, TopKGate):
         tokens_per_image, out = length_and_out
         x_BTD = x_ND.view(-1, tokens_per_image, x_ND.shape[-1])
         routing, row_NK, rows = self.route_images(x_BTD, out)
+        if not self.training:
+            rows = torch.as_tensor(rows, device=x_ND.device)  # in evaluation ranks may have other numbers of images
         if isinstance(rows, Tensor):
-            # nothing dropped: the all-to-all needs equal batches on all ranks of the group
+            # where nothing is dropped, too: the all-to-all needs equal batches on all ranks of the group
             dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.ep_group)
         expert_NK = torch.where(row_NK >= 0, routing.expert_GSK.reshape(row_NK.shape), -1)
         weight_NK = routing.weight_GSK.reshape(row_NK.shape)

@@ -27,7 +27,7 @@ class MoEConfig(RouterConfig):
     capacity_factor: float | None = None  # training; 1.0 = room for a perfectly even load; None = nothing is dropped
     eval_capacity_factor: float | None = None
     capacity_multiple: int = 4  # slots are rounded up to a multiple of this
-    images_per_group: int = 1  # images routed together; 0 = the whole micro-batch
+    images_per_group: int = 1  # images routed together; 0 = the whole micro-batch, in evaluation single images
     importance_weight: float = 0.005  # weights of the auxiliary losses
     load_weight: float = 0.005  # only counts while noise is drawn
     gshard_weight: float = 0.0
@@ -81,8 +81,9 @@ class Routed(nn.Module):
         """
         config = self.config
         images = config.images_per_group or len(x_BTD)
-        if not self.training:  # a loaded model takes any batch: the largest groups that fit, down to single images
-            images = math.gcd(images, len(x_BTD))
+        if not self.training:
+            # a loaded model takes any batch: the largest groups that fit, down to single images
+            images = math.gcd(config.images_per_group or 1, len(x_BTD))
         elif len(x_BTD) % images:
             raise ValueError(
                 f"{len(x_BTD)} images do not make groups of images_per_group = {images}. Use a batch that is a "

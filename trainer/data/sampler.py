@@ -66,11 +66,20 @@ def train_requests(
                 yield order[begin : begin + micro_batch], seeds[begin : begin + micro_batch]
 
 
-def eval_requests(n: int, *, batch: int, world: int, rank: int) -> Iterator[np.ndarray]:
-    """Indices of one rank's batches: every image on exactly one rank, ceil(n / (world * batch)) batches on each.
+def eval_requests(n: int, *, batch: int, world: int, rank: int, group: int = 1) -> Iterator[np.ndarray]:
+    """Indices of one rank's batches: every image on exactly one rank, and as many batches on each.
 
     The last batches are shorter, down to empty; the loader fills them up.
+
+    Args:
+        group: images that are routed together, which divides `batch`. Groups are the first `group` images, the next
+            ones, and so on, whatever the batches and the ranks are. Images left over have a batch of their own, on rank
+            0: beside whole groups the model would cut others.
     """
-    for begin in range(0, n, world * batch):
+    assert batch % group == 0, "a batch holds whole groups"
+    in_groups = n - n % group
+    for begin in range(0, in_groups, world * batch):
         first = begin + rank * batch
-        yield np.arange(min(first, n), min(first + batch, n))
+        yield np.arange(min(first, in_groups), min(first + batch, in_groups))
+    if in_groups < n:
+        yield np.arange(in_groups, n if rank == 0 else in_groups)
