@@ -17,7 +17,7 @@ from models.flops import num_tokens
 from models.modules.stages import split
 from models.teacher.load import Teacher, fingerprint, load_teacher
 from trainer import artifacts
-from trainer.config.ds_config import Settings, resolve
+from trainer.config.ds_config import Settings, resolve, without_training
 from trainer.config.load import module_depths
 from trainer.config.phases import ScheduleConfig
 from trainer.config.recipe import Recipe
@@ -172,6 +172,10 @@ class Run:
             )
         return settings
 
+    def settings_without_training(self) -> Settings:
+        """The same for phase evaluate, which trains nothing: no batch has to divide among its ranks."""
+        return without_training(self.ds_values, self.recipe.train, self.dist.world)
+
     def open(
         self, phase: str, module: int | None = None, start: str = "distilled", expert: int | None = None
     ) -> tuple[Path, bool]:
@@ -291,6 +295,7 @@ class Run:
                 "world_size": self.dist.world,
                 "ep_size": settings.ep_size,
                 "global_batch": settings.global_batch,
+                "dtype": str(working_type(settings)).removeprefix("torch."),  # of the weights in every forward
                 "device": str(self.dist.device.type),
                 "command": self.command,
                 "data": self.sources[0].origin,
