@@ -7,7 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from models.moe.layer import MoE, MoEConfig
+from models.moe.out import auxiliary_loss
 from models.preprocessing import Preprocessing
+from models.vmoe.model import VMoE, VMoEConfig
 from tests.launch import ROOT
 from trainer import context
 from trainer.config.data import AugmentConfig, DataConfig
@@ -16,7 +19,8 @@ from trainer.config.runtime import RunConfig
 from trainer.data.loader import Batch, Data
 from trainer.data.sampler import epoch_plan, phase_seed
 from trainer.data.sources import DigitsSource
-from trainer.distributed.ranks import Dist
+from trainer.distributed.ranks import Dist, seed_draws
+from trainer.loop.fit import other_micro_batch
 from trainer.loop.step import Task, TrainStep
 from trainer.objectives import Classify
 from trainer.request.graph import TABLE, artifact_name, phase_of
@@ -180,3 +184,74 @@ def test_mixup_goes_by_the_phase_the_step_and_the_place():
             step.run(number, [replace(batch, images=images.clone()) for _ in range(2)], total=99, row_due=False)
         mixed |= {float(seen[0, 0, 0, 0]) for seen, _ in step.engine.seen}
     assert len(mixed) == 2 * 2 * 2 * 2  # phases, ranks, steps, micro-batches of a step
+
+
+ROUTED = {"num_experts": 4, "k": 2, "images_per_group": 2, "capacity_factor": 0.75, "capacity_multiple": 1}
+MICRO_BATCH_MATTERS = {
+    "groups of two images, nothing drawn": (False, {}, 0.0, 0.0),
+    "single images": (False, {"images_per_group": 1}, 0.0, 0.0),
+    "the whole micro-batch": (True, {"images_per_group": 0}, 0.0, 0.0),
+    "the whole micro-batch, only balanced": (True, {"images_per_group": 0, "capacity_factor": None}, 0.0, 0.0),
+    "the whole micro-batch, but neither dropped nor balanced": (
+        False,
+        {"images_per_group": 0, "capacity_factor": None, "importance_weight": 0.0},
+        0.0,
+        0.0,
+    ),
+    "routing noise": (True, {"noise_std": 1.0}, 0.0, 0.0),
+    "dropout inside experts": (True, {"dropout": 0.2}, 0.0, 0.0),
+    "dropout": (True, {}, 0.2, 0.0),
+    "drop path": (True, {}, 0.0, 0.5),
+}
+
+
+@pytest.mark.parametrize(
+    ("matters", "moe", "dropout", "drop_path"), MICRO_BATCH_MATTERS.values(), ids=MICRO_BATCH_MATTERS
+)
+def test_what_depends_on_the_micro_batch_at_an_equal_global_batch(matters, moe, dropout, drop_path):
+    """The gradient of 8 images as 2 x 4 and as 4 x 2: the conditions of the promise in docs/checkpoints.md."""
+    config = VMoEConfig(
+        image_size=8,
+        patch_size=4,
+        width=16,
+        depth=2,
+        heads=2,
+        mlp_dim=16,
+        num_classes=3,
+        moe_blocks="all",
+        moe=MoEConfig(**(ROUTED | moe)),
+        drop_rate=dropout,
+        drop_path_rate=drop_path,
+    )
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for micro_batch in (4, 2):
+        model = VMoE(config).train()
+        torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+        for place, part in enumerate(images.split(micro_batch)):
+            seed_draws(0, 0, place)
+            out = {}
+            loss = model(part, out).logsumexp(-1).mean() + auxiliary_loss(out)
+            (loss * micro_batch / 8).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    largest = float(gradients[0].abs().max())
+    differ = float((gradients[0] - gradients[1]).abs().max()) > 1e-5 * largest
+    assert differ == matters
+
+
+def resumed(saved: int, here: int, *, global_batch: int = 16, world: int = 1, images_per_group: int = 2) -> list[str]:
+    settings = SimpleNamespace(micro_batch=here, accumulation=global_batch // (here * world), global_batch=global_batch)
+    module = MoE(2, 2, MoEConfig(**(ROUTED | {"images_per_group": images_per_group})))
+    return [finding.message for finding in other_micro_batch({"micro_batch": saved}, settings, module)]
+
+
+def test_a_resume_with_other_micro_batches_says_what_changes():
+    assert resumed(4, 4) == []
+    (message,) = resumed(4, 8)
+    assert message.startswith("resumed with micro-batches of 8 images, saved with 4: the images of a step are the same")
+    assert '"train_micro_batch_size_per_gpu" to 4 and "gradient_accumulation_steps" to 4' in message
+    assert "images_per_group" not in message
+    (message,) = resumed(4, 8, images_per_group=0)
+    assert "with student.moe.images_per_group=0 other images are routed together" in message
+    (message,) = resumed(8, 4, global_batch=24, world=6)  # 24 images are 3 micro-batches of 8: not for 6 ranks
+    assert message.endswith("use ranks whose number divides 3")
