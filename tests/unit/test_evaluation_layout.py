@@ -112,6 +112,17 @@ def test_padding_takes_no_place_from_an_image():
     assert alone[0] == pytest.approx(alone[1], rel=1e-6)
 
 
+def test_a_batch_larger_than_the_split_takes_no_more_room_than_the_split():
+    for group in (1, 4):
+        sizes = [
+            len(batch.images)
+            for batch in eval_batches(digits(6).val, PREPROCESSING, batch=10**12, world=2, rank=1, group=group)
+        ]
+        assert sizes == {1: [6], 4: [8, 8]}[group]
+    model = student(images_per_group=4)
+    assert evaluated(model, 6, batch=10**12, world=2) == pytest.approx(evaluated(model, 6, batch=4), rel=1e-6)
+
+
 def test_unreadable_images_stand_for_themselves_in_their_group(monkeypatch):
     """They are not counted; which images share a group does not change with the batch."""
     original = DigitsSource.try_image

@@ -4,6 +4,7 @@ What an image looks like after its random transform depends on (seed, epoch, pos
 rank, world size, or on what else the process drew. B = batch, C = channels or classes, H, W = height and width.
 """
 
+import math
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -126,8 +127,10 @@ def eval_batches(
     An unreadable image is masked out when the source skips them, so accuracy is over the readable ones.
 
     Args:
+        batch: images of a batch; no more than there are, as every batch is filled up to it.
         group: images that are routed together; see eval_requests.
     """
+    batch = min(batch, math.ceil(len(source) / group) * group)
     requests = eval_requests(len(source), batch=batch, world=world, rank=rank, group=group)
     return _load(_EvalImages(source, pre, batch), requests, source, workers)
 
