@@ -37,7 +37,8 @@ from trainer.distributed.zero_state import optimizer_steps, pieces, restore, sha
 BEFORE, AFTER = 3, 10  # optimiser steps until the save and compared after it
 BATCH, MICRO = 8, 2  # the micro-batch stays, so that the same images are routed together; accumulation makes up for it
 State = dict[str, torch.Tensor]  # "kind/name" -> the whole tensor, flat
-# everything that draws in a step: routing noise, dropout in and outside of experts, drop path
+# everything that draws in a step: routing noise, dropout in and outside of experts, drop path. It is on between fp32
+# topologies; beside bf16 it only makes larger what bf16 rounds away (off by 0.25 in place of 0.1)
 DRAWING = replace(MODEL, moe=replace(MODEL.moe, noise_std=1.0, dropout=0.2), drop_rate=0.1, drop_path_rate=0.2)
 
 
@@ -55,19 +56,21 @@ class Topology:
     bf16: bool = False
     offload: bool = False
     fp32_sums: bool = False  # of bf16 gradients
+    draws: bool = False  # the model is DRAWING
 
     def __str__(self) -> str:
-        extra = "-offload" * self.offload + "-fp32sums" * self.fp32_sums
+        extra = "-offload" * self.offload + "-fp32sums" * self.fp32_sums + "-draws" * self.draws
         return f"{self.world}x{self.ep}-zero{self.zero}-{'bf16' if self.bf16 else 'fp32'}{extra}"
 
 
 SIZES = ((1, 1), (2, 1), (2, 2), (4, 2), (4, 4))
 MATRIX = [Topology(*size, zero, bf16) for size in SIZES for zero in (1, 2) for bf16 in (False, True)]
-ONE, TWO = Topology(1, 1, 1), Topology(2, 1, 2, offload=True)
-FOUR, SPREAD = Topology(4, 2, 1), Topology(4, 4, 2)
+ONE, TWO = Topology(1, 1, 1, draws=True), Topology(2, 1, 2, offload=True, draws=True)
+STEADY = Topology(1, 1, 1)
+FOUR, SPREAD = Topology(4, 2, 1, draws=True), Topology(4, 4, 2, draws=True)
 HALF_ONE, HALF_TWO = Topology(1, 1, 2, bf16=True), Topology(2, 2, 1, bf16=True)
 SHORT = [(ONE, SPREAD), (SPREAD, ONE), (TWO, FOUR), (FOUR, TWO), (FOUR, FOUR), (TWO, TWO), (HALF_ONE, HALF_TWO),
-         (HALF_TWO, HALF_ONE), (HALF_TWO, HALF_TWO), (ONE, HALF_TWO), (HALF_TWO, ONE)]  # fmt: skip
+         (HALF_TWO, HALF_ONE), (HALF_TWO, HALF_TWO), (STEADY, HALF_TWO), (HALF_TWO, STEADY)]  # fmt: skip
 EXACT = [tuple(Topology(*size, bf16=True, fp32_sums=True) for size in sizes)
          for sizes in (((1, 1, 2), (2, 1, 1)), ((4, 2, 1), (2, 2, 2)))]  # fmt: skip
 
@@ -83,9 +86,7 @@ def engine_at(dist: Dist, at: Topology, schedule: ScheduleConfig = ADAM, model: 
     settings = resolve(values, schedule, world=dist.world, local_world=dist.world, num_experts=4, phase="train")
     assert settings.micro_batch == MICRO
     if model is None:
-        # where bf16 runs are to stay together nothing is drawn: what is dropped makes the rest larger, and with it what
-        # bf16 rounds away (3.7e-6 in place of 1e-6 after 10 steps)
-        model = build if at.fp32_sums else drawing
+        model = drawing if at.draws else build
     engine = build_engine(model(), schedule, settings, steps_per_epoch=BEFORE + AFTER, dist=dist, ema=ema)
     yield engine
     engine.close()
@@ -214,7 +215,7 @@ def run_pairs(warm: Any, folder: Path, pairs: list[tuple[Topology, Topology]], t
 def save_files(folder: str) -> None:
     """The same through the checkpoint's files."""
     dist = start()
-    with engine_at(dist, Topology(2, 2, 1)) as engine:
+    with engine_at(dist, Topology(2, 2, 1, draws=True)) as engine:
         train(engine, dist, 0, BEFORE)
         saver = Saver(engine, Path(folder) / "train", RunConfig(), dist)
         saver.save(BEFORE, state={"epoch": 1}, own={"rank": dist.rank})
@@ -250,13 +251,17 @@ def test_any_topology_continues_another(warm, tmp_path):
 def test_the_files_go_from_two_ranks_to_one_and_four(warm, tmp_path):
     (tmp_path / "train").mkdir()
     call(warm, "save_files", tmp_path, ranks=2)
-    for at in (Topology(1, 1, 2), Topology(4, 4, 1)):
+    for at in (Topology(1, 1, 2, draws=True), Topology(4, 4, 1, draws=True)):
         call(warm, "load_files", tmp_path, asdict(at), ranks=at.world)
 
 
 @pytest.mark.slow
 def test_any_topology_continues_any_other(warm, tmp_path, capsys):
-    notes = run_pairs(warm, tmp_path, list(itertools.product(MATRIX, MATRIX)), timeout=3600)
+    pairs = []
+    for source, at in itertools.product(MATRIX, MATRIX):
+        draws = not source.bf16 and not at.bf16
+        pairs.append((replace(source, draws=draws), replace(at, draws=draws)))
+    notes = run_pairs(warm, tmp_path, pairs, timeout=3600)
     with capsys.disabled():
         print("\nlargest of any pair; 'off' is how far the weights came apart, relative to the way they went")
         for way in itertools.product(("fp32", "bf16"), repeat=2):

@@ -74,7 +74,7 @@ def names_are_those_of_plain_torch() -> None:
     (F.cross_entropy(plain(images, out), labels) + auxiliary_loss(out)).backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), ADAM.clip)
     for ep in (1, 2):
-        with engine_at(dist, Topology(2, ep, ep), model=build) as engine:
+        with engine_at(dist, Topology(2, ep, ep)) as engine:
             state = whole_state(engine, dist)
             assert_equal(state, {f"fp32/{name}": value.flatten() for name, value in build().state_dict().items()}, ep)
             train(engine, dist, 0, 1)
