@@ -183,7 +183,8 @@ def load_all(folder: str, pairs: list[tuple[dict, dict]]) -> None:
         masters = [key for key in saved if key.startswith("fp32/")]
         way = torch.cat([expected[key] - saved[key] for key in masters]).norm()
         off = torch.cat([expected[key] - end[key] for key in masters]).norm() / way
-        differences = [abs(a - b) for a, b in zip(losses, kept["losses"])]
+        # relative to what is compared, where that is above 1
+        differences = [abs(a - b) / max(1, abs(b)) for a, b in zip(losses, kept["losses"])]
         notes.append({"source": str(source), "at": str(at), "state": distance(end, expected), "off": float(off),
                       "first_loss": differences[0], "loss": max(differences)})  # fmt: skip
     if dist.main:
