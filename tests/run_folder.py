@@ -66,7 +66,7 @@ def _open(out: Path, name: str, recipe: Recipe) -> Path:
 
 
 def _close(folder: Path, metrics: dict[str, float], **values: float) -> None:
-    common = {"metrics": metrics, "epochs": 1, "world_size": 2, "ep_size": 2, "device": "cpu"}
+    common = {"metrics": metrics, "epochs": 1, "world_size": 2, "ep_size": 2, "device": "cpu", "dtype": "bfloat16"}
     artifacts.write_result(folder, _about(folder.name) | common | values)
 
 

@@ -57,9 +57,10 @@ def open_folder(out: Path, name: str, recipe: Recipe, run: dict[str, Any]) -> tu
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.yaml", text)
     complete = folder / "result.json"
-    if not complete.is_file():
+    again = run["phase"] in FOLLOWING  # measured or pushed anew, whatever is there
+    if again or not complete.is_file():
         writer_lock.hold(folder)
-        if complete.is_file():  # another process has ended in this moment
+        if complete.is_file() and not again:  # another process has ended in this moment
             writer_lock.release(folder)
     return folder, complete.is_file()
 

@@ -19,19 +19,20 @@ from models.modules.stages import split
 from models.teacher.classes import with_classes
 from models.teacher.load import Teacher, fingerprint, load_teacher
 from trainer import artifacts
-from trainer.config.ds_config import Settings, resolve
+from trainer.config.ds_config import Settings, resolve, without_training
 from trainer.config.load import module_depths
 from trainer.config.phases import ScheduleConfig
 from trainer.config.recipe import Recipe
 from trainer.data.base import ImageSource
 from trainer.data.classes import doubts
+from trainer.data.sampler import phase_seed
 from trainer.data.sources import open_source
 from trainer.disk import replacing
 from trainer.distributed.engine import build_engine, working_type
 from trainer.distributed.ranks import Dist, seed_everything
 from trainer.evaluation.accuracy import eval_batch, evaluate
 from trainer.loop.fit import Data, Outcome, Task, epoch_length, fit
-from trainer.request.graph import artifact_name, experts_in, in_one_job, own_teacher, row_of
+from trainer.request.graph import artifact_name, experts_in, in_one_job, own_teacher, phase_of, row_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -203,6 +204,10 @@ class Run:
             )
         return settings
 
+    def settings_without_training(self) -> Settings:
+        """The same for phase evaluate, which trains nothing: no batch has to divide among its ranks."""
+        return without_training(self.ds_values, self.recipe.train, self.dist.world)
+
     def open(
         self, phase: str, module: int | None = None, start: str = "distilled", expert: int | None = None
     ) -> tuple[Path, bool]:
@@ -248,7 +253,8 @@ class Run:
         run = self.recipe.run
         flops_per_image = objective.flops_per_image  # counted on the plain module: the engine takes experts out of it
         seed_everything(self.recipe.seed, self.dist.rank, run.deterministic)
-        task = Task(folder.name, description, schedule.epochs, self.recipe.seed, run, evaluate_start)
+        seed = phase_seed(self.recipe.seed, phase_of(folder.name))
+        task = Task(folder.name, description, schedule.epochs, seed, run, evaluate_start)
         engine = build_engine(
             objective.module,
             schedule,
@@ -321,6 +327,7 @@ class Run:
                 "world_size": self.dist.world,
                 "ep_size": settings.ep_size,
                 "global_batch": settings.global_batch,
+                "dtype": str(working_type(settings)).removeprefix("torch."),  # of the weights in every forward
                 "device": str(self.dist.device.type),
                 "command": self.command,
                 "data": self.sources[0].origin,

@@ -168,5 +168,5 @@ class _Layer(nn.Module):
         for e, expert in enumerate(self.experts):
             token_R = (self.cluster_N == e).nonzero().flatten()
             x_1RD = x_ND[token_R].unsqueeze(0)
-            y_ND[token_R] = run_experts([expert], x_1RD, self.act, 0.0, False).squeeze(0)
+            y_ND[token_R] = run_experts([expert], x_1RD, self.act).squeeze(0)
         return y_ND.view_as(x_BTD)

@@ -12,6 +12,7 @@ from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from deepspeed.utils.timer import SynchronizedWallClockTimer
 from torch import Tensor, nn
 
+from .dropout import ExpertDropout, draw_number
 from .layer import MoE, Routed, run_experts
 from .out import Out
 
@@ -40,6 +41,8 @@ class ParallelMoE(DeepSpeedMoE):
         self.set_deepspeed_parallelism()
         start = dist.get_rank(self.deepspeed_moe.ep_group) * self.num_local_experts
         experts.deepspeed_experts = moe.experts[start : start + self.num_local_experts]
+        experts.first = start
+        experts.ep_group = self.deepspeed_moe.ep_group
         for parameter in experts.parameters():
             parameter.allreduce = False
             parameter.group_name = self.expert_group_name
@@ -100,8 +103,10 @@ class Gate(Routed, TopKGate):
         tokens_per_image, out = length_and_out
         x_BTD = x_ND.view(-1, tokens_per_image, x_ND.shape[-1])
         routing, row_NK, rows = self.route_images(x_BTD, out)
+        if not self.training:
+            rows = torch.as_tensor(rows, device=x_ND.device)  # in evaluation ranks may have other numbers of images
         if isinstance(rows, Tensor):
-            # nothing dropped: the all-to-all needs equal batches on all ranks of the group
+            # where nothing is dropped, too: the all-to-all needs equal batches on all ranks of the group
             dist.all_reduce(rows, dist.ReduceOp.MAX, group=self.ep_group)
         expert_NK = torch.where(row_NK >= 0, routing.expert_GSK.reshape(row_NK.shape), -1)
         weight_NK = routing.weight_GSK.reshape(row_NK.shape)
@@ -117,10 +122,22 @@ class LocalExperts(nn.Module):
         self.act = moe.act
         self.dropout = moe.config.dropout
         self.deepspeed_experts = nn.ModuleList()
+        self.first = 0  # number of the first own expert among all
+        self.ep_group: dist.ProcessGroup | None = None
 
     def forward(self, x_PERD: Tensor) -> Tensor:
         """(ranks of the group, own experts, rows of a rank, D) in and out."""
         P, E, R, D = x_PERD.shape
         x_ERD = x_PERD.transpose(0, 1).reshape(E, P * R, D)
-        y_ERD = run_experts(self.deepspeed_experts, x_ERD, self.act, self.dropout, self.training)
+        dropout = None
+        if self.training and self.dropout:
+            dropout = ExpertDropout(self.dropout, self._numbers(x_PERD), self.first)
+        y_ERD = run_experts(self.deepspeed_experts, x_ERD, self.act, dropout)
         return y_ERD.view(E, P, R, D).transpose(0, 1)
+
+    def _numbers(self, x_PERD: Tensor) -> Tensor:
+        """What every rank of the group has drawn for the dropout of its own rows, (P,) (collective)."""
+        own_number = draw_number(x_PERD)
+        numbers = [torch.empty_like(own_number) for _ in range(len(x_PERD))]
+        dist.all_gather(numbers, own_number, group=self.ep_group)
+        return torch.cat(numbers)

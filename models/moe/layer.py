@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dropout import ExpertDropout, draw_number
 from .out import Out
 from .routing import RouterConfig, Routing, capacity, route
 
@@ -26,7 +27,7 @@ class MoEConfig(RouterConfig):
     capacity_factor: float | None = None  # training; 1.0 = room for a perfectly even load; None = nothing is dropped
     eval_capacity_factor: float | None = None
     capacity_multiple: int = 4  # slots are rounded up to a multiple of this
-    images_per_group: int = 1  # images routed together; 0 = the whole micro-batch
+    images_per_group: int = 1  # images routed together; 0 = the whole micro-batch, in evaluation single images
     importance_weight: float = 0.005  # weights of the auxiliary losses
     load_weight: float = 0.005  # only counts while noise is drawn
     gshard_weight: float = 0.0
@@ -80,8 +81,9 @@ class Routed(nn.Module):
         """
         config = self.config
         images = config.images_per_group or len(x_BTD)
-        if not self.training:  # a loaded model takes any batch: the largest groups that fit, down to single images
-            images = math.gcd(images, len(x_BTD))
+        if not self.training:
+            # a loaded model takes any batch: the largest groups that fit, down to single images
+            images = math.gcd(config.images_per_group or 1, len(x_BTD))
         elif len(x_BTD) % images:
             raise ValueError(
                 f"{len(x_BTD)} images do not make groups of images_per_group = {images}. Use a batch that is a "
@@ -166,7 +168,10 @@ class MoE(Routed):
         token_of_row.scatter_(0, place_NK.flatten(), token_NK.flatten())
         # dispatch; index_select rather than [...]: the backward of indexing sorts on a GPU
         x_ERD = _with_zero_row(x_BTD.reshape(N, D)).index_select(0, token_of_row[:-1]).view(E, rows, D)
-        y_ERD = run_experts(self.experts, x_ERD, self.act, self.config.dropout, self.training)
+        dropout = None
+        if self.training and self.config.dropout:
+            dropout = ExpertDropout(self.config.dropout, draw_number(x_BTD))
+        y_ERD = run_experts(self.experts, x_ERD, self.act, dropout)
         # combine: a dropped choice reads the zero row
         y_NKD = _with_zero_row(y_ERD.reshape(E * rows, D)).index_select(0, place_NK.flatten()).view(N, K, D)
         weight_NK1 = routing.weight_GSK.reshape(N, K, 1)  # float32, and so is the sum
@@ -177,7 +182,7 @@ def _with_zero_row(x_RD: Tensor) -> Tensor:
     return F.pad(x_RD, (0, 0, 0, 1))
 
 
-def run_experts(experts: nn.ModuleList, x_ERD: Tensor, act: str, dropout: float, training: bool) -> Tensor:
+def run_experts(experts: nn.ModuleList, x_ERD: Tensor, act: str, dropout: ExpertDropout | None = None) -> Tensor:
     """Every expert's MLP on its own rows, fc2(gelu(fc1(x))), in two batched products; (E, R, D) in and out."""
 
     def linear(name: str, inputs: Tensor) -> Tensor:
@@ -186,8 +191,10 @@ def run_experts(experts: nn.ModuleList, x_ERD: Tensor, act: str, dropout: float,
         return torch.baddbmm(bias.unsqueeze(1), inputs, weight.transpose(1, 2))
 
     h_ERH = F.gelu(linear("fc1", x_ERD), approximate=GELU[act])
-    h_ERH = F.dropout(h_ERH, dropout, training)
-    return F.dropout(linear("fc2", h_ERH), dropout, training)
+    if dropout is None:
+        return linear("fc2", h_ERH)
+    y_ERD = linear("fc2", dropout(h_ERH, site=0))
+    return dropout(y_ERD, site=1)
 
 
 def standard_normal(like: Tensor) -> Tensor:

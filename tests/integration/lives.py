@@ -111,7 +111,7 @@ def fit(out: str, options: dict[str, Any]) -> None:
     """One life of a phase in folder `out`; its end, for the test to read, in out/rank_N.json.
 
     Args:
-        options: run = knobs of RunConfig, faults (see prepare), schedule = changes to SCHEDULE, workers,
+        options: run = knobs of RunConfig, faults (see prepare), schedule = changes to SCHEDULE, workers, accumulation,
             engine = options of build_engine.
     """
     dist = start()
@@ -123,8 +123,9 @@ def fit(out: str, options: dict[str, Any]) -> None:
     often = {"log_every": 4, "save_every": 3, "save_epochs": 9, "keep": 9, "trackers": ()}
     config = RunConfig(**often | options.get("run", {}))
     end: dict[str, Any] = {}
+    accumulation = options.get("accumulation", 2 // dist.world)
     with engine_for(
-        dist, TEN_CLASSES, schedule, ep=dist.world, accumulation=2 // dist.world, options=options.get("engine")
+        dist, TEN_CLASSES, schedule, ep=dist.world, accumulation=accumulation, options=options.get("engine")
     ) as engine:
         objective = Classify(engine.module, tokens=5)
         interrupt.HEARTBEAT.watch(config.hang_seconds)

@@ -139,3 +139,15 @@ def test_rows_and_evaluation_at_another_number_of_ranks(warm, tmp_path):
             for key, value in wanted.items():
                 if not isinstance(value, str):
                     assert row[key] == pytest.approx(value, rel=1e-4, abs=1e-5), f"{key} at step {row['step']}"
+
+
+def test_other_micro_batches_after_a_kill_are_said(warm, tmp_path):
+    """The same images go on; what is drawn per micro-batch does not, and a line says how to have it back."""
+    Life(warm, tmp_path / "run", ranks=1, faults={"kill": 8}, code=-signal.SIGKILL)
+    again = Life(warm, tmp_path / "run", ranks=1, accumulation=1)
+    (warning,) = again.rows("warning")
+    assert warning["step"] == 6
+    assert warning["message"].startswith("resumed with micro-batches of 8 images, saved with 4")
+    assert warning["message"].endswith('"gradient_accumulation_steps" to 2 in the DeepSpeed JSON')
+    assert f"warning: {warning['message']}" in again.output
+    assert [row["step"] for row in again.rows("train")] == [4, 8, 12, 16, 20, 24]

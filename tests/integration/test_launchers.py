@@ -26,6 +26,7 @@ LEARNED = {"teacher", "meta", "distill_0", "distill_1"}  # what end-to-end train
 # one rank and two compute the same: nothing is drawn per rank, and SGD does not blow up rounding errors as AdamW does
 COMPARABLE = ["augment.mixup=0", "student.moe.noise_std=0", "distill.drop_path=0", "train.drop_path=0",
               "train.baselines=[]"]  # fmt: skip
+COMPARABLE += ["student.moe.eval_capacity_factor=1"]  # 100 images do not make whole batches on 2 ranks
 COMPARABLE += [f"{section}.{knob}" for section in ("teacher", "meta", "distill", "train")
                for knob in ("optimizer=sgd", "epochs=1")]  # fmt: skip
 
@@ -55,7 +56,8 @@ def test_result_of_every_phase(chain, phase):
     steps = 0 if phase == "evaluate" else 12  # 100 images // 16 x 2 epochs
     assert (result["steps"], result["images_seen"]) == (steps, 100 if phase == "evaluate" else 12 * 16)
     assert result["world_size"] == 2
-    assert result["ep_size"] == (1 if phase in ("teacher", "meta") else 2)
+    # phase evaluate has the whole student on every rank
+    assert result["ep_size"] == (1 if phase in ("teacher", "meta", "evaluate") else 2)
     assert {"python", "torch", "deepspeed", "timm"} <= result["versions"].keys()
     assert "git_commit" in result and "--phase all" in result["command"]
     assert (chain[0] / phase / "config.yaml").is_file()
@@ -103,19 +105,35 @@ def test_report(chain):
 
 
 def test_evaluate_equals_the_last_evaluation_of_train(chain, warm, tmp_path):
-    """Whatever world size and batch: 100 images divide neither by 2 x 16 nor by 12."""
+    """Whatever ranks and batch: 100 images divide neither by 2 x 16 nor by 3 x 12, nor a global batch of 16 by 3."""
     evaluated = result_of(chain[0] / "evaluate")["metrics"]
     last = read_metrics(chain[0] / "train/metrics.jsonl")[-1]
     assert (evaluated["accuracy"], evaluated["images"]) == (last["accuracy"], 100)
     assert evaluated["loss"] == pytest.approx(last["loss"], rel=1e-6)
 
     out = copied(chain[0], tmp_path / "out", {*LEARNED, "train"})
-    finished = warm.run([*TINY, "--phase", "evaluate", "--out", out, "run.eval_batch=12"])
+    finished = warm.run([*TINY, "--phase", "evaluate", "--out", out, "run.eval_batch=12"], ranks=3)
     assert finished.code == 0, finished.output
-    alone = result_of(out / "evaluate")
-    assert (alone["world_size"], alone["metrics"]["images"]) == (1, 100)
-    assert alone["metrics"]["accuracy"] == evaluated["accuracy"]
-    assert alone["metrics"]["loss"] == pytest.approx(evaluated["loss"], rel=1e-5)
+    on_three = result_of(out / "evaluate")
+    assert (on_three["world_size"], on_three["ep_size"], on_three["metrics"]["images"]) == (3, 1, 100)
+    assert on_three["metrics"]["accuracy"] == evaluated["accuracy"]
+    assert on_three["metrics"]["loss"] == pytest.approx(evaluated["loss"], rel=1e-6)
+
+
+def test_a_bf16_run_has_one_accuracy(chain, warm, tmp_path):
+    """That of the masters which are saved, in the type it trained in; also where evaluate is started with fp32."""
+    out = copied(chain[0], tmp_path / "out", {"teacher"})
+    command = [*TINY, "--out", out, "train.start=scratch", "train.epochs=1", "train.warmup_epochs=0"]
+    for phase, options in (("train", ["ds.bf16.enabled=true"]), ("evaluate", [])):
+        finished = warm.run([*command, *options, "--phase", phase], ranks=2)
+        assert finished.code == 0, finished.output
+    trained, evaluated = (result_of(out / f"{phase}_scratch") for phase in ("train", "evaluate"))
+    assert (trained["dtype"], evaluated["dtype"]) == ("bfloat16", "bfloat16")
+    assert evaluated["metrics"]["accuracy"] == trained["metrics"]["accuracy"]
+    assert evaluated["metrics"]["loss"] == pytest.approx(trained["metrics"]["loss"], rel=1e-6)
+    saved = load_file(out / "train_scratch/model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in saved.values())
 
 
 def test_replay_under_torchrun(chain, tmp_path):
@@ -156,8 +174,22 @@ def test_one_rank_of_plain_python_equals_two(warm, tmp_path):
         assert mine.keys() == other.keys()
         for name, value in mine.items():
             assert_close(value, other[name], rtol=0, atol=1e-5, msg=lambda m, n=name, p=phase: f"{p}: {n}: {m}")
-    assert result_of(tmp_path / "one/train")["world_size"] == 1
-    assert result_of(tmp_path / "one/train")["ep_size"] == 1
+    results = [result_of(tmp_path / folder / "train") for folder in ("one", "two")]
+    assert [(result["world_size"], result["ep_size"]) for result in results] == [(1, 1), (2, 2)]
+    # before the first end-to-end step, of every treatment of the stitches
+    starts = [
+        {name: value for name, value in result["metrics"].items() if name.startswith("start_accuracy")}
+        for result in results
+    ]
+    assert starts[0].keys() == {"start_accuracy", *(f"start_accuracy/{way}" for way in ("drop", "keep", "fold"))}
+    assert starts[0] == starts[1]
+    # the last evaluation of phase train, experts spread or not, and phase evaluate
+    accuracies = [
+        result_of(tmp_path / folder / phase)["metrics"]["accuracy"]
+        for folder in ("one", "two")
+        for phase in ("train", "evaluate")
+    ]
+    assert len(set(accuracies)) == 1
 
 
 def compiles_while_it_trains(*arguments: str) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config.ds_config import PASSED_ON, REFUSED, read_ds_config, resolve
+from trainer.config.ds_config import PASSED_ON, REFUSED, read_ds_config, resolve, without_training
 from trainer.config.phases import ScheduleConfig
 
 DS_CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -279,3 +279,27 @@ def test_every_ds_config_resolves_where_it_is_meant_for(name):
             assert s.clip == 1.0
             assert set(s.config) <= set(PASSED_ON)
             assert "auto" not in json.dumps(s.config)
+
+
+@pytest.mark.parametrize(
+    "json_values, recipe, world, images",
+    [
+        ({}, 64, 3, 22),  # a third, rounded up
+        ({}, 2, 5, 1),
+        ({STEPS: 4}, 64, 2, 8),
+        ({MICRO: 24, "trainer": {"ep_size": 4}}, 64, 3, 24),
+        ({TOTAL: 128}, 64, 1, 64),  # two values for a batch that nobody trains
+        ({}, None, 7, 32),
+        ({MICRO: "auto", TOTAL: 96}, None, 7, 14),
+    ],
+)
+def test_measuring_needs_no_batch_that_divides(json_values, recipe, world, images):
+    measured = without_training(json_values, ScheduleConfig(global_batch=recipe), world)
+    assert (measured.micro_batch, measured.ep_size, measured.global_batch) == (images, 1, 0)
+    assert not measured.bf16
+    assert without_training({"bf16": {"enabled": True}}, ScheduleConfig(), world).bf16
+
+
+def test_measuring_still_wants_numbers():
+    with pytest.raises(ValueError, match='"train_micro_batch_size_per_gpu" is 0 in the DeepSpeed JSON, expected'):
+        without_training({MICRO: 0}, ScheduleConfig(global_batch=64), 1)

@@ -129,6 +129,7 @@ def test_evaluation_sees_every_image_once_in_equal_shapes(source, batch, world):
     assert {len(rows) for rows in ranks} == {-(-40 // (batch * world))}
     seen = []
     for part in (part for rows in ranks for part in rows):
+        batch = min(batch, 40)  # no room is taken for images that are not there
         assert part.images.shape == (batch, 3, 12, 12)
         assert part.labels.shape == part.mask.shape == part.index.shape == (batch,)
         seen += part.index[part.mask].tolist()

@@ -53,7 +53,7 @@ def test_what_a_stranger_reads(tmp_path, student):
     for line in (
         "2 blocks of width 16, patches of 4 pixels, images of 8 pixels; experts in blocks `1`: 2 per block, 1 used",
         "| accuracy | 0.8 |",
-        "Measured by phase evaluate, on the published weights, on every image of split `validation`.",
+        "Measured by phase evaluate, on the published weights, in bfloat16, on every image of split `validation`.",
         "normalised with mean [0.5, 0.5, 0.5] and std [0.25, 0.25, 0.25]",
         "A small vision transformer trained in the same run",
         "Its accuracy on the same images: 0.75.",

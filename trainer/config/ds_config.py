@@ -29,6 +29,7 @@ REFUSED = {
     "elasticity": "elasticity is gone from DeepSpeed 0.19: delete the section",
     "progressive_layer_drop": "progressive_layer_drop is gone from DeepSpeed 0.19: use drop_path in the recipe",
 }
+EVALUATED_TOGETHER = 32  # images per rank and forward where neither recipe nor JSON has a batch
 TRAINER_KEYS = {
     "ep_size": "ranks an MoE layer's experts are spread over; auto = the most that divide ranks of a node and experts",
     "activation_checkpointing": "true = keep only each block's input and compute the rest again in the backward pass",
@@ -178,6 +179,34 @@ def resolve(
         ep_size=ep,
         activation_checkpointing=bool(ours.get("activation_checkpointing", False)),
         bf16=bool(bf16.get("enabled", False)),
+    )
+
+
+def without_training(values: dict[str, Any], schedule: ScheduleConfig, world: int) -> Settings:
+    """What a phase needs to know that only measures: any number of ranks will do, whatever batch was trained.
+
+    Args:
+        values: the JSON as read.
+        schedule: the section of the recipe that what is measured was trained by; its batch tells what fits into memory.
+
+    Raises:
+        ValueError: a batch in the JSON that is no number.
+    """
+    config = {key: value for key, value in values.items() if value != "auto"}
+    micro_batch = _number(config, "train_micro_batch_size_per_gpu", whole=True)
+    if micro_batch is None:
+        total = schedule.global_batch or _number(config, "train_batch_size", whole=True) or EVALUATED_TOGETHER * world
+        accumulation = _number(config, "gradient_accumulation_steps", whole=True) or 1
+        micro_batch = math.ceil(total / (world * accumulation))
+    return Settings(
+        config={},
+        micro_batch=micro_batch,
+        accumulation=1,
+        global_batch=0,
+        clip=0.0,
+        ep_size=1,
+        activation_checkpointing=False,
+        bf16=bool(config.get("bf16", {}).get("enabled", False)),
     )
 
 

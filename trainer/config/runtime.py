@@ -21,7 +21,9 @@ class RunConfig:
     keep: int = knob(2, "newest checkpoints kept per phase")
     keep_best: bool = knob(False, "keep the checkpoint of the best evaluation as well")
     keep_every: int = knob(0, "keep every checkpoint whose step is a multiple of this as well; 0 = none")
-    eval_batch: int = knob(0, "images per rank in evaluation; 0 = the micro-batch")
+    eval_batch: int = knob(
+        0, "images per rank and forward in evaluation, without a say in its result; 0 = the micro-batch"
+    )
     deterministic: bool = knob(False, "deterministic GPU kernels, slower in MoE dispatch; the CPU always has them")
     trackers: tuple[str, ...] = knob(
         ("auto",),

@@ -21,7 +21,7 @@ class MoEConfig:
     capacity_factor: float | None = knob(None, "slots per expert in training, 1 = an equal share; null = no drops")
     eval_capacity_factor: float | None = knob(None, "the same in evaluation")
     capacity_multiple: int = knob(4, "capacity is rounded up to a multiple of this")
-    images_per_group: int = knob(1, "images routed together; 0 = the whole micro-batch")
+    images_per_group: int = knob(1, "images routed together; 0 = the whole micro-batch, in evaluation single images")
     importance_weight: float = knob(0.005, "weight of the importance loss")
     load_weight: float = knob(0.005, "weight of the load loss (exists only with noise)")
     gshard_weight: float = knob(0.0, "weight of the GShard loss")

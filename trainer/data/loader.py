@@ -4,6 +4,7 @@ What an image looks like after its random transform depends on (seed, epoch, pos
 rank, world size, or on what else the process drew. B = batch, C = channels or classes, H, W = height and width.
 """
 
+import math
 import random
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -33,6 +34,12 @@ class Batch:
     mask: torch.Tensor  # (B,) bool, False on padding and on skipped images
     index: torch.Tensor  # (B,) int64, position in the source; -1 where mask is False
     skipped: tuple[int, ...] = ()  # indices found unreadable while this batch was made (skip_unreadable)
+    padding: int = 0  # rows at the end that stand for no image
+
+    def without_padding(self) -> "Batch":
+        """The same without the padding; one row of it stays where there is nothing else, as no model takes none."""
+        rows = max(1, len(self.mask) - self.padding)
+        return replace(self._each(lambda tensor: tensor[:rows]), padding=rows + self.padding - len(self.mask))
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on a device; from pinned memory without waiting."""
@@ -106,13 +113,25 @@ def steps_per_epoch(n: int, *, micro_batch: int, accumulation: int = 1, world: i
 
 
 def eval_batches(
-    source: ImageSource, pre: Preprocessing, *, batch: int, world: int = 1, rank: int = 0, workers: int = 0
+    source: ImageSource,
+    pre: Preprocessing,
+    *,
+    batch: int,
+    world: int = 1,
+    rank: int = 0,
+    workers: int = 0,
+    group: int = 1,
 ) -> Iterator[Batch]:
     """Every image exactly once over all ranks, in as many batches of `batch` on each rank; mask False on padding.
 
     An unreadable image is masked out when the source skips them, so accuracy is over the readable ones.
+
+    Args:
+        batch: images of a batch; no more than there are, as every batch is filled up to it.
+        group: images that are routed together; see eval_requests.
     """
-    requests = eval_requests(len(source), batch=batch, world=world, rank=rank)
+    batch = min(batch, math.ceil(len(source) / group) * group)
+    requests = eval_requests(len(source), batch=batch, world=world, rank=rank, group=group)
     return _load(_EvalImages(source, pre, batch), requests, source, workers)
 
 
@@ -193,6 +212,7 @@ class _EvalImages(Dataset):
             mask=index >= 0,
             index=index,
             skipped=tuple(self.source.skipped - skipped_before),
+            padding=len(index) - len(request),
         )
 
 

@@ -166,6 +166,7 @@ def seed_draws(seed: int, step: int, place: int) -> None:
     run needs no generator's state.
 
     Args:
+        seed: of the phase (trainer.data.sampler.phase_seed).
         step: optimiser steps done before.
         place: number of the micro-batch in the step, micro_step x world + rank, as in trainer/data/sampler.py.
     """

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import logging
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +21,8 @@ from trainer.data.loader import Batch, Data, eval_batches
 from trainer.distributed.interrupt import HEARTBEAT
 from trainer.distributed.ranks import Dist
 from trainer.tracking.health import NonFiniteLoss
+
+log = logging.getLogger(__name__)
 
 
 def of_published(evaluation: dict[str, float]) -> dict[str, float]:
@@ -43,10 +48,13 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy (0..1) and mean cross-entropy of objective.predict over every validation image, each counted once.
 
+    The same whatever the ranks and the batch are, also where experts have a capacity: what competes for it are always
+    the same images (together_in), and no padding.
     An image whose loss is not finite counts as wrong, is left out of the mean loss, and is counted as
     "nonfinite_images" when there is one. Collective: the ranks share the images and every rank gets the same numbers.
 
     Args:
+        batch: images per rank and forward; rounded up to whole groups of images that are routed together.
         observe: is shown every batch of this rank with its logits (B, classes) and what predict's forward told beside
             them (models/moe/out.py).
 
@@ -60,12 +68,22 @@ def evaluate(
         module.eval()
     tells = observe is not None and bool(routed_layers(objective.module))  # other models need not take `out`
     totals = torch.zeros(4, dtype=torch.float64, device=dist.device)
+    group = together_in(modules)
+    if batch % group:
+        batch = _whole_groups(batch, group, dist.main)
     batches = eval_batches(
-        data.val, data.preprocessing, batch=batch, world=dist.world, rank=dist.rank, workers=data.workers
+        data.val,
+        data.preprocessing,
+        batch=batch,
+        world=dist.world,
+        rank=dist.rank,
+        workers=data.workers,
+        group=group,
     )
     with torch.no_grad():
-        for b in batches:
+        for padded in batches:
             HEARTBEAT.beat()
+            b = padded.without_padding()
             images = b.images.to(dist.device, dtype)
             out: Out = {}
             logits = objective.predict(images, out) if tells else objective.predict(images)
@@ -89,6 +107,35 @@ def evaluate(
     if finite < images:
         evaluation["nonfinite_images"] = int(images - finite)
     return evaluation
+
+
+def together_in(modules: Sequence[nn.Module]) -> int:
+    """Images that compete for the places of an expert in an evaluation; 1 where experts take whatever comes.
+
+    They are student.moe.images_per_group consecutive images of the validation split. Where that is 0, which in training
+    means the whole micro-batch, every image is routed alone.
+    """
+    groups = []
+    for module in modules:
+        for layer in routed_layers(module).values():
+            if layer.config.eval_capacity_factor is not None:
+                groups.append(layer.config.images_per_group or 1)
+    return math.lcm(*groups)
+
+
+@functools.cache  # said once, not at every evaluation
+def _whole_groups(batch: int, group: int, main: bool) -> int:
+    rounded = math.ceil(batch / group) * group
+    if main:
+        log.warning(
+            "evaluation takes %d images per rank and forward in place of %d, the next multiple of "
+            "student.moe.images_per_group=%d: so many images compete for the places of an expert, whatever the batch. "
+            "Set run.eval_batch to a multiple of it",
+            rounded,
+            batch,
+            group,
+        )
+    return rounded
 
 
 def eval_batch(run: RunConfig, settings: Settings) -> int:

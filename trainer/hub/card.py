@@ -125,7 +125,10 @@ def _measured(records: Mapping[str, PhaseRecord], recipe: Recipe) -> tuple[dict[
         record = evaluated
         how = "by phase evaluate, on the published weights"
     metrics = {name: value for name, value in record.result["metrics"].items() if name in ("accuracy", "loss")}
-    return metrics, f"Measured {how}, on every image of split `{recipe.data.val_split}`."
+    precision = ""
+    if record.result.get("dtype"):
+        precision = f", in {record.result['dtype']}"
+    return metrics, f"Measured {how}{precision}, on every image of split `{recipe.data.val_split}`."
 
 
 def _written(record: PhaseRecord) -> float:

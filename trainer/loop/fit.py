@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from models.moe.layer import routed_layers
 from trainer.checkpoint.saver import Saver
 from trainer.config.ds_config import Settings
 from trainer.data.loader import Data, steps_per_epoch
@@ -97,6 +100,8 @@ class _Loop:
         self.started = time.perf_counter() - self.seconds
         with dist.together():  # a tracker that does not start is the end of all ranks
             self.monitor = _Monitor(folder, task, self.per_epoch, self.done, dist)
+        if resumed:
+            self.monitor.warn(self.done, *other_micro_batch(resumed.topology, engine.settings, objective.module))
 
     def train(self) -> None:
         """Every step that is left."""
@@ -189,6 +194,39 @@ def epoch_length(data: Data, settings: Settings) -> int:
         accumulation=settings.accumulation,
         world=settings.global_batch // (settings.micro_batch * settings.accumulation),
     )
+
+
+def other_micro_batch(saved: dict[str, Any], settings: Settings, module: nn.Module) -> list[Finding]:
+    """What a resume with other micro-batches changes, at the same global batch; nothing where they are the same.
+
+    Args:
+        saved: the topology that the checkpoint was saved at.
+        module: what is trained.
+    """
+    before = saved["micro_batch"]
+    here = settings.micro_batch
+    if before == here:
+        return []
+    changes = "mixup pairs other images, and dropout, drop path and routing noise are drawn differently"
+    layers = routed_layers(module).values()
+    if any(layer.config.images_per_group == 0 for layer in layers):
+        changes += (
+            "; with student.moe.images_per_group=0 other images are routed together, so that experts drop others and "
+            "are balanced over others"
+        )
+    world = settings.global_batch // (here * settings.accumulation)
+    accumulation, left_over = divmod(settings.global_batch, before * world)
+    advice = f"use ranks whose number divides {settings.global_batch // before}"
+    if not left_over:
+        advice = (
+            f'set "train_micro_batch_size_per_gpu" to {before} and "gradient_accumulation_steps" to {accumulation} in '
+            "the DeepSpeed JSON"
+        )
+    message = (
+        f"resumed with micro-batches of {here} images, saved with {before}: the images of a step are the same, but "
+        f"{changes}. To go on as without a stop, {advice}"
+    )
+    return [Finding(message)]
 
 
 class _Monitor:

@@ -28,7 +28,7 @@ class Task:
     phase: str  # as in metrics rows
     description: str  # as in progress lines, e.g. "distill 2/4"
     epochs: int
-    seed: int
+    seed: int  # of this phase's draws (trainer.data.sampler.phase_seed)
     run: RunConfig
     evaluate_start: bool = False  # also before the first step
 

@@ -23,7 +23,7 @@ from models.flops import num_tokens
 from models.modules.basis import Project
 from models.modules.meta import MetaModel
 from models.modules.stitch import STITCHES, StudentModule
-from models.moe.parallel import load_full_state_dict
+from models.moe.parallel import expert_parallel, load_full_state_dict
 from trainer import artifacts
 from trainer.config.ds_config import Settings
 from trainer.context import Run
@@ -179,7 +179,7 @@ def _begin(run: Run, start: str, settings: Settings, folder: Path) -> Beginning:
         learned, _ = artifacts.require(run.out, f"{last_round(run.recipe)}_{i}", run.recipe, "--phase train")
         load_full_state_dict(module, artifacts.load_weights(learned, module.state_dict()))
     states = _border_states(run, modules) if schedule.stitches == "fold" else None
-    assembled = _ways_to_assemble(run, modules, settings, folder) if settings.ep_size == 1 else {}
+    assembled = _ways_to_assemble(run, modules, settings, folder)
     student = family_of(run.recipe).assemble(modules, schedule.stitches, states)
     return Beginning(student, {"teacher": run.teacher_record}, assembled)
 
@@ -224,7 +224,11 @@ def _ways_to_assemble(run: Run, modules: Sequence[StudentModule], settings: Sett
     states = _border_states(run, modules)
     for way in STITCHES:
         assembled = family_of(run.recipe).assemble(modules, way, states)
-        student = copy.deepcopy(assembled).to(run.dist.device, dtype)  # a copy: it goes elsewhere, to another type
+        # a copy: it goes elsewhere, to another type, and leaves the experts of other ranks behind
+        student = copy.deepcopy(assembled)
+        if settings.ep_size > 1:
+            expert_parallel(student, settings.ep_size)
+        student.to(run.dist.device, dtype)
         measured = evaluate(Predictor(student, student), run.data, dtype, run.eval_batch(settings), run.dist)
         accuracies[f"start_accuracy/{way}"] = measured["accuracy"]
     if run.dist.main:

@@ -360,6 +360,11 @@ def preparation(recipe: Recipe) -> list[str]:
     return names
 
 
+def phase_of(name: str) -> str:
+    """The phase that makes a result: distill of distill_2."""
+    return name.partition("_")[0]
+
+
 def command_of(name: str) -> str:
     """The flags that make a result."""
     phase, _, rest = name.partition("_")
