@@ -1,4 +1,4 @@
-"""What a step draws: every micro-batch its own noise and its own mixing, the same however ranks and accumulation cut it."""
+"""What a step draws: every micro-batch its own noise and mixing, the same however ranks and accumulation cut it."""
 
 import random
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ class Recorder:
 
 
 def recorded(world: int, rank: int, done: int, seed: int = 3) -> Recorder:
-    """What one rank sees in the step after `done`. Every micro-batch has the same images, so only the mixing differs."""
+    """What one rank sees in the step after `done`. All micro-batches have the same images: only the mixing differs."""
     source = DigitsSource(DataConfig(limit=8), "train")
     augment = AugmentConfig(mixup=0.8, cutmix=1.0)
     data = Data(source, source, Preprocessing(8, HALF, HALF), augment, 0, 10, False)
@@ -57,7 +57,7 @@ def recorded(world: int, rank: int, done: int, seed: int = 3) -> Recorder:
 
 
 def by_place(world: int, done: int) -> Recorder:
-    """The micro-batches of all ranks in the order of their places: the first of every rank, the second of every rank."""
+    """The micro-batches of all ranks in the order of their places: the first of every rank, then the second."""
     ranks = [recorded(world, rank, done) for rank in range(world)]
     ordered = Recorder()
     for part in range(PLACES // world):
