@@ -48,7 +48,8 @@ class VMoETransformersConfig(PreTrainedConfig):
         if self.id2label is None and labels and content.get("num_labels", len(labels)) == len(labels):
             self.id2label = dict(enumerate(labels))
             self.label2id = {label: i for i, label in enumerate(labels)}
-        content.setdefault("num_labels", content.get("num_classes"))
+        if content.get("num_classes") is not None:
+            content.setdefault("num_labels", content["num_classes"])
         super().__post_init__(**content)
 
     def vmoe(self) -> VMoEConfig:

@@ -37,7 +37,7 @@ class Recorder:
 def recorded(world: int, rank: int, done: int, seed: int = 3) -> Recorder:
     """What one rank sees in the step after `done`. All micro-batches have the same images: only the mixing differs."""
     source = DigitsSource(DataConfig(limit=8), "train")
-    augment = AugmentConfig(mixup=0.8, cutmix=1.0)
+    augment = AugmentConfig(mixup=0.8)  # cutmix of so small images has few different boxes
     data = Data(source, source, Preprocessing(8, HALF, HALF), augment, 0, 10, False)
     task = Task("train", "train", epochs=1, seed=seed, run=RunConfig())
     engine = SimpleNamespace(
