@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 
 from .moe.out import auxiliary_loss
 from .preprocessing import Preprocessing
-from .teacher.convert import to_processor
+from .teacher.images import to_processor
 from .vmoe.config import MODEL_TYPE
 from .vmoe.model import VMoE, VMoEConfig, reset_head
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from ..files.checks import DAMAGED, checked_weights, one_line, read_object
 from ..files.hub import CheckpointFiles, Weights
 from ..preprocessing import Preprocessing
-from .convert import from_processor, from_timm_config, to_processor, to_timm
+from .convert import to_timm
+from .images import from_processor, from_timm_config, to_processor
 
 SUPPORTED = (
     "Supported: ViT and DeiT (plain and distilled) from transformers; ViT, DeiT, DeiT III, DINOv2, CLIP and SigLIP "
@@ -136,7 +137,12 @@ def _load_transformers(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # refused below by name
         )
-        processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        processor = AutoImageProcessor.from_pretrained(
+            directory,
+            backend="pil",  # pictures are resized by PIL in training and evaluation
+            trust_remote_code=False,
+            local_files_only=True,
+        )
     except Exception as error:  # whatever it raises (its own validators among them): the checkpoint cannot be used
         raise ValueError(f"transformers cannot load {files}: {one_line(error)}. {DAMAGED}") from error
     _check_loaded(files, config, report)
