@@ -151,7 +151,8 @@ def hub_dataset(labels, feature, values=None) -> datasets.Dataset:
 def saved(path, train, validation, feature) -> DataConfig:
     """A save_to_disk folder with the labels given; the images count 0, 1, 2 ... in grey."""
     splits = {"train": hub_dataset(train, feature), "validation": hub_dataset(validation, feature)}
-    datasets.DatasetDict(splits).save_to_disk(path)
+    # one shard: datasets 5.1 divides by the size of an empty split to find how many
+    datasets.DatasetDict(splits).save_to_disk(path, num_shards=dict.fromkeys(splits, 1))
     return DataConfig(source="hub", path=str(path))
 
 
