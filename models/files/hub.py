@@ -255,7 +255,7 @@ class Weights:
         if plain == self._saved_as:
             return
         name, saved = next((name, saved) for name, saved in plain.items() if name != saved)
-        log.info("%s was saved from a wrapped model: %s is taken for %s, and so on", self.files, saved, name)
+        log.warning("%s was saved from a wrapped model: %s is taken for %s, and so on", self.files, saved, name)
         self._holders = {name: self._holders[saved] for name, saved in plain.items()}
         self._saved_as = plain
 

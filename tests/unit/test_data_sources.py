@@ -180,8 +180,8 @@ def test_hub_integers_and_strings_take_their_names_from_train(tmp_path):
         ([0.5, 1.0], [1.0], datasets.Value("float32"), "expected class labels, integers or strings"),
         ([0, 2**40], [0], datasets.Value("int64"), r"goes up to 1099511627776, expected numbers from 0"),
         ([0, 0], [0], datasets.Value("int64"), r"has one class \(0\): give images of two or more"),
-        ([], [0], datasets.ClassLabel(2), "cannot be loaded: ValueError: split 'train' has no rows"),
-        ([0, 1], [], datasets.ClassLabel(2), "cannot be loaded: ValueError: split 'validation' has no rows"),
+        ([], [0], datasets.ClassLabel(2), r"split 'train'.* has no rows"),
+        ([0, 1], [], datasets.ClassLabel(2), r"split 'validation'.* has no rows"),
         ([0, 1], [None], datasets.Value("int64"), "expected class labels, integers or strings"),
     ],
 )
