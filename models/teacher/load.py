@@ -79,6 +79,7 @@ class Teacher:
     source: str  # hub id with the commit it resolved to, or the directory
     labels: list[str] | None  # class names by index, when the checkpoint has them
     num_classes: int  # 0: no head, gives features only
+    wrapped: bool = False  # its weights were saved from a wrapped model, under longer names
 
 
 def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
@@ -111,14 +112,14 @@ def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
             f"config.json of {files} names no transformers model_type and no timm architecture. {SUPPORTED}"
         )
     with torch.device("cpu"):  # also where the caller builds on the meta device: a teacher without weights is none
-        model, preprocessing, labels = load(files, config, config_path.parent)
+        model, preprocessing, labels, wrapped = load(files, config, config_path.parent)
     model.eval().requires_grad_(False)
-    return Teacher(model, preprocessing, str(files), labels, model.num_classes)
+    return Teacher(model, preprocessing, str(files), labels, model.num_classes, wrapped=wrapped)
 
 
 def _load_transformers(
     files: CheckpointFiles, config: dict[str, Any], directory: Path
-) -> tuple[VisionTransformer, Preprocessing, list[str] | None]:
+) -> tuple[VisionTransformer, Preprocessing, list[str] | None, bool]:
     model_type = config["model_type"]
     if model_type not in TRANSFORMERS_TYPES:
         raise ValueError(_refusal(files, f"transformers model type {model_type!r}", model_type))
@@ -163,7 +164,7 @@ def _load_transformers(
     _check_labels(files, labels)
     if labels == [f"LABEL_{i}" for i in range(len(labels))]:  # transformers' own words where nobody gave names
         labels = None
-    return model, preprocessing, labels
+    return model, preprocessing, labels, weights.renamed
 
 
 @contextmanager
@@ -233,7 +234,7 @@ def _first(names: list[str]) -> str:
 
 def _load_timm(
     files: CheckpointFiles, config: dict[str, Any], directory: Path
-) -> tuple[VisionTransformer, Preprocessing, list[str] | None]:
+) -> tuple[VisionTransformer, Preprocessing, list[str] | None, bool]:
     architecture = config["architecture"]
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise ValueError(f"{files}: timm {timm.__version__} knows no architecture {architecture!r}. {SUPPORTED}")
@@ -263,7 +264,7 @@ def _load_timm(
         raise ValueError(f"config.json of {files} has odd settings: {error!r}. {DAMAGED}") from error
     labels = _label_list(model.pretrained_cfg.get("label_names"), model.num_classes)
     _check_labels(files, labels)
-    return model, preprocessing, labels
+    return model, preprocessing, labels, weights.renamed
 
 
 def _check_head(files: CheckpointFiles, model: VisionTransformer, weights: Weights) -> None:

@@ -131,9 +131,10 @@ class DryRun:
             self.rehearse(teacher)
         self.parameters = sum(p.numel() for p in self.run.teacher.model.parameters())
         size = self.run.teacher.preprocessing.image_size
+        wrapped = " saved from a wrapped model" if self.run.teacher.wrapped else ""
         return (
-            f"{self.parameters / 1e6:.1f} M parameters, {size} px, {self.run.tokens} tokens, blocks per module "
-            f"{self.run.teacher_depths}"
+            f"{self.parameters / 1e6:.1f} M parameters{wrapped}, {size} px, {self.run.tokens} tokens, "
+            f"blocks per module {self.run.teacher_depths}"
         )
 
     def rehearse(self, row: Phase, module: int | None = None) -> str:
