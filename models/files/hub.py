@@ -283,12 +283,12 @@ class Weights:
         if missing:
             raise ValueError(
                 f"{self.files} lacks {missing[0]}{_and_more(missing)}: the model expects it with shape "
-                f"{tuple(expected[missing[0]].shape)}."
+                f"{tuple(expected[missing[0]].shape)}. Download it again, all of its files."
             )
         if unexpected:
             raise ValueError(
                 f"{self.files} has {unexpected[0]}{_and_more(unexpected)} of shape {self.shape(unexpected[0])}, which "
-                f"the model does not have."
+                f"the model does not have. Leave it out."
             )
         for name, tensor in expected.items():
             shape = self.shape(name)

@@ -187,7 +187,10 @@ def _check_timm_names(weights: Weights, directory: Path) -> None:
             expected = timm.create_model(f"local-dir:{directory}", pretrained=False).state_dict()
     except Exception:  # what failed is the model, not its weights
         return
-    weights.check(expected)
+    try:
+        weights.check(expected)
+    except ValueError as error:
+        raise ValueError(f"{error} Or take the config.json that was saved with these weights.") from None
 
 
 def _check_labels(files: CheckpointFiles, labels: Sequence[Any] | None) -> None:
