@@ -6,7 +6,8 @@ STUDY ?= recipes/study_ablation.yaml
 BIN := $(VENV)/bin
 ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1 PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup demo study test slurm-test faults elastic sweep hostile slurm-packages lint format clean
+.PHONY: setup demo study test test-lowest test-processor slurm-test faults elastic sweep hostile slurm-packages lint format \
+	clean
 
 setup: $(VENV)/.runtime
 
@@ -38,6 +39,23 @@ study: $(VENV)/.runtime
 
 test: $(VENV)/.dev
 	$(ENV) python -m pytest tests
+
+# tests/unit with the lowest versions that requirements.txt allows, in an environment of its own. PyPI's torch is the CUDA
+# build: about 5 GB. A line like "timm>=1.0.31,<2" becomes the constraint "timm==1.0.31".
+LOWEST ?= build/lowest
+test-lowest:
+	$(PYTHON) -m venv $(LOWEST)
+	sed -nE 's/^([a-z_]+)>=([0-9.]+).*/\1==\2/p' requirements.txt > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install -q -r requirements-dev.txt -c $(LOWEST)/constraints.txt
+	OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1 PATH="$(abspath $(LOWEST)/bin):$$PATH" \
+		$(LOWEST)/bin/python -m pytest tests/unit
+
+# What compares figures, as on a processor without AVX-512: CAPABILITY is default (no AVX) or avx2, ISA is SSE41 or AVX2.
+CAPABILITY ?= default
+ISA ?= SSE41
+test-processor: $(VENV)/.dev
+	$(ENV) ATEN_CPU_CAPABILITY=$(CAPABILITY) ONEDNN_MAX_CPU_ISA=$(ISA) MKL_ENABLE_INSTRUCTIONS=AVX2 python -m pytest \
+		tests/unit tests/integration/test_reuse_launches.py tests/integration/test_expert_parallel.py
 
 # The long form of tests/slurm on a real cluster of this machine; as root on Debian, about 20 minutes on 2 cores.
 slurm-test: $(VENV)/.dev slurm-packages

@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 
 from .moe.out import auxiliary_loss
 from .preprocessing import Preprocessing
-from .teacher.convert import to_processor
+from .teacher.images import to_processor
 from .vmoe.config import MODEL_TYPE
 from .vmoe.model import VMoE, VMoEConfig, reset_head
 
@@ -48,7 +48,8 @@ class VMoETransformersConfig(PreTrainedConfig):
         if self.id2label is None and labels and content.get("num_labels", len(labels)) == len(labels):
             self.id2label = dict(enumerate(labels))
             self.label2id = {label: i for i, label in enumerate(labels)}
-        content.setdefault("num_labels", content.get("num_classes"))
+        if content.get("num_classes") is not None:
+            content.setdefault("num_labels", content["num_classes"])
         super().__post_init__(**content)
 
     def vmoe(self) -> VMoEConfig:

@@ -11,6 +11,8 @@ from typing import Any
 
 MIN_CROP_PCT = 0.05  # below, an image is blown up to many times what is used of it
 CROP_MODES = ("center", "squash")
+MEAN_RANGE = (-1.0, 2.0)  # of pixels in 0..1; statistics of 0..255, or of pixels rescaled twice, lie far outside
+STD_RANGE = (0.01, 100.0)
 # PIL's Image.Resampling numbers, as preprocessor_config.json stores them
 INTERPOLATIONS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}
 
@@ -49,10 +51,11 @@ class Preprocessing:
                 f"preprocessing needs {self.in_chans} values of mean and std (in_chans), "
                 f"got mean {self.mean} and std {self.std}."
             )
-        finite = all(math.isfinite(value) for value in self.mean + self.std)
-        if not finite or min(self.std) <= 0:
+        if not plausible(self.mean, self.std):
             raise ValueError(
-                f"preprocessing has mean {self.mean} and std {self.std}, expected finite values and std above 0."
+                f"preprocessing has mean {self.mean} and std {self.std}, expected those of pixels in 0..1: mean from "
+                f"{MEAN_RANGE[0]:g} to {MEAN_RANGE[1]:g}, std from {STD_RANGE[0]:g} to {STD_RANGE[1]:g}. Divide "
+                f"statistics of 0..255 by 255."
             )
 
     @property
@@ -76,6 +79,13 @@ class Preprocessing:
         if unknown:
             raise ValueError(f"unknown preprocessing keys {sorted(unknown)}; known: {sorted(known)}.")
         return cls(**values)
+
+
+def plausible(mean: tuple[float, ...], std: tuple[float, ...]) -> bool:
+    """Whether these can be statistics of pixels in 0..1 (a value that is not finite is not)."""
+    means_fit = all(MEAN_RANGE[0] <= value <= MEAN_RANGE[1] for value in mean)
+    stds_fit = all(STD_RANGE[0] <= value <= STD_RANGE[1] for value in std)
+    return means_fit and stds_fit
 
 
 def crop_pct_of(image_size: int, resize_size: int) -> float:

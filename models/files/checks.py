@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .hub import CheckpointFiles, Weights
+from .hub import CheckpointFiles, NotCached, Weights
 
 BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?)\.(\d+)\.")
 DAMAGED = "Download it again, or save it anew with the library it comes from."
@@ -39,7 +39,7 @@ def read_object(path: Path, files: CheckpointFiles) -> dict[str, Any]:
 
 
 def checked_weights(files: CheckpointFiles, config: Mapping[str, Any], keys: Mapping[str, str]) -> Weights:
-    """The weights, once they are known to be as many as `config` asks for, floats, and finite.
+    """The weights, once they are known to be as many as `config` asks for, floats, and finite; names without wrappers.
 
     Args:
         config: settings of a config.json.
@@ -49,6 +49,7 @@ def checked_weights(files: CheckpointFiles, config: Mapping[str, Any], keys: Map
         ValueError: naming the setting or the tensor that is wrong.
     """
     weights = _opened(files)
+    weights.unwrap()
     sizes = {}
     for name, key in keys.items():
         value = config.get(key)
@@ -92,6 +93,8 @@ def _opened(files: CheckpointFiles) -> Weights:
         raise ValueError(f"{files}: the index of its weights is nested too deeply. {DAMAGED}") from None
     try:
         return Weights(files)
+    except NotCached:
+        raise
     except ValueError as error:
         raise ValueError(f"{error} {DAMAGED}") from None
 

@@ -1,6 +1,5 @@
-"""transformers ViT and DeiT -> timm VisionTransformer (a ViT also back); image settings of both -> Preprocessing."""
+"""transformers ViT and DeiT -> timm VisionTransformer; a ViT also back."""
 
-import math
 import re
 from functools import partial
 
@@ -10,8 +9,6 @@ from timm.layers import LayerNorm
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-
-from ..preprocessing import INTERPOLATIONS, Preprocessing, crop_pct_of
 
 # transformers renamed the parts of these models in memory (the second spelling is the older one, and the one on disk)
 RENAMES = (
@@ -129,96 +126,3 @@ def _check_same_logits(original: nn.Module, model: VisionTransformer) -> None:
             f"the converted teacher's logits differ from the original's by {difference:.2g} (at most {TOLERANCE} "
             f"expected): timm {timm.__version__} and this release of transformers do not compute the same model."
         )
-
-
-def from_timm_config(model: VisionTransformer) -> Preprocessing:
-    """Image settings of a timm model, from the data configuration saved with it.
-
-    Raises:
-        ValueError: images that are not square, or a crop mode other than center and squash.
-    """
-    data = timm.data.resolve_model_data_config(model)
-    height, width = model.patch_embed.img_size
-    if height != width:
-        raise ValueError(f"the model takes {height}x{width} images; only square ones are supported.")
-    return Preprocessing(
-        image_size=height,
-        mean=data["mean"],
-        std=data["std"],
-        interpolation=data["interpolation"],
-        crop_pct=data["crop_pct"],
-        crop_mode=data["crop_mode"],
-        in_chans=model.in_chans,
-    )
-
-
-def from_processor(processor, model: VisionTransformer) -> Preprocessing:
-    """Image settings of a transformers image processor (ViTImageProcessor, DeiTImageProcessor or one like them).
-
-    Raises:
-        ValueError: steps other than resize, centre crop, rescale by 1/255 and normalise, or not the model's image size.
-    """
-    image_size = model.patch_embed.img_size[0]
-    in_chans = model.in_chans
-    size = processor.size
-    crop = processor.crop_size if processor.do_center_crop else None
-    if not (processor.do_resize and processor.do_rescale and abs(processor.rescale_factor * 255 - 1) < 1e-6):
-        raise ValueError("the image processor must resize and rescale by 1/255; it is set to do something else.")
-    if size.height and size.height == size.width:
-        resize = size.height
-        crop_mode = "squash"
-    elif size.shortest_edge and not size.longest_edge and crop:
-        resize = size.shortest_edge
-        crop_mode = "center"
-    else:
-        raise ValueError(f"the image processor's size {size} gives no square images (crop_size {crop}).")
-    output = (crop.height, crop.width) if crop else (resize, resize)
-    if output != (image_size, image_size) or resize < image_size:
-        raise ValueError(
-            f"the image processor gives {output[0]}x{output[1]} images (resized to {resize}), "
-            f"the model takes {image_size}x{image_size}."
-        )
-    crop_pct = getattr(processor, "crop_pct", None)  # written by to_processor
-    if crop_pct is None or math.floor(image_size / crop_pct) != resize:
-        crop_pct = crop_pct_of(image_size, resize)
-    resample = int(processor.resample)
-    names = {number: name for name, number in INTERPOLATIONS.items()}
-    if resample not in names:
-        raise ValueError(f"the image processor's resample is {resample}, expected one of {INTERPOLATIONS}.")
-    mean = (0.0,) * in_chans
-    std = (1.0,) * in_chans
-    if processor.do_normalize:
-        mean = processor.image_mean
-        std = processor.image_std
-    return Preprocessing(
-        image_size=image_size,
-        mean=mean,
-        std=std,
-        interpolation=names[resample],
-        crop_pct=crop_pct,
-        crop_mode=crop_mode,
-        in_chans=in_chans,
-    )
-
-
-def to_processor(preprocessing: Preprocessing):
-    """The ViTImageProcessor that `from_processor` reads back as an equal Preprocessing."""
-    from transformers import ViTImageProcessor
-
-    image_size = preprocessing.image_size
-    resize = preprocessing.resize_size
-    squash = preprocessing.crop_mode == "squash"
-    size = {"height": resize, "width": resize} if squash else {"shortest_edge": resize}
-    return ViTImageProcessor(
-        do_resize=True,
-        size=size,
-        resample=INTERPOLATIONS[preprocessing.interpolation],
-        do_center_crop=not squash or resize != image_size,
-        crop_size={"height": image_size, "width": image_size},
-        do_rescale=True,
-        rescale_factor=1 / 255,
-        do_normalize=True,
-        image_mean=list(preprocessing.mean),
-        image_std=list(preprocessing.std),
-        crop_pct=preprocessing.crop_pct,  # transformers does not use it; pixels alone do not give its digits back
-    )

@@ -5,22 +5,28 @@ and no code of a checkpoint ever runs. `new_teacher` starts one from scratch for
 """
 
 import hashlib
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..files.checks import DAMAGED, checked_weights, one_line, read_object
-from ..files.hub import CheckpointFiles, Weights
+from ..files.hub import SAVE_PLAIN, WEIGHTS, CheckpointFiles, Weights
 from ..preprocessing import Preprocessing
-from .convert import from_processor, from_timm_config, to_processor, to_timm
+from .convert import to_timm
+from .images import from_processor, from_timm_config, to_processor
 
+NAMES_SHOWN = 3  # tensors in an error
 SUPPORTED = (
     "Supported: ViT and DeiT (plain and distilled) from transformers; ViT, DeiT, DeiT III, DINOv2, CLIP and SigLIP "
     "vision transformers from timm."
@@ -75,6 +81,7 @@ class Teacher:
     num_classes: int  # 0: no head, gives features only
     as_saved: dict[str, Tensor] = field(default_factory=dict)  # what the checkpoint has otherwise (classes.py)
     classes_note: str = ""  # how its classes were matched with the data's; empty = they are the same
+    wrapped: bool = False  # its weights were saved from a wrapped model, under longer names
 
 
 def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
@@ -107,14 +114,14 @@ def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
             f"config.json of {files} names no transformers model_type and no timm architecture. {SUPPORTED}"
         )
     with torch.device("cpu"):  # also where the caller builds on the meta device: a teacher without weights is none
-        model, preprocessing, labels = load(files, config, config_path.parent)
+        model, preprocessing, labels, wrapped = load(files, config, config_path.parent)
     model.eval().requires_grad_(False)
-    return Teacher(model, preprocessing, str(files), labels, model.num_classes)
+    return Teacher(model, preprocessing, str(files), labels, model.num_classes, wrapped=wrapped)
 
 
 def _load_transformers(
     files: CheckpointFiles, config: dict[str, Any], directory: Path
-) -> tuple[VisionTransformer, Preprocessing, list[str] | None]:
+) -> tuple[VisionTransformer, Preprocessing, list[str] | None, bool]:
     model_type = config["model_type"]
     if model_type not in TRANSFORMERS_TYPES:
         raise ValueError(_refusal(files, f"transformers model type {model_type!r}", model_type))
@@ -125,20 +132,26 @@ def _load_transformers(
             f"processor it was trained with beside it (ViTImageProcessor(...).save_pretrained(directory))."
         )
     read_object(processor_path, files)
-    checked_weights(files, config, TRANSFORMERS_SIZES)
+    weights = checked_weights(files, config, TRANSFORMERS_SIZES)
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     try:
-        original, report = AutoModelForImageClassification.from_pretrained(
+        with _loadable(weights, directory) as folder:
+            original, report = AutoModelForImageClassification.from_pretrained(
+                folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below by name
+            )
+        processor = AutoImageProcessor.from_pretrained(
             directory,
-            use_safetensors=True,
+            backend="pil",  # pictures are resized by PIL in training and evaluation
             trust_remote_code=False,
             local_files_only=True,
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below by name
         )
-        processor = AutoImageProcessor.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # whatever it raises (its own validators among them): the checkpoint cannot be used
         raise ValueError(f"transformers cannot load {files}: {one_line(error)}. {DAMAGED}") from error
     _check_loaded(files, config, report)
@@ -153,7 +166,33 @@ def _load_transformers(
     _check_labels(files, labels)
     if labels == [f"LABEL_{i}" for i in range(len(labels))]:  # transformers' own words where nobody gave names
         labels = None
-    return model, preprocessing, labels
+    return model, preprocessing, labels, weights.renamed
+
+
+@contextmanager
+def _loadable(weights: Weights, directory: Path) -> Iterator[Path]:
+    """Where the libraries find the tensors by their plain names: `directory`, or a copy for the time of loading."""
+    if not weights.renamed:
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="teacher-") as name:
+        folder = Path(name)
+        shutil.copyfile(directory / "config.json", folder / "config.json")
+        save_file({name: weights.read(name) for name in weights.names()}, folder / WEIGHTS, {"format": "pt"})
+        yield folder
+
+
+def _check_timm_names(weights: Weights, directory: Path) -> None:
+    """Say which tensors there are and which are expected, when loading has failed and that is the reason."""
+    try:
+        with torch.device("meta"):
+            expected = timm.create_model(f"local-dir:{directory}", pretrained=False).state_dict()
+    except Exception:  # what failed is the model, not its weights
+        return
+    try:
+        weights.check(expected)
+    except ValueError as error:
+        raise ValueError(f"{error} Or take the config.json that was saved with these weights.") from None
 
 
 def _check_labels(files: CheckpointFiles, labels: Sequence[Any] | None) -> None:
@@ -183,16 +222,24 @@ def _check_loaded(files: CheckpointFiles, config: dict[str, Any], report: dict[s
             f"{files} (saved as {saved_as}) has no classification head: {', '.join(missing)} are missing. "
             f"Take a checkpoint fine-tuned for classification."
         )
+    step = SAVE_PLAIN
+    if config["model_type"] == "deit":
+        step = "Check `architectures` in config.json: a distilled DeiT is DeiTForImageClassificationWithTeacher."
     raise ValueError(
-        f"the weights of {files} do not fit its config (saved as {saved_as}): missing {missing}, unexpected "
-        f"{unexpected}. Check `architectures` in config.json: a distilled DeiT is "
-        f"DeiTForImageClassificationWithTeacher."
+        f"the weights of {files} do not fit its config (saved as {saved_as}): missing {_first(missing)}, unexpected "
+        f"{_first(unexpected)}. {step}"
     )
+
+
+def _first(names: list[str]) -> str:
+    """The first names of a list that may have hundreds."""
+    more = len(names) - NAMES_SHOWN
+    return f"{names[:NAMES_SHOWN]} and {more} more" if more > 0 else str(names)
 
 
 def _load_timm(
     files: CheckpointFiles, config: dict[str, Any], directory: Path
-) -> tuple[VisionTransformer, Preprocessing, list[str] | None]:
+) -> tuple[VisionTransformer, Preprocessing, list[str] | None, bool]:
     architecture = config["architecture"]
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise ValueError(f"{files}: timm {timm.__version__} knows no architecture {architecture!r}. {SUPPORTED}")
@@ -206,8 +253,10 @@ def _load_timm(
     weights = checked_weights(files, sizes, TIMM_SIZES)
     try:
         # pretrained=True: local-dir without it builds a random model and says nothing
-        model = timm.create_model(f"local-dir:{directory}", pretrained=True)
+        with _loadable(weights, directory) as folder:
+            model = timm.create_model(f"local-dir:{folder}", pretrained=True)
     except Exception as error:  # whatever a strange setting leads to
+        _check_timm_names(weights, directory)
         raise ValueError(f"timm cannot load {files}: {one_line(error)}. {DAMAGED}") from error
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):  # arguments in config.json can change it
         raise ValueError(_refusal(files, f"timm model {type(model).__name__}", module))
@@ -220,7 +269,7 @@ def _load_timm(
         raise ValueError(f"config.json of {files} has odd settings: {error!r}. {DAMAGED}") from error
     labels = _label_list(model.pretrained_cfg.get("label_names"), model.num_classes)
     _check_labels(files, labels)
-    return model, preprocessing, labels
+    return model, preprocessing, labels, weights.renamed
 
 
 def _check_head(files: CheckpointFiles, model: VisionTransformer, weights: Weights) -> None:

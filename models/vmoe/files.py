@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..files.hub import INDEX, CheckpointFiles, Weights
+from ..files.wrappers import grouped
 from ..preprocessing import Preprocessing
 from .config import MODEL_TYPE, POOLS, VMoEConfig, moe_numbers
 
@@ -149,7 +150,8 @@ def check_counts(config: VMoEConfig, weights: Weights) -> None:
         if name not in weights.names():
             raise ValueError(
                 f"{weights.files} lacks {name}: the configuration asks for {config.depth} blocks and "
-                f"{config.moe.num_experts} experts, the weights hold fewer."
+                f"{config.moe.num_experts} experts, its tensors are {grouped(weights.names())}. Take the config.json "
+                f"that was saved with these weights; of a wrapped model, save the state dict of the model itself."
             )
 
 

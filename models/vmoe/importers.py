@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..moe.layer import MoEConfig, official, paper
 from ..preprocessing import Preprocessing, crop_pct_of
-from ..teacher.convert import to_processor
+from ..teacher.images import to_processor
 from .import_names import State, google_state, m2mkd_state, transformers_state
 from .model import VARIANTS, VMoE, VMoEConfig
 

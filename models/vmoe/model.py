@@ -233,6 +233,7 @@ class VMoE(VisionTransformer, ModelHubMixin):
         saved, preprocessing, labels = read(files)
         config = saved if config is None else config.on_weights_of(saved, str(files))
         weights = Weights(files)
+        weights.unwrap()
         check_counts(config, weights)
         with torch.device("meta"):
             model = cls(config)

@@ -148,8 +148,9 @@ def compare(long: str) -> int:
             for name, values in rows(bool(long)).items():
                 worst = max(worst, _one(f"clip {clip}, ep {ep_size}, {name}", dist, values, ep_size, clip, 1e-4))
     assert deviation(dist, {}, sizes[-1], 0.5) < 1e-4
+    # bf16 rounds, up to 0.1 was seen; a gradient of a wrong length is off by 2 and more
     for values in ({"bf16": {"enabled": True}}, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}):
-        _one(f"{values}", dist, values, sizes[-1], 0.0, 0.5)  # bf16 rounds; a gradient of a wrong length is off by 2 and more
+        _one(f"{values}", dist, values, sizes[-1], 0.0, 0.5)
     if not long:
         ds_keys.with_experts = lambda config, ep_size: None
         wrong = deviation(dist, {"zero_optimization": {"stage": 1, "contiguous_gradients": False}}, 2, 0.0)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 import models.auto
 from models.moe.out import auxiliary_loss
-from models.teacher.convert import from_processor
+from models.teacher.images import from_processor
 from models.vmoe.model import VMoE
 from tests.hub_server import HubServer
 from trainer.data.transforms import eval_transform

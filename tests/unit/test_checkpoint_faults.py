@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.checkpoint_ranks import resumed_step, run_ranks, save, save_steps, saver, without_deepspeed
 from trainer.checkpoint import writer
+from trainer.checkpoint.files import read_manifest
 
 
 @pytest.fixture(autouse=True)
@@ -161,3 +162,38 @@ def test_disk_full_at_any_byte(tmp_path, name, short):
     assert in_a_fork(work) == 5
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest.json", "step_00000001"]
     assert resumed_step(tmp_path) == 1
+
+
+def test_every_file_is_flushed_whole_before_the_manifest_names_it(tmp_path, monkeypatch):
+    """A manifest that survives a power cut while a shard does not is a checkpoint that cannot be read."""
+    events = []  # (what, file, its bytes then), in order
+    fsync = os.fsync
+    replace = os.replace
+
+    def watched_fsync(handle):
+        fsync(handle)
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        events.append(("flushed", os.path.basename(path), os.fstat(handle).st_size))
+
+    def watched_replace(source, target):
+        replace(source, target)
+        events.append(("renamed", os.path.basename(target), os.path.getsize(target)))
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+
+    def work(dist):
+        made = saver(dist, tmp_path)
+        save(made, 1)
+        made.close()
+
+    assert run_ranks(2, work) == [None, None]
+    folder = tmp_path / "checkpoints/step_00000001"
+    named = sorted(read_manifest(folder)["files"])
+    assert named == [f"rank_0000{rank}.{kind}" for rank in range(2) for kind in ("json", "safetensors")]
+    manifest = events.index(("renamed", "manifest.json", (folder / "manifest.json").stat().st_size))
+    for name in named:
+        size = (folder / name).stat().st_size
+        # small files are written, flushed and renamed; shards are written and flushed under their own name
+        flushed_as = f"{name}.tmp" if name.endswith(".json") else name
+        assert ("flushed", flushed_as, size) in events[:manifest], f"{name} may be lost"

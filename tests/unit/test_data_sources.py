@@ -151,7 +151,8 @@ def hub_dataset(labels, feature, values=None) -> datasets.Dataset:
 def saved(path, train, validation, feature) -> DataConfig:
     """A save_to_disk folder with the labels given; the images count 0, 1, 2 ... in grey."""
     splits = {"train": hub_dataset(train, feature), "validation": hub_dataset(validation, feature)}
-    datasets.DatasetDict(splits).save_to_disk(path)
+    # one shard: datasets 5.1 divides by the size of an empty split to find how many
+    datasets.DatasetDict(splits).save_to_disk(path, num_shards=dict.fromkeys(splits, 1))
     return DataConfig(source="hub", path=str(path))
 
 
@@ -179,8 +180,8 @@ def test_hub_integers_and_strings_take_their_names_from_train(tmp_path):
         ([0.5, 1.0], [1.0], datasets.Value("float32"), "expected class labels, integers or strings"),
         ([0, 2**40], [0], datasets.Value("int64"), r"goes up to 1099511627776, expected numbers from 0"),
         ([0, 0], [0], datasets.Value("int64"), r"has one class \(0\): give images of two or more"),
-        ([], [0], datasets.ClassLabel(2), "cannot be loaded: ValueError: split 'train' has no rows"),
-        ([0, 1], [], datasets.ClassLabel(2), "cannot be loaded: ValueError: split 'validation' has no rows"),
+        ([], [0], datasets.ClassLabel(2), r"split 'train'.* has no rows"),
+        ([0, 1], [], datasets.ClassLabel(2), r"split 'validation'.* has no rows"),
         ([0, 1], [None], datasets.Value("int64"), "expected class labels, integers or strings"),
     ],
 )

@@ -105,7 +105,7 @@ def test_processor_squash_and_crop(tmp_path):
     [
         ({"size": {"height": 64, "width": 64}}, "gives 64x64 images .* takes 32x32"),
         ({"size": {"shortest_edge": 32}}, "no square images"),
-        ({"size": {"height": 32, "width": 32}, "do_rescale": False}, "rescale by 1/255"),
+        ({"size": {"height": 32, "width": 32}, "do_rescale": False}, "do_rescale=False .* white ends at 255"),
     ],
 )
 def test_processor_that_does_not_fit(tmp_path, settings, message):

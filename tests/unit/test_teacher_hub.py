@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from vit_families import images, save_timm, save_transformers, tiny
 
 from models.teacher.load import load_teacher
@@ -125,7 +125,7 @@ def test_a_download_that_breaks_off_gives_the_teacher_or_an_error(hub, tmp_path,
     assert torch.equal(teacher.model(images()), model(images()))
 
 
-def test_a_hub_that_is_gone_never_gives_another_commit_than_the_pinned_one(hub, tmp_path):
+def test_a_hub_that_is_gone_never_gives_another_commit_than_the_pinned_one(hub, tmp_path, monkeypatch):
     """With the server away the client falls back to what a branch was when it was last seen; a commit is what it is."""
     save_timm(tmp_path / "vit", tiny("vit"))
     old = hub.seed("someone/vit", tmp_path / "vit")
@@ -133,7 +133,141 @@ def test_a_hub_that_is_gone_never_gives_another_commit_than_the_pinned_one(hub, 
     (tmp_path / "vit" / "README.md").write_text("newer")
     new = hub.seed("someone/vit", tmp_path / "vit")
     hub.stop()
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # the client asks again a few times
     with pytest.raises(ValueError, match=rf"someone/vit.*{new}"):
         load_teacher(f"someone/vit@{new}")
     assert load_teacher(f"someone/vit@{old}").source == f"someone/vit@{old}"
     assert load_teacher("someone/vit").source == f"someone/vit@{old}"  # and says so
+
+
+# not in the cache is not absent
+
+COMMANDS = r"hf download someone/vit.*share HF_HOME"
+
+
+def cached(hub, tmp_path, *names: str, **arguments) -> str:
+    """A teacher of the hub of which only these files are in the cache; returns its commit."""
+    directory = tmp_path / "vit"
+    model = save_transformers(directory, "ViTForImageClassification")
+    if arguments:
+        (directory / "model.safetensors").unlink()
+        model.save_pretrained(directory, **arguments)
+    commit = hub.seed("someone/vit", directory)
+    for name in names:
+        hf_hub_download("someone/vit", name)
+    return commit
+
+
+@pytest.fixture(params=["offline", "hub gone"])
+def cut_off(request, hub, monkeypatch):
+    """Cut the client off from the hub when called."""
+
+    def cut() -> str:
+        if request.param == "offline":
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+            return "HF_HUB_OFFLINE=1"
+        hub.stop()
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+        return "the hub cannot be reached"
+
+    return cut
+
+
+JSON_FILES = ("config.json", "preprocessor_config.json")
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [
+        ((), "config.json"),
+        (("config.json",), "preprocessor_config.json"),
+        (JSON_FILES, "model.safetensors"),
+        (("model.safetensors",), "config.json"),
+    ],
+)
+def test_a_partly_filled_cache_names_the_file_and_how_to_get_it(hub, tmp_path, cut_off, there, missing):
+    cached(hub, tmp_path, *there)
+    reason = cut_off()
+    with pytest.raises(
+        ValueError, match=rf"^cannot read {missing} of 'someone/vit.*not in the cache.*{COMMANDS}"
+    ) as no:
+        load_teacher("someone/vit")
+    assert reason in str(no.value)
+    assert "onvert it" not in str(no.value)
+    assert "\n" not in str(no.value)
+
+
+@pytest.mark.parametrize("shards", [(), (1,)])
+def test_shards_that_are_not_all_cached(hub, tmp_path, cut_off, shards):
+    names = [f"model-0000{number}-of-00002.safetensors" for number in shards]
+    cached(hub, tmp_path, *JSON_FILES, "model.safetensors.index.json", *names, max_shard_size="40KB")
+    cut_off()
+    with pytest.raises(ValueError, match=rf"cannot read model-0000{len(shards) + 1}-of-00002.*{COMMANDS}"):
+        load_teacher("someone/vit")
+
+
+def test_a_whole_snapshot_of_shards_loads_without_the_hub(hub, tmp_path, cut_off):
+    """`hf download` leaves no note that there is no model.safetensors; the index says where the weights are."""
+    cached(hub, tmp_path, max_shard_size="40KB")
+    snapshot_download("someone/vit")
+    cut_off()
+    assert load_teacher("someone/vit").num_classes == 4
+
+
+def test_pickled_weights_are_still_that_without_the_hub(hub, tmp_path, cut_off):
+    """What the hub once said does not exist is absent, not unknown."""
+    cached(hub, tmp_path)
+    shutil.move(tmp_path / "vit" / "model.safetensors", tmp_path / "vit" / "pytorch_model.bin")
+    hub.seed("someone/vit", tmp_path / "vit")
+    with pytest.raises(ValueError, match="Only safetensors"):
+        load_teacher("someone/vit")
+    cut_off()
+    with pytest.raises(ValueError, match="Only safetensors"):
+        load_teacher("someone/vit")
+
+
+def test_another_revision_in_the_cache_is_named(hub, tmp_path, cut_off):
+    commit = cached(hub, tmp_path, *JSON_FILES, "model.safetensors")
+    hub.seed("someone/vit", tmp_path / "vit", "v2")
+    cut_off()
+    assert load_teacher("someone/vit").source == f"someone/vit@{commit}"
+    with pytest.raises(ValueError, match=rf"'someone/vit@v2'.*there: main \({commit[:12]}\).* --revision v2"):
+        load_teacher("someone/vit@v2")
+    with pytest.raises(ValueError, match=rf"there: main \({commit[:12]}\).* --revision {'0' * 40}"):
+        load_teacher(f"someone/vit@{'0' * 40}")
+
+
+def test_a_cache_whose_blobs_were_cleaned_away(hub, tmp_path, cut_off):
+    cached(hub, tmp_path, *JSON_FILES, "model.safetensors")
+    for blob in (tmp_path / "home" / "hub").glob("models--someone--vit/blobs/*"):
+        if blob.stat().st_size > 20_000:
+            blob.unlink()
+    cut_off()
+    with pytest.raises(ValueError, match=rf"cannot read model.safetensors .*not in the cache.*{COMMANDS}"):
+        load_teacher("someone/vit")
+
+
+def test_the_cache_folder_of_a_repository_is_no_teacher(hub, tmp_path):
+    commit = cached(hub, tmp_path, *JSON_FILES, "model.safetensors")
+    folder = tmp_path / "home" / "hub" / "models--someone--vit"
+    with pytest.raises(ValueError, match=rf"folder of the hub's cache.*snapshots/COMMIT \({commit}\)"):
+        load_teacher(str(folder))
+    assert load_teacher(str(folder / "snapshots" / commit)).num_classes == 4
+
+
+def test_a_git_clone_without_its_large_files(tmp_path):
+    save_transformers(tmp_path, "ViTForImageClassification")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0a1b\nsize 12345\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(ValueError, match=r"model\.safetensors is a Git LFS pointer: git lfs pull"):
+        load_teacher(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.fp16.safetensors", "adapter_model.safetensors", "model-00001-of-00002.safetensors"]
+)
+def test_safetensors_of_another_name_are_not_called_pickled(tmp_path, name):
+    save_transformers(tmp_path, "ViTForImageClassification")
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"no model.safetensors and no model.safetensors.index.json, only {name}"):
+        load_teacher(str(tmp_path))

@@ -52,18 +52,17 @@ def test_centre_crop_equals_pil_by_hand():
 
 @pytest.mark.parametrize(("interpolation", "resample"), [("bilinear", 2), ("bicubic", 3)])
 def test_squash_equals_transformers(interpolation, resample):
-    from transformers import ViTImageProcessor
+    from transformers import ViTImageProcessorPil
 
+    # the other backend, torchvision's, rounds some pixels to the next of the 255 levels, as many as the processor's
+    # vector instructions make it: 1% with AVX-512, 14% without
     image = photo(120, 90)
-    processor = ViTImageProcessor(
+    processor = ViTImageProcessorPil(
         size={"height": 48, "width": 48}, resample=resample, image_mean=list(HALF), image_std=list(HALF)
     )
     theirs = torch.as_tensor(np.asarray(processor(image, return_tensors="pt")["pixel_values"][0]))
     ours = eval_transform(Preprocessing(48, HALF, HALF, interpolation, crop_mode="squash"))(image)
-    # equal with transformers' PIL backend; its torchvision backend rounds some pixels to the next of the 255 levels
-    levels = (ours - theirs).abs() * 255 * 0.5
-    assert levels.max() < 1.01
-    assert levels.mean() < 0.02
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
     centre = eval_transform(Preprocessing(48, HALF, HALF, interpolation))(image)
     assert (centre - theirs).abs().mean() > 0.1  # the tolerance tells squash from crop
 

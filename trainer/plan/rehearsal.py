@@ -137,10 +137,12 @@ class DryRun:
             self.rehearse(teacher)
         self.parameters = sum(p.numel() for p in self.run.teacher.model.parameters())
         size = self.run.teacher.preprocessing.image_size
-        note = self.run.teacher.classes_note
+        teacher = self.run.teacher
+        wrapped = " saved from a wrapped model" if teacher.wrapped else ""
+        note = f"; {teacher.classes_note}" if teacher.classes_note else ""
         return (
-            f"{self.parameters / 1e6:.1f} M parameters, {size} px, {self.run.tokens} tokens, blocks per module "
-            f"{self.run.teacher_depths}{'; ' if note else ''}{note}"
+            f"{self.parameters / 1e6:.1f} M parameters{wrapped}, {size} px, {self.run.tokens} tokens, "
+            f"blocks per module {self.run.teacher_depths}{note}"
         )
 
     def rehearse(self, row: Phase, module: int | None = None) -> str:

@@ -148,7 +148,7 @@ class _Artifact:
             raise ValueError(f"{self.files}: {path.name} is truncated or altered (SHA-256 differs from result.json)")
         with disk.replacing(folder / path.name) as unfinished:
             shutil.copyfile(path, unfinished)
-        basis = self.files.find(bases.FILE)  # of a meta model
+        basis = self.files.find(bases.FILE, optional=True)  # of a meta model
         if basis is not None:
             shutil.copyfile(basis, folder / bases.FILE)
         made_here = ("files", "git_commit", "versions")
