@@ -85,7 +85,7 @@ def _read(path: Path) -> Saved:
 
 
 def _without_start(recipe: Recipe) -> dict[str, Any]:
-    """Trainings of one run differ in train.start."""
+    """Trainings of one run differ in train.start, and its jobs in where data and teacher lie."""
     values = to_dict(recipe)
-    del values["train"]["start"]
+    del values["train"]["start"], values["data"]["path"], values["teacher"]["source"]
     return values

@@ -8,6 +8,7 @@ from typing import Literal
 from trainer.config.knobs import knob, require
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+MADE_OF = ("teacher", "data", "ds_config", "code")  # what is compared between phases: trainer/made_of.py
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class RunConfig:
     )
     on_spike: Literal["warn", "rollback"] = knob("warn", "warn of a spike, or go back to the last checkpoint")
     dead_after: int = knob(5, "rows of metrics without tokens after which an expert is reported as dead; 0 = never")
+    accept: tuple[str, ...] = knob(
+        (),
+        "go on although a result, or what it is made from, was made with another one of these: teacher, data, "
+        "ds_config, code",
+    )
 
     def __post_init__(self):
         for name in ("log_every", "eval_every", "save_every", "save_epochs", "keep"):
@@ -51,6 +57,8 @@ class RunConfig:
         require(self.spike_factor >= 0, "run.spike_factor", self.spike_factor, "0 (no check) or a positive factor")
         require(self.dead_after >= 0, "run.dead_after", self.dead_after, "0 (never) or a number of rows")
         require(self.eval_batch >= 0, "run.eval_batch", self.eval_batch, "0 (the micro-batch) or more")
+        for name in self.accept:
+            require(name in MADE_OF, "run.accept", name, ", ".join(MADE_OF))
         for name in self.trackers:
             require(name in ("auto", *TRACKERS), "run.trackers", name, "auto, " + ", ".join(TRACKERS))
 
