@@ -132,7 +132,7 @@ def _load_transformers(
             f"{files} has no preprocessor_config.json: mean, std and size of its images are unknown. Save the image "
             f"processor it was trained with beside it (ViTImageProcessor(...).save_pretrained(directory))."
         )
-    read_object(processor_path, files)
+    _check_one_processor(files, read_object(processor_path, files))
     weights = checked_weights(files, config, TRANSFORMERS_SIZES)
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -168,6 +168,21 @@ def _load_transformers(
     if labels == [f"LABEL_{i}" for i in range(len(labels))]:  # transformers' own words where nobody gave names
         labels = None
     return model, preprocessing, labels, weights.renamed
+
+
+def _check_one_processor(files: CheckpointFiles, settings: dict[str, Any]) -> None:
+    """transformers prefers an image processor inside processor_config.json: refuse one that is another."""
+    path = files.find("processor_config.json", optional=True)
+    nested = read_object(path, files).get("image_processor") if path else None
+    if not isinstance(nested, dict):
+        return
+    different = sorted(key for key in settings.keys() & nested.keys() if settings[key] != nested[key])
+    if different:
+        key = different[0]
+        raise ValueError(
+            f"{files} has two image processors: {key} is {settings[key]!r} in preprocessor_config.json and "
+            f"{nested[key]!r} in processor_config.json. Delete the one the model was not trained with."
+        )
 
 
 @contextmanager

@@ -158,3 +158,16 @@ def test_a_teacher_with_such_a_processor_is_refused_in_one_line(tmp_path, change
         load_teacher(str(tmp_path))
     assert str(tmp_path) in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_two_processors_in_one_folder_must_agree(tmp_path):
+    """New releases of transformers save it inside processor_config.json, and read it there first."""
+    save_transformers(tmp_path, "ViTForImageClassification")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PLAIN))
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": PLAIN}))
+    assert load_teacher(str(tmp_path)).preprocessing.mean == (0.5, 0.4, 0.3)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": PLAIN | {"image_mean": [0.5] * 3}}))
+    with pytest.raises(
+        ValueError, match=r"two image processors: image_mean is \[0.5, 0.4, 0.3\] in preprocessor_config"
+    ):
+        load_teacher(str(tmp_path))
