@@ -7,10 +7,11 @@ here a share of them goes the way a user goes, and what lies inside is rehearsed
 import contextlib
 import io
 import os
+import resource
 
 import pytest
 
-from tests.hostile.driver import STEPS
+from tests.hostile.driver import MEMORY, STEPS
 from tests.launch import TINY
 from tests.unit.test_knob_ranges import NUMBERS, as_yaml, beyond
 
@@ -22,6 +23,7 @@ def dry_run(arguments: list[str]) -> int:
     """Every override in turn through the dry run of --phase all; what is no clear answer is printed, and counted."""
     from trainer.run import main
 
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))  # models at the limits of their sizes are built here
     out, *overrides = arguments
     unclear = 0
     for override in overrides:
