@@ -43,7 +43,10 @@ def test_help_of_a_section_has_type_default_and_meaning_of_every_key():
         "--help", "student"
     )  # the default of a recipe, not of the section
     assert answer("--help", "distill.alpha").split("  ")[1:] == [
-        "distill.alpha=0.5", "a number", "weight of the distillation term; the label loss gets 1 - alpha"]  # fmt: skip
+        "distill.alpha=0.5",
+        "a number, 0 to 1",
+        "weight of the distillation term; the label loss gets 1 - alpha",
+    ]
 
 
 def test_help_all_has_every_key():

@@ -31,7 +31,7 @@ class Key:
     """One key of a recipe."""
 
     name: str  # with its sections
-    type: str
+    type: str  # in words, with the range of a number
     default: Any
     help: str
 
@@ -64,7 +64,9 @@ def keys(section: str) -> list[Key]:
     for item in dataclasses.fields(cls):
         hint = hints[item.name]
         if not dataclasses.is_dataclass(hint):
-            key = Key(where + item.name, describe(hint), defaults[item.name], item.metadata["help"])
+            limits = item.metadata["range"]
+            kind = f"{describe(hint)}, {limits}" if limits else describe(hint)
+            key = Key(where + item.name, kind, defaults[item.name], item.metadata["help"])
             section_keys.append(key)
     return section_keys
 

@@ -5,29 +5,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.config.knobs import knob, require, section
+from trainer.config.knobs import MANY, SEEDS, SHARE, Range, check_ranges, knob, require, section
+
+TRANSFORM_SETS = ("tweights", "t3a", "t3aw")  # what timm's RandAugment strings may name instead of a number
 
 
 @dataclass(frozen=True)
 class FractalConfig:
     """Procedural images (source fractals): every class is a random iterated function system. Nothing to download."""
 
-    classes: int = knob(100, "classes")
-    size: int = knob(64, "width and height, pixels")
-    train_images: int = knob(20_000, "training images, equally many of each class")
-    val_images: int = knob(2_000, "validation images, drawn from parameters the training images never take")
-    difficulty: float = knob(0.5, "0 to 1: how far rotation, scale, shift and the maps themselves vary in a class")
-    seed: int = knob(0, "of the data set; the recipe's own seed leaves it as it is")
+    classes: int = knob(100, "classes", Range(2, 10_000))
+    size: int = knob(64, "width and height, pixels", Range(16, 512))
+    train_images: int = knob(20_000, "training images, equally many of each class", Range(1, MANY))
+    val_images: int = knob(
+        2_000, "validation images, drawn from parameters the training images never take", Range(1, MANY)
+    )
+    difficulty: float = knob(
+        0.5, "0 to 1: how far rotation, scale, shift and the maps themselves vary in a class", SHARE
+    )
+    seed: int = knob(0, "of the data set; the recipe's own seed leaves it as it is", Range(0, SEEDS))
     cache: str = knob("", "folder for the images; empty = M2MKD_CACHE, or ~/.cache/m2mkd")
 
     def __post_init__(self):
-        require(2 <= self.classes <= 10_000, "data.fractals.classes", self.classes, "2 to 10,000")
-        require(16 <= self.size <= 512, "data.fractals.size", self.size, "16 to 512 pixels")
+        check_ranges(self, "data.fractals.")
         for name in ("train_images", "val_images"):
             images = getattr(self, name)
             even = images >= self.classes and images % self.classes == 0
             require(even, f"data.fractals.{name}", images, f"a multiple of data.fractals.classes={self.classes}")
-        require(0 <= self.difficulty <= 1, "data.fractals.difficulty", self.difficulty, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -47,48 +51,52 @@ class DataConfig:
         0.0,
         "share of the training images of each class that is held out for evaluation, always the same ones, where the "
         "data has no validation split (sources folder and hub); 0 = val_split is the validation split",
+        Range(0, 1, open_most=True),
     )
-    workers: int = knob(0, "data loading processes per rank")
+    workers: int = knob(0, "data loading processes per rank", Range(0, 1024))
     skip_unreadable: bool = knob(False, "replace an unreadable image by the next one and count it, instead of stopping")
-    max_pixels: int = knob(100_000_000, "width x height of the largest image that is decoded: a guard against bombs")
-    limit: int = knob(0, "use n images of each split, spread evenly over it, after val_share; 0 = all")
+    max_pixels: int = knob(
+        100_000_000, "width x height of the largest image that is decoded: a guard against bombs", Range(1, 10**12)
+    )
+    limit: int = knob(0, "use n images of each split, spread evenly over it, after val_share; 0 = all", Range(0, MANY))
     fractals: FractalConfig = section(FractalConfig)
 
     def __post_init__(self):
         if self.source in ("folder", "hub") and not self.path:
             raise ValueError(f"data.source is {self.source!r} but data.path is empty: set data.path=FOLDER_OR_HUB_ID")
-        require(0 <= self.val_share < 1, "data.val_share", self.val_share, "0 (off) to below 1, e.g. 0.1 for a tenth")
+        check_ranges(self, "data.")
         if self.source not in ("folder", "hub"):
             expected = f"0 with data.source={self.source}, which brings its own validation images"
             require(not self.val_share, "data.val_share", self.val_share, expected)
         if self.config and self.source != "hub":
             require(False, "data.config", self.config, f"none with data.source={self.source}: only source hub has them")
-        require(self.workers >= 0, "data.workers", self.workers, "0 or more")
-        require(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, "1 or more")
-        require(self.limit >= 0, "data.limit", self.limit, "0 (all) or more")
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
     """Training transforms and mixing, by timm's names."""
 
-    hflip: float = knob(0.5, "probability of a horizontal flip")
-    scale: tuple[float, float] = knob((0.08, 1.0), "RandomResizedCrop: share of the area")
-    ratio: tuple[float, float] = knob((0.75, 4 / 3), "RandomResizedCrop: aspect ratio")
+    hflip: float = knob(0.5, "probability of a horizontal flip", SHARE)
+    scale: tuple[float, float] = knob((0.08, 1.0), "RandomResizedCrop: share of the area", Range(0, 1, open_least=True))
+    ratio: tuple[float, float] = knob((0.75, 4 / 3), "RandomResizedCrop: aspect ratio", Range(0.01, 100.0))
     rand_augment: str = knob("", "timm RandAugment string, e.g. rand-m9-mstd0.5-inc1; empty = off")
-    color_jitter: float = knob(0.0, "colour jitter strength; unused when rand_augment is on, as in timm")
-    random_erasing: float = knob(0.0, "probability of random erasing")
-    mixup: float = knob(0.0, "mixup alpha; 0 = off")
-    cutmix: float = knob(0.0, "cutmix alpha; 0 = off")
-    switch_prob: float = knob(0.5, "probability of cutmix when both mixup and cutmix are on")
-    label_smoothing: float = knob(0.0, "label smoothing of the classification loss")
-    repeats: int = knob(1, "repeated augmentation: times an image stands in an epoch of unchanged length")
+    color_jitter: float = knob(0.0, "colour jitter strength; unused when rand_augment is on, as in timm", Range(0, 10))
+    random_erasing: float = knob(0.0, "probability of random erasing", SHARE)
+    mixup: float = knob(0.0, "mixup alpha; 0 = off", Range(0, 1000))
+    cutmix: float = knob(0.0, "cutmix alpha; 0 = off", Range(0, 1000))
+    switch_prob: float = knob(0.5, "probability of cutmix when both mixup and cutmix are on", SHARE)
+    label_smoothing: float = knob(0.0, "label smoothing of the classification loss", SHARE)
+    repeats: int = knob(
+        1, "repeated augmentation: times an image stands in an epoch of unchanged length", Range(1, 1000)
+    )
 
     def __post_init__(self):
-        for name in ("hflip", "random_erasing", "switch_prob", "label_smoothing"):
-            share = getattr(self, name)
-            require(0 <= share <= 1, f"augment.{name}", share, "a value from 0 to 1")
-        for name in ("color_jitter", "mixup", "cutmix"):
-            strength = getattr(self, name)
-            require(strength >= 0, f"augment.{name}", strength, "0 (off) or more")
-        require(self.repeats >= 1, "augment.repeats", self.repeats, "1 or more")
+        check_ranges(self, "augment.")
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            require(low <= high, f"augment.{name}", (low, high), f"the smaller number first: [{high}, {low}]")
+        for part in self.rand_augment.split("-")[1:]:
+            # timm passes over a part without a number (rand-m trains at full strength) and over an unknown set
+            has_number = any(letter.isdecimal() for letter in part)
+            expected = f"a number in its part {part!r}, as in rand-m9-mstd0.5-inc1"
+            require(has_number or part in TRANSFORM_SETS, "augment.rand_augment", self.rand_augment, expected)

@@ -12,7 +12,7 @@ import dataclasses
 import difflib
 import functools
 import math
-import reprlib
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -21,7 +21,10 @@ from typing import Any, Literal
 
 import yaml
 
+from trainer.config.knobs import shown
 from trainer.config.recipe import Recipe
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # NUL, line breaks and their like
 
 # origins of a value beside the files it may come from
 DEFAULT = "default"
@@ -201,17 +204,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def shown(value: Any) -> str:
-    """A value in an error message, cut to a line however large it is."""
-    return _SHORT.repr(value)
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 100
-_SHORT.maxother = 100
-_SHORT.maxlevel = 1  # a few lines of YAML with aliases make lists whose plain repr would fill the memory
-
-
 def close(word: str, known: Sequence[str], otherwise: str = "", most: int = 3) -> str:
     """The end of a message about an unknown word.
 
@@ -301,6 +293,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     choices = typing.get_args(hint)  # of a Literal
     if not fits.get(hint, isinstance(value, str) and value in choices):
         raise ValueError(f"{name} is {shown(value)}, expected {describe(hint)}")
+    if isinstance(value, str) and _CONTROL.search(value):
+        # a line break or NUL would stop the run where the text becomes a path, a name on the hub or a line of a log
+        raise ValueError(f"{name} is {shown(value)}, expected text in one line, without control characters")
     return value
 
 

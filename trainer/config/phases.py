@@ -9,40 +9,45 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.config.knobs import knob, require
+from trainer.config.knobs import MANY, SHARE, WEIGHT, Range, check_heads, check_ranges, knob, require
 
-MAY_BE_OFF = ("distill", "refine")  # the two rounds of teaching: 0 epochs turn one of them off
+EPOCHS = Range(1, MANY)
+OFF_OR_EPOCHS = Range(0, MANY)  # of the two rounds of teaching: 0 epochs turn one of them off
+TEMPERATURE = Range(0.001, 1000.0)
+SIZE = Range(1, 100_000)  # of a model: widths, depths, pixels
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Optimiser and schedule of one phase. The learning rate used is lr x global batch / 512."""
 
-    epochs: int = knob(100, "passes over the training images")
-    lr: float = knob(5e-4, "learning rate at a global batch of 512; scaled linearly with the batch")
-    min_lr: float = knob(1e-5, "learning rate at the end of the cosine (not scaled)")
-    warmup_epochs: float = knob(0.0, "linear warm-up from warmup_lr, in epochs")
-    warmup_lr: float = knob(1e-6, "learning rate of the first step (not scaled)")
+    epochs: int = knob(100, "passes over the training images", EPOCHS)
+    lr: float = knob(
+        5e-4, "learning rate at a global batch of 512; scaled linearly with the batch", Range(0, 1000, open_least=True)
+    )
+    min_lr: float = knob(1e-5, "learning rate at the end of the cosine (not scaled)", Range(0, 1000))
+    warmup_epochs: float = knob(0.0, "linear warm-up from warmup_lr, in epochs", Range(0, MANY))
+    warmup_lr: float = knob(1e-6, "learning rate of the first step (not scaled)", Range(0, 1000))
     optimizer: Literal["adamw", "sgd"] = knob("adamw", "AdamW, or plain SGD with momentum")
-    weight_decay: float = knob(0.05, "on matrices only: none on 1-D parameters, tokens and position embeddings")
-    momentum: float = knob(0.9, "of SGD")
-    betas: tuple[float, float] = knob((0.9, 0.999), "of AdamW")
-    eps: float = knob(1e-8, "of AdamW")
-    drop_path: float = knob(0.0, "stochastic depth of the trained blocks, rising linearly to this rate")
-    global_batch: int | None = knob(None, 'images per optimiser step where the DeepSpeed JSON says "auto"')
-    clip: float | None = knob(None, 'gradient norm limit where the DeepSpeed JSON says "auto"; 0 = off')
+    weight_decay: float = knob(
+        0.05, "on matrices only: none on 1-D parameters, tokens and position embeddings", Range(0, 1000)
+    )
+    momentum: float = knob(0.9, "of SGD", Range(0, 1, open_most=True))
+    betas: tuple[float, float] = knob((0.9, 0.999), "of AdamW", Range(0, 1, open_most=True))
+    eps: float = knob(1e-8, "of AdamW", Range(1e-30, 1))
+    drop_path: float = knob(
+        0.0, "stochastic depth of the trained blocks, rising linearly to this rate", Range(0, 1, open_most=True)
+    )
+    global_batch: int | None = knob(
+        None, 'images per optimiser step where the DeepSpeed JSON says "auto"', Range(1, 100_000_000)
+    )
+    clip: float | None = knob(None, 'gradient norm limit where the DeepSpeed JSON says "auto"; 0 = off', WEIGHT)
 
     def __post_init__(self):
         name = type(self).__name__.removesuffix("Config").lower()
-        least = 0 if name in MAY_BE_OFF else 1
-        require(self.epochs >= least, f"{name}.epochs", self.epochs, f"{least} or more")
-        require(self.lr > 0, f"{name}.lr", self.lr, "a positive learning rate")
+        check_ranges(self, f"{name}.")
         longest = self.epochs or self.warmup_epochs  # a phase that is off may have any
-        require(0 <= self.warmup_epochs <= longest, f"{name}.warmup_epochs", self.warmup_epochs, "0 to epochs")
-        require(self.weight_decay >= 0, f"{name}.weight_decay", self.weight_decay, "0 or more")
-        require(0 <= self.drop_path < 1, f"{name}.drop_path", self.drop_path, "0 to below 1")
-        require(self.global_batch is None or self.global_batch >= 1, f"{name}.global_batch", self.global_batch, ">= 1")
-        require(self.clip is None or self.clip >= 0, f"{name}.clip", self.clip, "0 (off) or a positive norm")
+        require(self.warmup_epochs <= longest, f"{name}.warmup_epochs", self.warmup_epochs, "0 to epochs")
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,22 @@ class TeacherConfig(ScheduleConfig):
         "experimental, in no study yet: grow it inside the meta model, phases meta, incubate and assemble in place of "
         "phase teacher",
     )
-    depths: tuple[int, ...] = knob((), "blocks per module; empty = as equal as possible over `modules`")
-    image_size: int = knob(32, "of a trained teacher, pixels")
-    patch_size: int = knob(8, "of a trained teacher, pixels")
-    width: int = knob(64, "of a trained teacher")
-    depth: int = knob(8, "of a trained teacher, blocks")
-    heads: int = knob(4, "of a trained teacher")
-    mlp_dim: int = knob(256, "of a trained teacher")
+    depths: tuple[int, ...] = knob(
+        (), "blocks per module; empty = as equal as possible over `modules`", Range(1, 100_000)
+    )
+    image_size: int = knob(32, "of a trained teacher, pixels", SIZE)
+    patch_size: int = knob(8, "of a trained teacher, pixels", SIZE)
+    width: int = knob(64, "of a trained teacher", SIZE)
+    depth: int = knob(8, "of a trained teacher, blocks", SIZE)
+    heads: int = knob(4, "of a trained teacher", SIZE)
+    mlp_dim: int = knob(256, "of a trained teacher", SIZE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.source:
+            check_heads("teacher", self.width, self.heads)
+            expected = f"a divisor of teacher.image_size={self.image_size}"
+            require(self.image_size % self.patch_size == 0, "teacher.patch_size", self.patch_size, expected)
 
 
 @dataclass(frozen=True)
@@ -82,73 +96,80 @@ class MetaConfig(ScheduleConfig):
         "theseus", "labels only; the teacher's border states and logits; or random swapping with teacher modules"
     )
     blocks_per_module: int = knob(
-        1, "transformer blocks per stage; 0 = the teacher is its own meta model, and nothing is trained"
+        1,
+        "transformer blocks per stage; 0 = the teacher is its own meta model, and nothing is trained",
+        Range(0, 100_000),
     )
-    label_weight: float = knob(0.5, "weight of the label loss in objectives matching and theseus")
-    kl_weight: float = knob(1.0, "weight of the teacher's logits there (KL)")
-    free_weight: float = knob(1.0, "matching: weight of the border errors of the free-running meta model")
-    forced_weight: float = knob(1.0, "matching: the same where each stage is fed the teacher's border state")
+    label_weight: float = knob(0.5, "weight of the label loss in objectives matching and theseus", WEIGHT)
+    kl_weight: float = knob(1.0, "weight of the teacher's logits there (KL)", WEIGHT)
+    free_weight: float = knob(1.0, "matching: weight of the border errors of the free-running meta model", WEIGHT)
+    forced_weight: float = knob(1.0, "matching: the same where each stage is fed the teacher's border state", WEIGHT)
     replace_rate: float = knob(
-        0.5, "theseus: share of stages that stand in for the teacher's modules at the start; rises to 1"
+        0.5,
+        "theseus: share of stages that stand in for the teacher's modules at the start; rises to 1",
+        Range(0, 1, open_least=True),
     )
 
     def __post_init__(self):
         super().__post_init__()
-        require(self.blocks_per_module >= 0, "meta.blocks_per_module", self.blocks_per_module, "0 (teacher) or more")
         if self.blocks_per_module == 0:
             expected = "teacher with meta.blocks_per_module=0, where the teacher is its own meta model"
             require(self.init == "teacher", "meta.init", self.init, expected)
-        for name in ("label_weight", "kl_weight", "free_weight", "forced_weight"):
-            weight = getattr(self, name)
-            require(weight >= 0, f"meta.{name}", weight, "0 (off) or more")
         if self.objective != "labels" and not self.label_weight:
             expected = "a positive weight here or in meta.label_weight: else the last stage learns nothing"
             require(self.kl_weight > 0, "meta.kl_weight", self.kl_weight, expected)
-        require(0 < self.replace_rate <= 1, "meta.replace_rate", self.replace_rate, "above 0, at most 1")
 
 
 @dataclass(frozen=True)
 class IncubateConfig(ScheduleConfig):
     """Experimental, growing a teacher (teacher.grown): each module learns labels in its place in the meta model."""
 
-    epochs: int = knob(100, "passes over the training images")
-    warmup_epochs: float = knob(20.0, "linear warm-up from warmup_lr, in epochs")
-    drop_path: float = knob(0.1, "stochastic depth of the teacher's blocks, rising linearly to this rate")
+    epochs: int = knob(100, "passes over the training images", EPOCHS)
+    warmup_epochs: float = knob(20.0, "linear warm-up from warmup_lr, in epochs", Range(0, MANY))
+    drop_path: float = knob(
+        0.1, "stochastic depth of the teacher's blocks, rising linearly to this rate", Range(0, 1, open_most=True)
+    )
 
 
 @dataclass(frozen=True)
 class AssembleConfig(ScheduleConfig):
     """Experimental, growing a teacher (teacher.grown): the incubated modules together, fine-tuned on labels."""
 
-    epochs: int = knob(100, "passes over the training images")
-    drop_path: float = knob(0.1, "stochastic depth of the teacher's blocks, rising linearly to this rate")
-    clip: float | None = knob(1.0, 'gradient norm limit where the DeepSpeed JSON says "auto"; 0 = off')
+    epochs: int = knob(100, "passes over the training images", EPOCHS)
+    drop_path: float = knob(
+        0.1, "stochastic depth of the teacher's blocks, rising linearly to this rate", Range(0, 1, open_most=True)
+    )
+    clip: float | None = knob(1.0, 'gradient norm limit where the DeepSpeed JSON says "auto"; 0 = off', WEIGHT)
 
 
 @dataclass(frozen=True)
 class DistillConfig(ScheduleConfig):
     """One teacher-student module pair inside the frozen meta model."""
 
-    epochs: int = knob(100, "passes over the training images; 0 = modules go untaught into the second round")
+    epochs: int = knob(
+        100, "passes over the training images; 0 = modules go untaught into the second round", OFF_OR_EPOCHS
+    )
     source: str = knob("", "reuse distilled modules: run folder, or hub id[@revision] of a pushed run; empty = train")
-    alpha: float = knob(0.5, "weight of the distillation term; the label loss gets 1 - alpha")
-    tau: float = knob(1.0, "temperature of the distillation term")
+    alpha: float = knob(0.5, "weight of the distillation term; the label loss gets 1 - alpha", SHARE)
+    tau: float = knob(1.0, "temperature of the distillation term", TEMPERATURE)
     target: Literal["soft", "hard"] = knob("soft", "KL to the teacher's distribution, or CE with its arg-max")
     kl_reduction: Literal["batchmean", "reference"] = knob(
         "batchmean", "KL averaged per sample; reference = divided by batch x classes, as the published code"
     )
-    alpha_end: float | None = knob(None, "alpha at the last step, changed linearly; null = constant")
-    tau_end: float | None = knob(None, "tau at the last step, changed linearly; null = constant")
-    logit_weight: float = knob(1.0, "weight of label and distillation terms together; 0 = border target alone")
+    alpha_end: float | None = knob(None, "alpha at the last step, changed linearly; null = constant", SHARE)
+    tau_end: float | None = knob(None, "tau at the last step, changed linearly; null = constant", TEMPERATURE)
+    logit_weight: float = knob(1.0, "weight of label and distillation terms together; 0 = border target alone", WEIGHT)
     border: Literal["none", "mse", "cosine"] = knob(
         "none", "target at the module's own border, beside the logits: the teacher module's output there"
     )
-    border_weight: float = knob(1.0, "weight of the border target (relative MSE, or 1 - cosine)")
+    border_weight: float = knob(1.0, "weight of the border target (relative MSE, or 1 - cosine)", WEIGHT)
     stitches: Literal["linear", "pca", "tied"] = knob(
         "linear",
         "LayerNorm + Linear (published); Linear started from the border's principal components; or those, fixed",
     )
-    input_noise: float = knob(0.0, "Gaussian noise on a module's input, relative to the input's standard deviation")
+    input_noise: float = knob(
+        0.0, "Gaussian noise on a module's input, relative to the input's standard deviation", Range(0, 1000)
+    )
     level: Literal["module", "expert"] = knob(
         "module",
         "teach modules whole; or (experimental: more epochs gain more for less in docs/studies.md) their experts one "
@@ -158,19 +179,11 @@ class DistillConfig(ScheduleConfig):
         0.0,
         "experimental, no gain by itself in docs/studies.md: weight of teacher-guided routing, the KL from a teacher "
         "router to each MoE router",
+        WEIGHT,
     )
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("alpha", "alpha_end"):
-            alpha = getattr(self, name)
-            require(alpha is None or 0 <= alpha <= 1, f"distill.{name}", alpha, "0 to 1")
-        for name in ("tau", "tau_end"):
-            tau = getattr(self, name)
-            require(tau is None or tau > 0, f"distill.{name}", tau, "a positive temperature")
-        for name in ("logit_weight", "border_weight", "input_noise", "routing_weight"):
-            weight = getattr(self, name)
-            require(weight >= 0, f"distill.{name}", weight, "0 (off) or more")
         if self.border == "none":
             expected = "a positive weight, or distill.border to learn from"
             require(self.logit_weight > 0, "distill.logit_weight", self.logit_weight, expected)
@@ -180,7 +193,7 @@ class DistillConfig(ScheduleConfig):
 class RefineConfig(ScheduleConfig):
     """Second round on what the modules before really send; targets as in section distill (not in the paper)."""
 
-    epochs: int = knob(0, "passes over the training images; 0 = no second round")
+    epochs: int = knob(0, "passes over the training images; 0 = no second round", OFF_OR_EPOCHS)
     order: Literal["parallel", "sequential", "together"] = knob(
         "parallel",
         "predecessors of the first round, so modules are independent; refined ones, one after another; or all at once",
@@ -194,7 +207,7 @@ class ExpertConfig(ScheduleConfig):
     assign: Literal["image", "token"] = knob(
         "image", "an expert learns from the images of its cluster; or from all images, on the tokens of its cluster"
     )
-    cluster_images: int = knob(2000, "training images the clusters are computed from")
+    cluster_images: int = knob(2000, "training images the clusters are computed from", Range(1, MANY))
 
 
 # of end-to-end training: from the distilled modules, and its rivals
@@ -216,27 +229,27 @@ class TrainConfig(ScheduleConfig):
     baselines: tuple[str, ...] = knob(
         (), "starts that --phase all trains as well: scratch, scratch_equal_cost, upcycled"
     )
-    kd_weight: float = knob(0.0, "weight of the whole teacher's logits (KL); the label loss gets 1 - kd_weight")
-    kd_tau: float = knob(1.0, "temperature of that KL")
-    border_weight: float = knob(0.0, "weight of matching the teacher's border states, fading out to 0")
-    border_epochs: float = knob(5.0, "epochs after which the border states no longer count")
+    kd_weight: float = knob(0.0, "weight of the whole teacher's logits (KL); the label loss gets 1 - kd_weight", SHARE)
+    kd_tau: float = knob(1.0, "temperature of that KL", TEMPERATURE)
+    border_weight: float = knob(0.0, "weight of matching the teacher's border states, fading out to 0", WEIGHT)
+    border_epochs: float = knob(5.0, "epochs after which the border states no longer count", Range(0, MANY))
     routing_weight: float = knob(
         0.0,
         "experimental, 0.3 points for 1.4 times the cost in docs/studies.md: weight of teacher-guided routing, fading "
         "out to 0 with border_epochs",
+        WEIGHT,
     )
-    ema: float = knob(0.0, "decay of an average of the weights, per step, which is evaluated and published; 0 = off")
-    layer_decay: float = knob(1.0, "learning rate of a block relative to the block after it")
+    ema: float = knob(
+        0.0,
+        "decay of an average of the weights, per step, which is evaluated and published; 0 = off",
+        Range(0, 1, open_most=True),
+    )
+    layer_decay: float = knob(
+        1.0, "learning rate of a block relative to the block after it", Range(0, 1, open_least=True)
+    )
 
     def __post_init__(self):
         super().__post_init__()
         rivals = STARTS[1:]
         for name in self.baselines:
             require(name in rivals, "train.baselines", name, ", ".join(rivals))
-        require(0 <= self.kd_weight <= 1, "train.kd_weight", self.kd_weight, "0 (off) to 1")
-        require(self.kd_tau > 0, "train.kd_tau", self.kd_tau, "a positive temperature")
-        for name in ("border_weight", "border_epochs", "routing_weight"):
-            value = getattr(self, name)
-            require(value >= 0, f"train.{name}", value, "0 (off) or more")
-        require(0 <= self.ema < 1, "train.ema", self.ema, "0 (off) to below 1")
-        require(0 < self.layer_decay <= 1, "train.layer_decay", self.layer_decay, "above 0, at most 1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trainer.config.data import AugmentConfig, DataConfig
-from trainer.config.knobs import knob, require, section
+from trainer.config.knobs import SEEDS, Range, check_ranges, knob, require, section
 from trainer.config.phases import (
     AssembleConfig,
     DistillConfig,
@@ -24,8 +24,8 @@ from trainer.config.student import StudentConfig
 class Recipe:
     """One experiment. `modules` is the number N of teacher-student module pairs."""
 
-    seed: int = knob(0, "of every random draw")
-    modules: int = knob(4, "number of module pairs N")
+    seed: int = knob(0, "of every random draw", Range(0, SEEDS))
+    modules: int = knob(4, "number of module pairs N", Range(1, 100_000))
     data: DataConfig = section(DataConfig)
     augment: AugmentConfig = section(AugmentConfig)
     teacher: TeacherConfig = section(TeacherConfig)
@@ -41,7 +41,7 @@ class Recipe:
     hub: HubConfig = section(HubConfig)
 
     def __post_init__(self):
-        require(self.modules >= 1, "modules", self.modules, "1 or more")
+        check_ranges(self, "")
         taught = self.distill.epochs or self.refine.epochs or self.distill.source
         require(taught, "distill.epochs", 0, "1 or more, or refine.epochs above 0: nothing would be taught")
         self._check_borders()

@@ -5,40 +5,39 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.config.knobs import knob, require, section
+from trainer.config.knobs import WEIGHT, Range, check_heads, check_ranges, knob, require, section
+
+CAPACITY = Range(0, 10_000, open_least=True)  # slots per expert, in equal shares
 
 
 @dataclass(frozen=True)
 class MoEConfig:
     """Routing of the student's MoE blocks (facts and formulas: docs/method.md)."""
 
-    num_experts: int = knob(8, "experts per MoE block")
-    k: int = knob(2, "experts a token is sent to")
+    num_experts: int = knob(8, "experts per MoE block", Range(1, 100_000))
+    k: int = knob(2, "experts a token is sent to", Range(1, 100_000))
     renormalize: bool = knob(True, "top-k gates sum to 1 (paper's student); false = official V-MoE")
     router_bias: bool = knob(False, "bias of the router")
-    noise_std: float = knob(0.0, "training noise on the logits, divided by the number of experts; official 1.0")
+    noise_std: float = knob(
+        0.0, "training noise on the logits, divided by the number of experts; official 1.0", Range(0, 1000)
+    )
     batch_priority: bool = knob(False, "Batch Priority Routing: the surest tokens get the slots first")
-    capacity_factor: float | None = knob(None, "slots per expert in training, 1 = an equal share; null = no drops")
-    eval_capacity_factor: float | None = knob(None, "the same in evaluation")
-    capacity_multiple: int = knob(4, "capacity is rounded up to a multiple of this")
-    images_per_group: int = knob(1, "images routed together; 0 = the whole micro-batch, in evaluation single images")
-    importance_weight: float = knob(0.005, "weight of the importance loss")
-    load_weight: float = knob(0.005, "weight of the load loss (exists only with noise)")
-    gshard_weight: float = knob(0.0, "weight of the GShard loss")
-    dropout: float = knob(0.0, "dropout inside the experts")
+    capacity_factor: float | None = knob(
+        None, "slots per expert in training, 1 = an equal share; null = no drops", CAPACITY
+    )
+    eval_capacity_factor: float | None = knob(None, "the same in evaluation", CAPACITY)
+    capacity_multiple: int = knob(4, "capacity is rounded up to a multiple of this", Range(1, 1_000_000))
+    images_per_group: int = knob(
+        1, "images routed together; 0 = the whole micro-batch, in evaluation single images", Range(0, 1_000_000)
+    )
+    importance_weight: float = knob(0.005, "weight of the importance loss", WEIGHT)
+    load_weight: float = knob(0.005, "weight of the load loss (exists only with noise)", WEIGHT)
+    gshard_weight: float = knob(0.0, "weight of the GShard loss", WEIGHT)
+    dropout: float = knob(0.0, "dropout inside the experts", Range(0, 1, open_most=True))
 
     def __post_init__(self):
-        require(1 <= self.num_experts <= 100_000, "student.moe.num_experts", self.num_experts, "1 to 100,000")
-        require(1 <= self.k <= self.num_experts, "student.moe.k", self.k, f"1 to num_experts={self.num_experts}")
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            factor = getattr(self, name)
-            drops_none = factor is None
-            require(drops_none or factor > 0, f"student.moe.{name}", factor, "a positive number, or null (no drops)")
-        for name in ("noise_std", "images_per_group"):
-            value = getattr(self, name)
-            require(value >= 0, f"student.moe.{name}", value, "0 or more")
-        require(self.capacity_multiple >= 1, "student.moe.capacity_multiple", self.capacity_multiple, "1 or more")
-        require(0 <= self.dropout < 1, "student.moe.dropout", self.dropout, "0 to below 1")
+        check_ranges(self, "student.moe.")
+        require(self.k <= self.num_experts, "student.moe.k", self.k, f"1 to num_experts={self.num_experts}")
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,14 @@ class StudentConfig:
     """The modular student, a V-MoE. Image size, channels and classes come from the teacher and the data."""
 
     variant: str = knob("", "S/16, B/16, L/16, H/14 or m2mkd-B/16 ...; fills the sizes below where they are null")
-    patch_size: int | None = knob(None, "pixels; null = the variant's")
-    width: int | None = knob(None, "null = the variant's")
-    depth: int | None = knob(None, "blocks; null = the variant's")
-    heads: int | None = knob(None, "null = the variant's")
-    mlp_dim: int | None = knob(None, "null = the variant's")
-    depths: tuple[int, ...] = knob((), "blocks per module; empty = as equal as possible over `modules`")
+    patch_size: int | None = knob(None, "pixels; null = the variant's", Range(1, 100_000))
+    width: int | None = knob(None, "null = the variant's", Range(1, 100_000))
+    depth: int | None = knob(None, "blocks; null = the variant's", Range(1, 100_000))
+    heads: int | None = knob(None, "null = the variant's", Range(1, 100_000))
+    mlp_dim: int | None = knob(None, "null = the variant's", Range(1, 100_000))
+    depths: tuple[int, ...] = knob(
+        (), "blocks per module; empty = as equal as possible over `modules`", Range(1, 100_000)
+    )
     moe_blocks: str = knob("all", "all, every-2, last-2, none, or block numbers as 1,3")
     gelu: Literal["erf", "tanh"] = knob("erf", "form of GELU; teachers from timm and transformers use erf")
     pool: Literal["token", "mean"] = knob("token", "head on the class token or on the mean of the patches")
@@ -63,9 +64,13 @@ class StudentConfig:
         "with init: experts are copies of the MLP, or (experimental: ends below copies in docs/studies.md) cut from it "
         "by clusters of its inputs, router included",
     )
-    expert_noise: float = knob(0.0, "with init: noise on each expert, relative to the standard deviation of a weight")
-    reg_tokens: int | None = knob(None, "prefix tokens beside the class token; null = as many as the teacher has")
-    drop_rate: float = knob(0.0, "dropout in dense MLPs and after attention")
+    expert_noise: float = knob(
+        0.0, "with init: noise on each expert, relative to the standard deviation of a weight", Range(0, 1000)
+    )
+    reg_tokens: int | None = knob(
+        None, "prefix tokens beside the class token; null = as many as the teacher has", Range(0, 10_000)
+    )
+    drop_rate: float = knob(0.0, "dropout in dense MLPs and after attention", Range(0, 1, open_most=True))
     moe: MoEConfig = section(MoEConfig)
 
     @property
@@ -74,16 +79,16 @@ class StudentConfig:
         return "vmoe"
 
     def __post_init__(self):
+        check_ranges(self, "student.")
         open_sizes = []  # left to the variant
         for name in ("patch_size", "width", "depth", "heads", "mlp_dim"):
             size = getattr(self, name)
             if size is None:
                 open_sizes.append(name)
-            else:
-                require(1 <= size <= 100_000, f"student.{name}", size, "1 to 100,000")
         if open_sizes and not self.variant:
             raise ValueError(f"student.variant is empty and student.{open_sizes[0]} is not set: set one of them")
-        require(self.expert_noise >= 0, "student.expert_noise", self.expert_noise, "0 (off) or more")
+        if self.width is not None and self.heads is not None:
+            check_heads("student", self.width, self.heads)
         if not self.init:
             for name, off in (("experts", "copy"), ("expert_noise", 0.0)):
                 value = getattr(self, name)

@@ -259,6 +259,26 @@ def _seed_all(seed: int) -> None:
     torch.default_generator.manual_seed(seed)  # 1 us; torch.manual_seed visits every device, 140 us
 
 
+def try_transforms(data: "Data") -> None:
+    """One real image through the training transforms, mixing and evaluation, as a batch of two; draws are put back.
+
+    Raises:
+        ValueError: the image cannot be read, a transform refuses its settings, or what comes out is no number.
+    """
+    image, index = data.train.image_or_next(0)
+    label = int(data.train.label(index))
+    train = train_transform(data.preprocessing, data.augment)
+    mix = make_mixup(data.augment, data.num_classes)
+    with _kept_random_state():
+        _seed_all(0)
+        images = torch.stack([train(image), train(image)])
+        if mix is not None:
+            images, _ = mix(images, torch.tensor([label, label]), 0)
+    evaluated = eval_transform(data.preprocessing)(image)
+    if not (images.isfinite().all() and evaluated.isfinite().all()):
+        raise ValueError("the transforms make numbers that are not finite: check section augment and the teacher's std")
+
+
 @dataclass(frozen=True)
 class Data:
     """Images of a run: two sources, what the teacher wants done to them, and the training transforms."""

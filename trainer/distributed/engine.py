@@ -142,19 +142,10 @@ def build_engine(
 
     expert_parallel(module, settings.ep_size)
     _set_checkpointing(module, settings.activation_checkpointing)
-    # linear scaling: the recipe's rate is that of a batch of REFERENCE_BATCH
-    lr = schedule.lr * settings.global_batch / REFERENCE_BATCH
-    optimizer = _optimizer(module, schedule, lr, layer_decay)
+    optimizer = build_optimizer(_groups(module, schedule, layer_decay), schedule, settings)
     with _without_compiler():
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=dict(settings.config))
-    cosine = CosineLRScheduler(
-        engine.optimizer,
-        t_initial=schedule.epochs * steps_per_epoch,
-        lr_min=min(schedule.min_lr, lr),
-        warmup_t=round(schedule.warmup_epochs * steps_per_epoch),
-        warmup_lr_init=min(schedule.warmup_lr, lr),
-        t_in_epochs=False,  # the published code changes the rate once per epoch; per step is smoother and as cheap
-    )
+    cosine = build_cosine(engine.optimizer, schedule, settings, steps_per_epoch)
     average = WeightAverage(engine, ema) if ema else None
     return Engine(engine, cosine, settings, average)
 
@@ -224,17 +215,45 @@ def blocks_after(module: nn.Module) -> dict[str, int]:
     return after
 
 
-def _optimizer(module: nn.Module, schedule: ScheduleConfig, lr: float, layer_decay: float) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: list[dict[str, Any]], schedule: ScheduleConfig, settings: Settings
+) -> torch.optim.Optimizer:
     """Torch's own optimisers: correct under ZeRO and on offloaded CPU state, and nothing to compile."""
+    lr = _scaled_lr(schedule, settings)
+    if schedule.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=schedule.momentum)
+    return torch.optim.AdamW(groups, lr=lr, betas=schedule.betas, eps=schedule.eps)
+
+
+def build_cosine(
+    optimizer: Any, schedule: ScheduleConfig, settings: Settings, steps_per_epoch: int
+) -> CosineLRScheduler:
+    """The learning rate of each step: a linear warm-up, then a cosine."""
+    lr = _scaled_lr(schedule, settings)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=schedule.epochs * steps_per_epoch,
+        lr_min=min(schedule.min_lr, lr),
+        warmup_t=round(schedule.warmup_epochs * steps_per_epoch),
+        warmup_lr_init=min(schedule.warmup_lr, lr),
+        t_in_epochs=False,  # the published code changes the rate once per epoch; per step is smoother and as cheap
+    )
+
+
+def _scaled_lr(schedule: ScheduleConfig, settings: Settings) -> float:
+    """Linear scaling: the recipe's rate is that of a batch of REFERENCE_BATCH."""
+    return schedule.lr * settings.global_batch / REFERENCE_BATCH
+
+
+def _groups(module: nn.Module, schedule: ScheduleConfig, layer_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups as the optimiser takes them, experts apart."""
     from deepspeed.moe.utils import has_moe_layers, split_params_into_different_moe_groups_for_optimizer
 
     groups = parameter_groups(module, schedule.weight_decay, layer_decay)
     if has_moe_layers(module)[0]:
         groups = split_params_into_different_moe_groups_for_optimizer(groups)
         groups = [group for group in groups if group["params"]]
-    if schedule.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=schedule.momentum)
-    return torch.optim.AdamW(groups, lr=lr, betas=schedule.betas, eps=schedule.eps)
+    return groups
 
 
 def _set_checkpointing(module: nn.Module, enable: bool) -> None:

@@ -6,20 +6,26 @@ Models are built on the meta device, so even a V-MoE-H costs neither memory nor 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from models.preprocessing import Preprocessing
 from trainer.config.load import close, shown
 from trainer.context import Run
+from trainer.data.loader import try_transforms
+from trainer.distributed.engine import build_cosine, build_optimizer
 from trainer.loop.fit import epoch_length
 from trainer.phases import code_of
-from trainer.request.graph import TABLE, own_teacher, taking_part
+from trainer.request.graph import TABLE, Phase, own_teacher, taking_part
 from trainer.teaching.meta import new_meta
 from trainer.teaching.students import student_modules
 from trainer.teaching.teachers import planned_teacher
 from trainer.tracking import trackers
+
+STAND_IN = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
@@ -49,6 +55,7 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
             check_zero(settings.config["zero_optimization"])
             if row.repeated != "expert":  # whose share may be smaller than a batch: it is repeated
                 epoch_length(run.data_for(None), settings)
+            check_training(run, row)
     for row in asked:
         if hasattr(code_of(row.name), "check"):
             code_of(row.name).check(run)
@@ -60,6 +67,11 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
             student_modules(run)
             if run.planned_teacher is not None:
                 new_meta(run)
+    if any(row.trains for row in asked):
+        # once: all phases share the transforms. A given student brings its own preprocessing, in place of the teacher's
+        without_teacher = given and all(row.name == "train" for row in asked if row.section)
+        preprocessing = STAND_IN if without_teacher else run.teacher.preprocessing
+        try_transforms(run.data_for(preprocessing))
 
 
 def _teacher_comes_later(run: Run, phases: Sequence[str]) -> bool:
@@ -70,6 +82,41 @@ def _teacher_comes_later(run: Run, phases: Sequence[str]) -> bool:
     names = [row.name for row in taking_part(run.recipe)]
     up_to_it = [*itertools.takewhile(lambda name: name != own[0], names), own[0]]
     return bool(set(up_to_it) & set(phases))
+
+
+def check_training(run: Run, row: Phase) -> None:
+    """Build optimiser and schedule of a phase on a stand-in of one number, and see that its batches can be mixed.
+
+    Raises:
+        ValueError: torch refuses a value, a learning rate is none, or mixing would meet an odd micro-batch.
+    """
+    schedule = getattr(run.recipe, row.section)
+    settings = run.settings(row.section)
+    if not schedule.epochs:
+        return  # turned off
+    augment = run.recipe.augment
+    if (augment.mixup or augment.cutmix) and settings.micro_batch % 2:
+        raise ValueError(
+            f"mixup pairs images: the micro-batch must be even, got {settings.micro_batch} in phase {row.name}: change "
+            f"{row.section}.global_batch or the DeepSpeed JSON, or set augment.mixup=0 augment.cutmix=0"
+        )
+    images = len(run.sources[0])
+    steps_per_epoch = max(1, images // settings.global_batch)
+    group = {"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": schedule.weight_decay}
+    try:
+        optimizer = build_optimizer([group], schedule, settings)
+    except ValueError as error:
+        raise ValueError(f"torch refuses the optimiser of section {row.section}: {error}; change it there") from None
+    cosine = build_cosine(optimizer, schedule, settings, steps_per_epoch)
+    steps = schedule.epochs * steps_per_epoch
+    for step in (0, steps // 2, steps - 1):
+        cosine.step_update(step)
+        lr = optimizer.param_groups[0]["lr"]
+        if not (math.isfinite(lr) and lr >= 0):
+            raise ValueError(
+                f"the learning rate of step {step} of section {row.section} is {lr}, expected 0 or more: check lr, "
+                "min_lr, warmup_lr and warmup_epochs"
+            )
 
 
 def check_zero(zero: dict[str, Any]) -> None:

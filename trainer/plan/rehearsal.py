@@ -29,6 +29,7 @@ from trainer.context import Run
 from trainer.data.classes import describe, doubts
 from trainer.distributed.ranks import Dist
 from trainer.phases import code_of
+from trainer.plan.preflight import check_training
 from trainer.request.graph import TABLE, Phase, in_one_job, last_round, learns_from_teacher
 from trainer.request.stages import chain, hub_names
 from trainer.teaching.estimate import Cost
@@ -148,6 +149,8 @@ class DryRun:
     def rehearse(self, row: Phase, module: int | None = None) -> str:
         """Everything of a phase but its training, on the ranks of its jobs."""
         run = replace(self.run, dist=self._dist(row.name))
+        if row.trains:
+            check_training(run, row)
         rehearsed = code_of(row.name).rehearse(run, module, self.costs)
         self.costs |= rehearsed.costs
         self.parameters = max(self.parameters, rehearsed.parameters)
