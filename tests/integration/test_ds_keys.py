@@ -42,6 +42,10 @@ SIZES = [key for key, row in ds_keys.ZERO.items() if row is ds_keys.IN_ZERO_3]
 # compared elsewhere: batches and clipping by tests of batch arithmetic and of the engine, bf16 below
 ELSEWHERE = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
              "bf16.enabled"}  # fmt: skip
+# what is compared with bf16 on
+BF16 = [{}, {"zero_optimization": {"stage": 2}}, {"communication_data_type": "bf16"},
+        {"data_types": {"grad_accum_dtype": "bf16"}}, {"data_types": {"grad_accum_dtype": "fp32"}},
+        {"bf16": {"enabled": True, "immediate_grad_update": False}}]  # fmt: skip
 LOGS = ("flops_profiler", "comms_logger", "tensorboard", "csv_monitor", "wandb")
 
 REFUSED = {
@@ -148,9 +152,8 @@ def compare(long: str) -> int:
             for name, values in rows(bool(long)).items():
                 worst = max(worst, _one(f"clip {clip}, ep {ep_size}, {name}", dist, values, ep_size, clip, 1e-4))
     assert deviation(dist, {}, sizes[-1], 0.5) < 1e-4
-    # bf16 rounds, up to 0.1 was seen; a gradient of a wrong length is off by 2 and more
-    for values in ({"bf16": {"enabled": True}}, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}):
-        _one(f"{values}", dist, values, sizes[-1], 0.0, 0.5)
+    for values in BF16:  # rounds, up to 0.1 was seen; a gradient of a wrong length is off by 2 and more
+        _one(f"bf16, {values}", dist, {"bf16": {"enabled": True}} | values, sizes[-1], 0.0, 0.5)
     if not long:
         ds_keys.with_experts = lambda config, ep_size: None
         wrong = deviation(dist, {"zero_optimization": {"stage": 1, "contiguous_gradients": False}}, 2, 0.0)
