@@ -1,5 +1,6 @@
 """Joining the other ranks: GPUs of tasks that see one each, ranks that never come, one rank without a network."""
 
+import os
 import threading
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as torch_dist
 
+from tests.launch import free_port
 from trainer.distributed import ranks
 
 RANK_NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -38,6 +40,7 @@ def start_with_gpus(monkeypatch, task: int, visible: int) -> ranks.Dist:
 @pytest.mark.parametrize("task", [0, 1])
 def test_a_task_that_sees_one_gpu_takes_it(no_ranks, task):
     assert start_with_gpus(no_ranks, task, visible=1).device == torch.device("cuda", 0)
+    assert os.environ["LOCAL_RANK"] == "0"  # which DeepSpeed takes for the number of the GPU
 
 
 @pytest.mark.parametrize("task", [0, 1])
@@ -77,17 +80,26 @@ def test_two_ranks_on_one_gpu_are_refused_on_both(monkeypatch, uuids, shared):
         assert "ranks 0 and 1 have the same GPU" in message and "start one process per GPU" in message
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_that_never_come(no_ranks, rank):
+@pytest.mark.parametrize(
+    "rank, said", [(0, "1 of 2 ranks did not come to .* within 1 s: 1"), (1, "rank 1 of 2 did not")]
+)
+def test_ranks_that_never_come(no_ranks, rank, said):
     """RANK and WORLD_SIZE of an earlier job in the shell: nobody else will start."""
-    from tests.launch import free_port
-
     no_ranks.setattr(ranks, "WAIT_BY_HAND", 1)
     for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                         "MASTER_PORT": free_port()}.items():  # fmt: skip
         no_ranks.setenv(name, value)
-    with pytest.raises(OSError, match=r"did not all meet at 127.0.0.1:.*left over in this shell: unset them"):
+    with pytest.raises(OSError, match=f"{said}.*left over in this shell: unset them"):
         ranks._meet(rank, 2)
+
+
+def test_rank_0_says_whom_it_waits_for(no_ranks, caplog):
+    no_ranks.setattr(ranks, "FIRST_WORD", 0.1)
+    store = torch_dist.HashStore()
+    store.set("here/0", "")
+    with pytest.raises(OSError, match="2 of 3 ranks did not come"):
+        ranks._wait_for_all(store, 3, "node1:29500", 0.3)
+    assert "waiting at node1:29500 for 2 of 3 ranks: 1, 2" in caplog.text
 
 
 def test_one_rank_asks_no_network(no_ranks):

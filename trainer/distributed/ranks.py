@@ -5,10 +5,12 @@ What launchers put into the environment is read in launchers.py.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,7 +29,10 @@ from trainer.distributed.launchers import (
     started_by_hand,
 )
 
+log = logging.getLogger(__name__)
+
 WAIT = 600  # seconds for the other ranks of a launcher: nodes start, and import torch, at different speeds
+FIRST_WORD = 15  # seconds after which rank 0 says whom it waits for
 WAIT_BY_HAND = 60  # ... of ranks that no launcher set, where nobody else may ever come
 
 
@@ -125,7 +130,7 @@ def start() -> Dist:
             )
     if ranks["world"] > 1:
         rendezvous_address()  # refused here, before anything is waited for
-    _export(ranks)
+    _export(ranks | {"local_rank": gpu})  # DeepSpeed takes LOCAL_RANK for the number of the GPU
     device = torch.device("cpu")
     if cuda:
         device = torch.device("cuda", gpu)
@@ -204,28 +209,63 @@ def _meet(rank: int, world: int) -> torch_dist.Store:
     """The store through which the ranks find each other, once all of them are there.
 
     Raises:
-        OSError: they are not, after a while.
+        OSError: they are not, after a while; rank 0 names those that are missing.
     """
     if world == 1:
         return torch_dist.HashStore()  # no network: an address that is left over in the shell is not asked
     address = rendezvous_address()
-    by_hand = started_by_hand()
-    limit = timedelta(seconds=WAIT_BY_HAND if by_hand else WAIT)
+    limit = WAIT_BY_HAND if started_by_hand() else WAIT
+    served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, _, port = address.rpartition(":")
     try:
-        store, _, _ = next(torch_dist.rendezvous("env://", rank, world, timeout=limit))
-        store.set(f"m2mkd/here/{rank}", "")
-        store.wait([f"m2mkd/here/{other}" for other in range(world)], limit)
-    except (torch_dist.DistError, RuntimeError) as error:  # DistNetworkError, DistStoreError: nobody there, or too few
-        left_over = (
-            " RANK and WORLD_SIZE may be left over in this shell: unset them to train with one process." * by_hand
+        server = torch_dist.TCPStore(
+            host,
+            int(port),
+            world,
+            is_master=rank == 0 and not served_by_torchrun,
+            timeout=timedelta(seconds=limit),
+            wait_for_workers=False,  # so that the missing ones can be named
+            multi_tenant=True,
         )
+        store = torch_dist.PrefixStore(f"m2mkd/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
+        store.set(f"here/{rank}", "")
+        if rank == 0:
+            _wait_for_all(store, world, address, limit)
+            store.set("all here", "")
+        store.wait(["all here"], timedelta(seconds=limit + 5))
+    except (torch_dist.DistError, RuntimeError) as error:  # nobody listens there, or rank 0 has given up
         raise OSError(
-            f"the {world} ranks did not all meet at {address} within {limit.seconds} s (this is rank {rank}; "
-            f"{one_line(error)[:200]}).{left_over} Check that every rank was started, with the same MASTER_ADDR and "
-            "MASTER_PORT"
+            f"rank {rank} of {world} did not meet the others at {address} within {limit} s "
+            f"({one_line(error)[:200]}). {_check_the_ranks()}"
         ) from error
     store.set_timeout(torch_dist.default_pg_timeout)
     return store
+
+
+def _wait_for_all(store: torch_dist.Store, world: int, address: str, limit: float) -> None:
+    """Rank 0: until every rank is there; says after a while whom it waits for."""
+    begun = time.monotonic()
+    has_said = False
+    missing = list(range(world))
+    while missing := [rank for rank in missing if not store.check([f"here/{rank}"])]:
+        waited = time.monotonic() - begun
+        names = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+        if waited > limit:
+            raise OSError(
+                f"{len(missing)} of {world} ranks did not come to {address} within {limit} s: {names}. "
+                f"{_check_the_ranks()}"
+            )
+        if waited > FIRST_WORD and not has_said:
+            log.warning("waiting at %s for %d of %d ranks: %s", address, len(missing), world, names)
+            has_said = True
+        time.sleep(0.05)
+
+
+def _check_the_ranks() -> str:
+    advice = "Check that every rank was started, with the same MASTER_ADDR and MASTER_PORT"
+    if started_by_hand():
+        advice += "; RANK and WORLD_SIZE may be left over in this shell: unset them to train with one process"
+    return advice
 
 
 def _refuse_shared_gpus(store: torch_dist.Store, rank: int, world: int) -> None:
