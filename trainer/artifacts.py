@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,20 +32,13 @@ NOT_RECORDED = ("result.json", "metrics.jsonl")  # of an artifact's files
 PACKAGES = ("torch", "deepspeed", "timm", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy")
 
 
-def open_folder(
-    out: Path,
-    name: str,
-    recipe: Recipe,
-    run: dict[str, Any],
-    check: Callable[[Path, bool], None] | None = None,
-) -> tuple[Path, bool]:
+def open_folder(out: Path, name: str, recipe: Recipe, run: dict[str, Any]) -> tuple[Path, bool]:
     """Create or re-open an artifact's folder, write its config.yaml, and keep other processes from writing there.
 
     Args:
         out: the run's folder.
         name: as from artifact_name.
         run: what repeats this phase besides the recipe: phase, module, command, ds_config.
-        check: called with (folder, whether it goes on after a stop) before what it says is replaced; may refuse.
 
     Returns:
         (folder, whether the artifact is already complete).
@@ -58,20 +51,17 @@ def open_folder(
     begun = folder.is_dir() and any(not _says_nothing(path.name) for path in folder.iterdir())
     if begun:  # a folder left by a start that was refused holds nothing that a corrected recipe could spoil
         _refuse_other_recipe(folder, name, recipe, f"{folder} belongs to another run")
-    text = yaml.safe_dump(run | {"recipe": to_dict(recipe)}, sort_keys=False)
-    refuse_secrets(text.splitlines(), "the recipe or the command line")
+    if not begun or not (folder / "config.yaml").is_file():
+        text = yaml.safe_dump(run | {"recipe": to_dict(recipe)}, sort_keys=False)
+        refuse_secrets(text.splitlines(), "the recipe or the command line")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.yaml", text)
     complete = folder / "result.json"
     again = run["phase"] in FOLLOWING  # measured or pushed anew, whatever is there
-    if complete.is_file() and not again:
-        return folder, True
-    folder.mkdir(parents=True, exist_ok=True)
-    writer_lock.hold(folder)
-    if complete.is_file() and not again:  # another process has ended in this moment
-        writer_lock.release(folder)
-        return folder, True
-    if check is not None:
-        check(folder, begun)
-    write_text(folder / "config.yaml", text)  # also of one that goes on: what is run is what --config repeats
+    if again or not complete.is_file():
+        writer_lock.hold(folder)
+        if complete.is_file() and not again:  # another process has ended in this moment
+            writer_lock.release(folder)
     return folder, complete.is_file()
 
 
@@ -153,7 +143,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 def _says_nothing(name: str) -> bool:
     """Whether a file of an artifact's folder is there before anything of the artifact is."""
-    return name in ("config.yaml", "made_of.json") or name.startswith(writer_lock.NAME)
+    return name == "config.yaml" or name.startswith(writer_lock.NAME)
 
 
 def git_commit() -> str | None:

@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -14,21 +13,18 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from models.files.places import expanded
 from models.flops import num_tokens
 from models.labels import Match, match_classes
 from models.modules.stages import split
 from models.teacher.classes import with_classes
 from models.teacher.load import Teacher, fingerprint, load_teacher
-from trainer import artifacts, made_of
-from trainer.config import ds_keys
+from trainer import artifacts
 from trainer.config.ds_config import Settings, resolve, without_training
 from trainer.config.load import module_depths
 from trainer.config.phases import ScheduleConfig
 from trainer.config.recipe import Recipe
 from trainer.data.base import ImageSource
 from trainer.data.classes import doubts
-from trainer.data.fingerprint import fingerprint as fingerprint_data
 from trainer.data.sampler import phase_seed
 from trainer.data.sources import open_source
 from trainer.disk import replacing
@@ -36,16 +32,7 @@ from trainer.distributed.engine import build_engine, working_type
 from trainer.distributed.ranks import Dist, seed_everything
 from trainer.evaluation.accuracy import eval_batch, evaluate
 from trainer.loop.fit import Data, Outcome, Task, epoch_length, fit
-from trainer.request.graph import (
-    artifact_name,
-    experts_in,
-    in_one_job,
-    own_teacher,
-    phase_of,
-    reads_teacher,
-    row_of,
-)
-from trainer.request.stages import inputs_of
+from trainer.request.graph import artifact_name, experts_in, in_one_job, own_teacher, phase_of, row_of
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -73,10 +60,6 @@ class Opened:
         if name not in self._things:
             self._things[name] = make()
         return self._things[name]
-
-    def has(self, name: str) -> bool:
-        """Whether it was asked for already."""
-        return name in self._things
 
 
 @dataclass(frozen=True)
@@ -110,21 +93,10 @@ class Run:
         return self.opened.once("sources", self._open_sources)
 
     def _open_sources(self) -> tuple[ImageSource, ImageSource]:
-        data = replace(self.recipe.data, path=self.located(self.recipe.data.path))
-        train, val = (open_source(data, split) for split in ("train", "val"))
+        train, val = (open_source(self.recipe.data, split) for split in ("train", "val"))
         for doubt in doubts(train, val):
             log.warning(doubt)
         return train, val
-
-    def located(self, source: str) -> str:
-        """Where a source of the recipe lies here: $VARIABLES filled in, and at the commit this run read first."""
-        return made_of.pinned(self.out, expanded(source))
-
-    @property
-    def data_record(self) -> dict[str, Any]:
-        """What tells the images of this run from others, wherever they lie."""
-        train, val = self.sources
-        return self.opened.once("data record", lambda: {"train": fingerprint_data(train), "val": fingerprint_data(val)})
 
     @property
     def labels(self) -> list[str]:
@@ -141,7 +113,7 @@ class Run:
         return self.planned_teacher or self.opened.once("teacher", self._load_teacher)
 
     def _load_teacher(self) -> Teacher:
-        source = self.located(self.recipe.teacher.source)
+        source = self.recipe.teacher.source
         for name in own_teacher(self.recipe):
             source = str(artifacts.require(self.out, name, self.recipe, "a recipe without teacher.source")[0])
         return self.fitted(load_teacher(source), self.recipe.teacher.classes)
@@ -252,30 +224,11 @@ class Run:
         folder, complete = self.out / name, False
         with self.dist.together():
             if self.dist.main:
-                folder, complete = artifacts.open_folder(
-                    self.out, name, recipe, about, partial(self._begin, phase, start)
-                )
+                folder, complete = artifacts.open_folder(self.out, name, recipe, about)
         complete = bool(self.dist.gather(complete)[0])
         if complete and self.dist.main:
             log.info("%s is complete: nothing to do", folder)
         return folder, complete
-
-    def _begin(self, phase: str, start: str, folder: Path, begun: bool) -> None:
-        """Compare and record what a result is made of, and keep the commits that sources of the hub resolved to."""
-        if phase == "push":
-            return  # reads results only
-        row, recipe = row_of(phase), self.recipe
-        made: dict[str, Any] = {"data": self.data_record}
-        if self.planned_teacher is None and reads_teacher(recipe, phase, start):
-            made["teacher"] = {"source": self.teacher.source, "sha256": self.teacher_record["sha256"]}
-            if recipe.teacher.source:
-                made_of.pin(self.out, recipe.teacher.source, self.teacher.source)
-        taken = {"meta": recipe.meta.source, "distill": recipe.distill.source}.get(phase)
-        if row.trains and not taken:
-            made["ds_config"] = ds_keys.numbers(self.settings(row.section).config)
-        inputs = [self.out / name for name in inputs_of(recipe, folder.name)]
-        made_of.begin(folder, made, inputs, recipe.run.accept, begun=begun)
-        made_of.pin(self.out, recipe.data.path, self.sources[0].origin)
 
     def train(
         self,

@@ -23,7 +23,6 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .places import expanded
 from .wrappers import grouped, plain_names
 
 log = logging.getLogger(__name__)
@@ -56,7 +55,6 @@ class CheckpointFiles:
     def __init__(
         self, source: str, revision: str | None = None, *, folder: str = "", cache_dir: str | Path | None = None
     ) -> None:
-        source = expanded(source)
         name = source.removeprefix("local-dir:")  # timm's prefix
         directory = Path(name).expanduser()
         self.directory = directory if directory.is_dir() else None

@@ -25,7 +25,6 @@ LAYERS = (
     "trainer.artifacts trainer.data trainer.distributed trainer.tracking trainer.objectives",
     "trainer.checkpoint trainer.evaluation trainer.report",
     "trainer.hub trainer.loop",
-    "trainer.made_of",
     "trainer.context",
     "trainer.teaching",
     "trainer.phases",

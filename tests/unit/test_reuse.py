@@ -47,8 +47,7 @@ def new_run(out: Path, source: Path, **sections) -> Run:
     for name, section in sections.items():
         values[name] = values.get(name, {}) | section if isinstance(section, dict) else section
     dist = Dist(rank=0, world=1, local_rank=0, local_world=1, device=torch.device("cpu"))
-    ds_values = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 1}}
-    return Run(build(Recipe, values), ds_values, out, dist, "a test")
+    return Run(build(Recipe, values), {}, out, dist, "a test")
 
 
 def fill(weights: torch.nn.Module, seed: int) -> dict[str, torch.Tensor]:
@@ -216,7 +215,7 @@ def test_damaged_sources_are_refused_and_leave_nothing(copy, teachers, tmp_path,
     folder, _ = run.open("meta")
     with pytest.raises(ValueError, match=message):
         reuse.take_meta(run, folder)
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "made_of.json", "writer.json"}
+    assert {path.name for path in folder.iterdir()} == {"config.yaml"}
 
 
 def test_training_starts_from_a_saved_model(teachers, tmp_path):

@@ -272,12 +272,10 @@ def test_what_a_run_writes_repeats_its_own_start(tmp_path, start):
 
     from trainer.context import Run
     from trainer.distributed.ranks import Dist
-    from trainer.teaching.teachers import planned_teacher
 
     recipe = load_recipe(RECIPE)
     assert recipe.train.start == "distilled"
     run = Run(recipe, read_ds_config(DS_CONFIG), tmp_path, Dist(0, 1, 0, 1, torch.device("cpu")), "trainer/run.py")
-    run = run.with_teacher(planned_teacher(recipe.teacher, run.labels))
     folder, done = run.open("train", start=start)
     job = read(["--config", folder / "config.yaml", "--out", "x"])
     assert not done and (job.recipe.train.start, job.phase, job.module) == (start, "train", None)

@@ -85,7 +85,7 @@ def _read(path: Path) -> Saved:
 
 
 def _without_start(recipe: Recipe) -> dict[str, Any]:
-    """Trainings of one run differ in train.start, and its jobs in where data and teacher lie."""
+    """Trainings of one run differ in train.start."""
     values = to_dict(recipe)
-    del values["train"]["start"], values["data"]["path"], values["teacher"]["source"]
+    del values["train"]["start"]
     return values

@@ -248,13 +248,13 @@ def with_experts(config: Mapping[str, Any], ep_size: int) -> None:
 
 
 def numbers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved values that change what is trained, by dotted key; what is off or not set is left out."""
-    found = {key: config.get(key) for key, row in TOP.items() if row.changes_numbers}
+    """The resolved values that change what is trained, by dotted key; in order, defaults left out."""
+    found = {key: config[key] for key, row in TOP.items() if row.changes_numbers and key in config}
     for section, rows in SECTIONS.items():
         for key, row in rows.items():
-            if row.changes_numbers:
-                found[f"{section}.{key}"] = config.get(section, {}).get(key)
-    return {key: value for key, value in found.items() if value}
+            if row.changes_numbers and key in config.get(section, {}):
+                found[f"{section}.{key}"] = config[section][key]
+    return found
 
 
 def _is_text(value: Any) -> bool:

@@ -8,7 +8,6 @@ from typing import Literal
 from trainer.config.knobs import MANY, WEIGHT, Range, check_ranges, knob, require
 
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-MADE_OF = ("teacher", "data", "ds_config", "code")  # what is compared between phases: trainer/made_of.py
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,8 @@ class RunConfig:
         5, "rows of metrics without tokens after which an expert is reported as dead; 0 = never", Range(0, MANY)
     )
 
-    accept: tuple[str, ...] = knob(
-        (),
-        "go on although a result, or what it is made from, was made with another one of these: teacher, data, "
-        "ds_config, code",
-    )
-
     def __post_init__(self):
         check_ranges(self, "run.")
-        for name in self.accept:
-            require(name in MADE_OF, "run.accept", name, ", ".join(MADE_OF))
         for name in self.trackers:
             require(name in ("auto", *TRACKERS), "run.trackers", name, "auto, " + ", ".join(TRACKERS))
 

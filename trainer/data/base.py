@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
@@ -92,19 +92,8 @@ class ImageSource(ABC):
         """A view on `count` images spread evenly over this source; all of them when it has no more."""
         return self.subset(spread_over(len(self), min(count, len(self))))
 
-    def names(self) -> Iterator[bytes]:
-        """The names of the images used, in order, without where the data lies; none where they are only rows."""
-        return iter(())
-
-    def content(self, index: int) -> bytes:
-        """Image `index` as it is stored. Raises OSError when it cannot be read."""
-        return self._content(int(self.rows[index]))
-
     @abstractmethod
     def _read(self, row: int) -> Image.Image: ...
-
-    @abstractmethod
-    def _content(self, row: int) -> bytes: ...
 
 
 def spread_over(total: int, count: int) -> np.ndarray:

@@ -60,9 +60,6 @@ class FractalSource(ImageSource):
         image.putpalette(colours(self._palettes_N23[row]).tobytes())
         return image.convert("RGB")
 
-    def _content(self, row: int) -> bytes:
-        return self._images_NSS[row].tobytes() + self._palettes_N23[row].tobytes()
-
 
 def cached(config: FractalConfig, split: str) -> Path:
     """The folder with the images of `split` ("train" or "val"), made if it is not there yet.

@@ -7,14 +7,12 @@ a streamed one with a shuffle buffer does not. Images are decoded by decode.py f
 import itertools
 import logging
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from models.files.places import expanded
 from models.labels import tidy
 from trainer.config.data import DataConfig
 from trainer.data.base import ImageSource
@@ -36,7 +34,6 @@ def open_source(data: DataConfig, split: str) -> ImageSource:
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}.")
-    data = replace(data, path=expanded(data.path))
     if data.val_share:
         return _held_out(data, split)
     return _SOURCES[data.source](data, split)
@@ -64,9 +61,6 @@ class DigitsSource(ImageSource):
     def _read(self, row: int) -> Image.Image:
         return Image.fromarray(self._images_NHWC[row])
 
-    def _content(self, row: int) -> bytes:
-        return self._images_NHWC[row].tobytes()
-
 
 class FolderSource(ImageSource):
     """PATH/<split>/<class>/*.jpg, as torchvision's ImageFolder reads it; what is left out is counted (walk.py)."""
@@ -89,7 +83,6 @@ class FolderSource(ImageSource):
         # one array, not a million str objects: reference counts would copy those into every worker process
         self._paths = np.array(list(itertools.chain.from_iterable(paths_of.values())))
         targets = np.repeat(np.arange(len(folders)), list(map(len, paths_of.values())))
-        self._root = os.fsencode(root / name)
         self.origin = str(root)
         super().__init__(f"folder {root / name}", folders, targets, data)
         self.remarks = str(tally)
@@ -102,14 +95,6 @@ class FolderSource(ImageSource):
     def _read(self, row: int) -> Image.Image:
         path = os.fsdecode(self._paths[row])
         return decode(path, path, self.max_pixels)
-
-    def names(self) -> Iterator[bytes]:
-        """Paths below the folder of the split, of which the first part is the class."""
-        for row in self.rows:
-            yield os.path.relpath(self._paths[row], self._root)
-
-    def _content(self, row: int) -> bytes:
-        return Path(os.fsdecode(self._paths[row])).read_bytes()
 
 
 class HubSource(ImageSource):
@@ -156,13 +141,6 @@ class HubSource(ImageSource):
         if content is None and path is None:
             raise UnreadableImageError(f"image {description} is empty. {SKIP_HINT}")
         return decode(path if content is None else content, description, self.max_pixels)
-
-    def _content(self, row: int) -> bytes:
-        file = self._images[row][self._image_key] or {}
-        content = file.get("bytes")
-        if content is None and file.get("path"):
-            content = Path(file["path"]).read_bytes()
-        return content or b""
 
 
 def _hub(data: DataConfig, split: str) -> ImageSource:

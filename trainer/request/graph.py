@@ -23,9 +23,8 @@ OF_STUDENT = (*OF_META, "distill", "expert", "student")
 OF_TRAINING = (*OF_STUDENT, "refine", "train")
 # ... but for these keys of them
 NOT_DEFINING = {
-    # where data and teacher lie: what is in them is compared instead (trainer/made_of.py)
-    "data": ("path", "workers", "fractals.cache"),
-    "teacher": ("source", "allow_chance"),
+    "data": ("workers", "fractals.cache"),
+    "teacher": ("allow_chance",),
     "train": ("start", "baselines"),
 }
 
@@ -62,15 +61,6 @@ def learns_from_teacher(recipe: Recipe, start: str) -> bool:
     t = recipe.train
     beside_it = t.kd_weight or t.border_weight or t.routing_weight
     return start != "distilled" or not t.init or bool(beside_it)
-
-
-def reads_teacher(recipe: Recipe, phase: str, start: str) -> bool:
-    """Whether a phase learns from the teacher; one that makes it does not, nor does a student that needs none."""
-    if phase in ("teacher", "evaluate", "push"):
-        return False
-    if recipe.teacher.grown and phase in ("meta", "incubate", "assemble"):
-        return False
-    return phase != "train" or learns_from_teacher(recipe, start)
 
 
 def _teacher_of_meta(recipe: Recipe, _start: str) -> tuple[str, ...]:

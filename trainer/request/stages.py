@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,14 +63,6 @@ def stages(recipe: Recipe) -> list[Stage]:
     return made
 
 
-def inputs_of(recipe: Recipe, name: str) -> tuple[str, ...]:
-    """The results of earlier phases that a result of --phase all is made from; () for other results."""
-    for stage in stages(recipe):
-        if name in stage.artifacts:
-            return stage.inputs
-    return ()
-
-
 def _stages_of(row: Phase, recipe: Recipe, start: str, before: list[Stage]) -> list[Stage]:
     """The jobs of one phase, behind those that are there already."""
     needed = row.needs(recipe, start)
@@ -126,4 +117,4 @@ def hub_names(recipe: Recipe) -> list[str]:
     if recipe.student.init != "teacher":
         names.append(recipe.student.init)
     names.append(recipe.train.init)
-    return [name for name in dict.fromkeys(names) if name and not Path(os.path.expandvars(name)).expanduser().exists()]
+    return [name for name in dict.fromkeys(names) if name and not Path(name).expanduser().exists()]
