@@ -16,19 +16,28 @@ from torch import Tensor, nn
 from models.flops import num_tokens
 from models.modules.stages import split
 from models.teacher.load import Teacher, fingerprint, load_teacher
-from trainer import artifacts
+from trainer import artifacts, made_of
 from trainer.config.ds_config import Settings, resolve
 from trainer.config.load import module_depths
 from trainer.config.phases import ScheduleConfig
 from trainer.config.recipe import Recipe
 from trainer.data.base import ImageSource
+from trainer.data.fingerprint import fingerprint as images_fingerprint
 from trainer.data.sources import open_source
 from trainer.disk import replacing
 from trainer.distributed.engine import build_engine, working_type
 from trainer.distributed.ranks import Dist, seed_everything
 from trainer.evaluation.accuracy import eval_batch, evaluate
 from trainer.loop.fit import Data, Outcome, Task, epoch_length, fit
-from trainer.request.graph import artifact_name, experts_in, in_one_job, own_teacher, row_of
+from trainer.request.graph import (
+    artifact_name,
+    artifacts_of,
+    experts_in,
+    in_one_job,
+    learns_from_teacher,
+    own_teacher,
+    row_of,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -123,6 +132,14 @@ class Run:
         return self.opened.once("teacher record", lambda: fingerprint(self.teacher))
 
     @property
+    def data_record(self) -> dict[str, Any]:
+        """What tells these images from others, wherever they lie, by split."""
+        train, val = self.sources
+        return self.opened.once(
+            "data record", lambda: {"train": images_fingerprint(train), "val": images_fingerprint(val)}
+        )
+
+    @property
     def data(self) -> Data:
         """Images with the teacher's preprocessing and the recipe's training transforms."""
         return self.data_for(self.teacher.preprocessing)
@@ -188,10 +205,48 @@ class Run:
         with self.dist.together():
             if self.dist.main:
                 folder, complete = artifacts.open_folder(self.out, name, recipe, about)
+                if phase == "evaluate" or not complete:
+                    self._compare(folder, phase, recipe)
         complete = bool(self.dist.gather(complete)[0])
         if complete and self.dist.main:
             log.info("%s is complete: nothing to do", folder)
         return folder, complete
+
+    def _compare(self, folder: Path, phase: str, recipe: Recipe) -> None:
+        """Compare what this phase is made of with its inputs and its own beginning, and record it (rank 0)."""
+        if phase == "push":
+            return  # it hands on what is there
+        start = recipe.train.start
+        now = self._made_of(phase, recipe)
+        accept, accepted = recipe.run.accept, []
+        of_inputs = {kind: value for kind, value in now.items() if kind != "ds_config"}  # each phase has its own
+        for needed in row_of(phase).needs(recipe, start):
+            for name in artifacts_of(recipe, needed, start):
+                if name != folder.name and (self.out / name / "result.json").is_file():
+                    accepted += made_of.compare(made_of.read(self.out / name), of_inputs, self.out / name, accept)
+        if (folder / "checkpoints").is_dir() and not (folder / "result.json").is_file():
+            before = made_of.read(folder)
+            accepted = before.get("accepted", []) + accepted
+            accepted += made_of.compare(before, now, folder, accept)
+        made_of.write(folder, now | {"accepted": list(dict.fromkeys(accepted))})
+        artifacts.keep_config_true(folder, recipe, self.ds_values)
+
+    def _made_of(self, phase: str, recipe: Recipe) -> dict[str, Any]:
+        """What a phase is made of beside the recipe, as far as it reads it."""
+        row = row_of(phase)
+        now = {
+            "data": self.data_record,
+            "code": {"sha256": made_of.code_digest(), "commit": artifacts.git_commit()},
+            "versions": artifacts.versions(),
+        }
+        before_the_teacher = phase in ("teacher", "incubate", "assemble") or (phase == "meta" and recipe.teacher.grown)
+        asks_teacher = learns_from_teacher(recipe, recipe.train.start) if row.by_start else not before_the_teacher
+        if asks_teacher and phase != "evaluate":
+            now["teacher"] = self.teacher_record
+        taken = getattr(getattr(recipe, phase, None), "source", "") and phase in ("meta", "distill")
+        if row.section and not taken:
+            now["ds_config"] = made_of.ds_numbers(self.settings(row.section).config)
+        return now
 
     def train(
         self,

@@ -7,6 +7,7 @@ from typing import Literal
 
 from trainer.config.knobs import knob, require
 
+MADE_OF = ("teacher", "data", "ds_config", "code")  # what is compared (trainer/made_of.py)
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -38,6 +39,10 @@ class RunConfig:
     )
     on_spike: Literal["warn", "rollback"] = knob("warn", "warn of a spike, or go back to the last checkpoint")
     dead_after: int = knob(5, "rows of metrics without tokens after which an expert is reported as dead; 0 = never")
+    accept: tuple[str, ...] = knob(
+        (),
+        "go on although this differs from what made the inputs or began the result: teacher, data, ds_config, code",
+    )
 
     def __post_init__(self):
         for name in ("log_every", "eval_every", "save_every", "save_epochs", "keep"):
@@ -51,6 +56,8 @@ class RunConfig:
         require(self.eval_batch >= 0, "run.eval_batch", self.eval_batch, "0 (the micro-batch) or more")
         for name in self.trackers:
             require(name in ("auto", *TRACKERS), "run.trackers", name, "auto, " + ", ".join(TRACKERS))
+        for name in self.accept:
+            require(name in MADE_OF, "run.accept", name, ", ".join(MADE_OF))
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,18 @@ class FolderSource(ImageSource):
         self._paths = np.array(list(itertools.chain.from_iterable(paths_of)))
         targets = np.repeat(np.arange(len(classes)), list(map(len, paths_of)))
         self.origin = str(root)
+        self._folder = os.fsencode(root / name)
         super().__init__(f"folder {root / name}", classes, targets, data)
+
+    def name_of(self, row: int) -> bytes:
+        return bytes(self._paths[row])[len(self._folder) :]
+
+    def size_of(self, row: int) -> int:
+        path = bytes(self._paths[row])
+        return os.stat(path).st_size if os.path.exists(path) else -1
+
+    def content_of(self, row: int, limit: int) -> bytes:
+        return _beginning(bytes(self._paths[row]), limit)
 
     def _read(self, row: int) -> Image.Image:
         path = os.fsdecode(self._paths[row])
@@ -111,6 +122,13 @@ class HubSource(ImageSource):
         refuse_outside(self._images, data.image_key, data.path)
         super().__init__(f"hub {data.path} {name}", labels, targets, data)
 
+    def content_of(self, row: int, limit: int) -> bytes:
+        file = self._images[row][self._image_key] or {}
+        content = file.get("bytes")
+        if content is not None:
+            return content[:limit]
+        return _beginning(file["path"], limit) if file.get("path") else b""
+
     def _read(self, row: int) -> Image.Image:
         file = self._images[row][self._image_key] or {}
         content = file.get("bytes")
@@ -130,6 +148,11 @@ def _fractals(data: DataConfig, split: str) -> ImageSource:
 
 
 _SOURCES = {"digits": DigitsSource, "fractals": _fractals, "folder": FolderSource, "hub": HubSource}
+
+
+def _beginning(path: str | bytes, limit: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(limit)
 
 
 def _name_of(split: str, data: DataConfig) -> str:
