@@ -205,7 +205,11 @@ class Run:
         with self.dist.together():
             if self.dist.main:
                 folder, complete = artifacts.open_folder(self.out, name, recipe, about)
-                if phase == "evaluate" or not complete:
+                if phase == "push":
+                    pass  # it hands on what is there
+                elif complete and phase != "evaluate":  # which measures anew
+                    made_of.compare(made_of.read(folder), self._read_by(phase, recipe), folder, recipe.run.accept)
+                else:
                     self._compare(folder, phase, recipe)
         complete = bool(self.dist.gather(complete)[0])
         if complete and self.dist.main:
@@ -214,10 +218,8 @@ class Run:
 
     def _compare(self, folder: Path, phase: str, recipe: Recipe) -> None:
         """Compare what this phase is made of with its inputs and its own beginning, and record it (rank 0)."""
-        if phase == "push":
-            return  # it hands on what is there
         start = recipe.train.start
-        now = self._made_of(phase, recipe)
+        now = self._read_by(phase, recipe) | self._worked_by(phase, recipe)
         accept, accepted = recipe.run.accept, []
         of_inputs = {kind: value for kind, value in now.items() if kind != "ds_config"}  # each phase has its own
         for needed in row_of(phase).needs(recipe, start):
@@ -226,26 +228,32 @@ class Run:
                     accepted += made_of.compare(made_of.read(self.out / name), of_inputs, self.out / name, accept)
         if (folder / "checkpoints").is_dir() and not (folder / "result.json").is_file():
             before = made_of.read(folder)
-            accepted = before.get("accepted", []) + accepted
+            accepted = [*before.get("accepted", ()), *accepted]
             accepted += made_of.compare(before, now, folder, accept)
         made_of.write(folder, now | {"accepted": list(dict.fromkeys(accepted))})
         artifacts.keep_config_true(folder, recipe, self.ds_values)
 
-    def _made_of(self, phase: str, recipe: Recipe) -> dict[str, Any]:
-        """What a phase is made of beside the recipe, as far as it reads it."""
+    def _read_by(self, phase: str, recipe: Recipe) -> dict[str, Any]:
+        """The data and the teacher of a phase, as far as it reads them."""
+        row = row_of(phase)
+        now = {"data": self.data_record}
+        before_the_teacher = phase in ("teacher", "incubate", "assemble") or (phase == "meta" and recipe.teacher.grown)
+        asks_teacher = learns_from_teacher(recipe, recipe.train.start) if row.by_start else not before_the_teacher
+        is_there = all((self.out / name / "result.json").is_file() for name in own_teacher(recipe))
+        if asks_teacher and is_there and phase != "evaluate":
+            now["teacher"] = self.teacher_record
+        return now
+
+    def _worked_by(self, phase: str, recipe: Recipe) -> dict[str, Any]:
+        """The code, the packages and the numbers of the DeepSpeed JSON that a phase works with."""
         row = row_of(phase)
         now = {
-            "data": self.data_record,
             "code": {"sha256": made_of.code_digest(), "commit": artifacts.git_commit()},
             "versions": artifacts.versions(),
         }
-        before_the_teacher = phase in ("teacher", "incubate", "assemble") or (phase == "meta" and recipe.teacher.grown)
-        asks_teacher = learns_from_teacher(recipe, recipe.train.start) if row.by_start else not before_the_teacher
-        if asks_teacher and phase != "evaluate":
-            now["teacher"] = self.teacher_record
         taken = getattr(getattr(recipe, phase, None), "source", "") and phase in ("meta", "distill")
         if row.section and not taken:
-            now["ds_config"] = made_of.ds_numbers(self.settings(row.section).config)
+            now["ds_config"] = made_of.ds_numbers(self.ds_values, getattr(recipe, row.section).clip)
         return now
 
     def train(

@@ -84,16 +84,21 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path, accep
             raise ValueError(f"{line}. {WAY_ON.format(kind)}")
         log.warning("%s; accepted by run.accept", line)
         accepted.append(line)
-    changed = _changed(then.get("versions") or {}, now.get("versions") or {})
+    changed = _changed(then.get("versions"), now.get("versions"))
     if changed:
         log.warning("%s was made with other packages: %s", folder, ", ".join(changed))
     return accepted
 
 
-def ds_numbers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What changes numbers in a resolved DeepSpeed JSON, by dotted key."""
-    numbers = {key: config[key] for key in NUMBERS if key in config}
-    numbers["bf16.enabled"] = bool(config.get("bf16", {}).get("enabled", False))
+def ds_numbers(values: Mapping[str, Any], clip: float | None) -> dict[str, Any]:
+    """What changes numbers in a DeepSpeed JSON as read, by dotted key.
+
+    Args:
+        clip: of the recipe's section, which fills "auto".
+    """
+    numbers = {key: values[key] for key in NUMBERS if values.get(key, "auto") != "auto"}
+    numbers["gradient_clipping"] = float(numbers.get("gradient_clipping", clip or 0.0))
+    numbers["bf16.enabled"] = bool(values.get("bf16", {}).get("enabled", False))
     return numbers
 
 
@@ -162,7 +167,9 @@ DESCRIBED = {"teacher": _teacher, "data": _data, "ds_config": _ds_config, "code"
 NAMED = {"teacher": "teacher", "data": "data set", "ds_config": "DeepSpeed JSON", "code": "version of the code"}
 
 
-def _changed(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+def _changed(then: Any, now: Any) -> list[str]:
+    if not isinstance(then, dict) or not isinstance(now, dict):
+        return []
     return [f"{name} {then[name]} then, {now[name]} now" for name in now if name in then and then[name] != now[name]]
 
 

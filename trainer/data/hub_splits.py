@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from models.files.places import expanded
 from trainer.config.data import DataConfig
 from trainer.config.load import one_line
 from trainer.data.decode import printable
@@ -34,7 +35,7 @@ def load_splits(path: str) -> tuple["datasets.DatasetDict", str]:
     """
     import datasets
 
-    folder = Path(path).expanduser()
+    folder = Path(expanded(path))
     origin = str(folder)
     try:
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
@@ -125,7 +126,7 @@ def refuse_outside(images: "datasets.Dataset", key: str, path: str) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     config = datasets.config
-    roots = [Path(path).expanduser(), config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE]
+    roots = [Path(expanded(path)), config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE]
     roots += list(map(os.path.realpath, roots))
     allowed = tuple(os.path.join(os.path.abspath(root), "") for root in roots)
     for row, file in _named_files(images, key):

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from models.files.places import expanded
 from trainer.config.data import DataConfig
 from trainer.data.base import ImageSource
 from trainer.data.decode import SKIP_HINT, UnreadableImageError, decode, printable
@@ -61,7 +62,7 @@ class FolderSource(ImageSource):
     """PATH/<split>/<class>/*.jpg, as torchvision's ImageFolder reads it; links are followed, also out of PATH."""
 
     def __init__(self, data: DataConfig, split: str):
-        root = Path(data.path).expanduser()
+        root = Path(expanded(data.path))
         train_classes = _class_folders(root, data.train_split, "data.train_split")
         name = _name_of(split, data)
         classes = _class_folders(root, name, f"data.{split}_split")

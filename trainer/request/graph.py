@@ -21,8 +21,12 @@ OF_TEACHER = ("seed", "data", "augment", "teacher")
 OF_META = (*OF_TEACHER, "modules", "meta")
 OF_STUDENT = (*OF_META, "distill", "expert", "student")
 OF_TRAINING = (*OF_STUDENT, "refine", "train")
-# ... but for these keys of them
-NOT_DEFINING = {"data": ("workers", "fractals.cache"), "train": ("start", "baselines")}
+# ... but for these keys of them. Where data and teacher lie defines nothing: what is there does (trainer/made_of.py)
+NOT_DEFINING = {
+    "data": ("path", "workers", "fractals.cache"),
+    "teacher": ("source",),
+    "train": ("start", "baselines"),
+}
 
 
 def own_teacher(recipe: Recipe) -> tuple[str, ...]:
@@ -390,6 +394,8 @@ def defining(recipe: dict[str, Any], name: str) -> dict[str, Any]:
             if phase == section == "teacher":
                 without = ("depths",)  # it is cut into modules later
             value = _without(value, without)
+            if section == "teacher":
+                value["given"] = bool(recipe["teacher"]["source"])
         kept[section] = value
     return kept
 
