@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trainer import writer_lock
+from trainer import made_of, writer_lock
 from trainer.config.load import build, first_difference, read_yaml, to_dict
 from trainer.config.recipe import Recipe
 from trainer.config.redaction import refuse_secrets
@@ -28,7 +28,7 @@ from trainer.request.stages import DOWNLOAD, FOLLOWING, Stage
 if TYPE_CHECKING:
     from torch import Tensor
 
-NOT_RECORDED = ("result.json", "metrics.jsonl")  # of an artifact's files
+NOT_RECORDED = ("result.json", "metrics.jsonl", made_of.RECORD)  # of an artifact's files
 PACKAGES = ("torch", "deepspeed", "timm", "transformers", "datasets", "huggingface_hub", "safetensors", "numpy")
 
 
@@ -63,6 +63,17 @@ def open_folder(out: Path, name: str, recipe: Recipe, run: dict[str, Any]) -> tu
         if complete.is_file() and not again:  # another process has ended in this moment
             writer_lock.release(folder)
     return folder, complete.is_file()
+
+
+def keep_config_true(folder: Path, recipe: Recipe, ds_values: dict[str, Any]) -> None:
+    """Let config.yaml of an unfinished result hold the recipe and the DeepSpeed JSON that it goes on with."""
+    path = folder / "config.yaml"
+    saved = read_yaml(path.read_text(), str(path))
+    going_on = saved | {"ds_config": ds_values, "recipe": to_dict(recipe)}
+    if going_on != saved:
+        text = yaml.safe_dump(going_on, sort_keys=False)
+        refuse_secrets(text.splitlines(), "the recipe or the command line")
+        write_text(path, text)
 
 
 def require(out: Path, name: str, recipe: Recipe, needed_by: str) -> tuple[Path, dict[str, Any]]:
@@ -136,6 +147,8 @@ def write_result(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
         if path.is_file() and not unrecorded:
             files[path.name] = file_record(path)
     result = result | {"git_commit": git_commit(), "versions": versions(), "files": files}
+    if (folder / made_of.RECORD).is_file():
+        result["made_of"] = json.loads((folder / made_of.RECORD).read_text())
     write_json(folder / "result.json", result)
     writer_lock.release(folder)
     return result
@@ -143,7 +156,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
 
 def _says_nothing(name: str) -> bool:
     """Whether a file of an artifact's folder is there before anything of the artifact is."""
-    return name == "config.yaml" or name.startswith(writer_lock.NAME)
+    return name in ("config.yaml", made_of.RECORD) or name.startswith(writer_lock.NAME)
 
 
 def git_commit() -> str | None:

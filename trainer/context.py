@@ -18,13 +18,14 @@ from models.labels import Match, match_classes
 from models.modules.stages import split
 from models.teacher.classes import with_classes
 from models.teacher.load import Teacher, fingerprint, load_teacher
-from trainer import artifacts
+from trainer import artifacts, made_of
 from trainer.config.ds_config import Settings, resolve, without_training
 from trainer.config.load import module_depths
 from trainer.config.phases import ScheduleConfig
 from trainer.config.recipe import Recipe
 from trainer.data.base import ImageSource
 from trainer.data.classes import doubts
+from trainer.data.fingerprint import fingerprint as images_fingerprint
 from trainer.data.sampler import phase_seed
 from trainer.data.sources import open_source
 from trainer.disk import replacing
@@ -32,7 +33,16 @@ from trainer.distributed.engine import build_engine, working_type
 from trainer.distributed.ranks import Dist, seed_everything
 from trainer.evaluation.accuracy import eval_batch, evaluate
 from trainer.loop.fit import Data, Outcome, Task, epoch_length, fit
-from trainer.request.graph import artifact_name, experts_in, in_one_job, own_teacher, phase_of, row_of
+from trainer.request.graph import (
+    artifact_name,
+    artifacts_of,
+    experts_in,
+    in_one_job,
+    learns_from_teacher,
+    own_teacher,
+    phase_of,
+    row_of,
+)
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -156,6 +166,14 @@ class Run:
         return self.opened.once("teacher record", lambda: fingerprint(self.teacher))
 
     @property
+    def data_record(self) -> dict[str, Any]:
+        """What tells these images from others, wherever they lie, by split."""
+        train, val = self.sources
+        return self.opened.once(
+            "data record", lambda: {"train": images_fingerprint(train), "val": images_fingerprint(val)}
+        )
+
+    @property
     def data(self) -> Data:
         """Images with the teacher's preprocessing and the recipe's training transforms."""
         return self.data_for(self.teacher.preprocessing)
@@ -225,10 +243,56 @@ class Run:
         with self.dist.together():
             if self.dist.main:
                 folder, complete = artifacts.open_folder(self.out, name, recipe, about)
+                if phase == "push":
+                    pass  # it hands on what is there
+                elif complete and phase != "evaluate":  # which measures anew
+                    made_of.compare(made_of.read(folder), self._read_by(phase, recipe), folder, recipe.run.accept)
+                else:
+                    self._compare(folder, phase, recipe)
         complete = bool(self.dist.gather(complete)[0])
         if complete and self.dist.main:
             log.info("%s is complete: nothing to do", folder)
         return folder, complete
+
+    def _compare(self, folder: Path, phase: str, recipe: Recipe) -> None:
+        """Compare what this phase is made of with its inputs and its own beginning, and record it (rank 0)."""
+        start = recipe.train.start
+        now = self._read_by(phase, recipe) | self._worked_by(phase, recipe)
+        accept, accepted = recipe.run.accept, []
+        of_inputs = {kind: value for kind, value in now.items() if kind != "ds_config"}  # each phase has its own
+        for needed in row_of(phase).needs(recipe, start):
+            for name in artifacts_of(recipe, needed, start):
+                if name != folder.name and (self.out / name / "result.json").is_file():
+                    accepted += made_of.compare(made_of.read(self.out / name), of_inputs, self.out / name, accept)
+        if (folder / "checkpoints").is_dir() and not (folder / "result.json").is_file():
+            before = made_of.read(folder)
+            accepted = [*before.get("accepted", ()), *accepted]
+            accepted += made_of.compare(before, now, folder, accept)
+        made_of.write(folder, now | {"accepted": list(dict.fromkeys(accepted))})
+        artifacts.keep_config_true(folder, recipe, self.ds_values)
+
+    def _read_by(self, phase: str, recipe: Recipe) -> dict[str, Any]:
+        """The data and the teacher of a phase, as far as it reads them."""
+        row = row_of(phase)
+        now = {"data": self.data_record}
+        before_the_teacher = phase in ("teacher", "incubate", "assemble") or (phase == "meta" and recipe.teacher.grown)
+        asks_teacher = learns_from_teacher(recipe, recipe.train.start) if row.by_start else not before_the_teacher
+        is_there = all((self.out / name / "result.json").is_file() for name in own_teacher(recipe))
+        if asks_teacher and is_there and phase != "evaluate":
+            now["teacher"] = self.teacher_record
+        return now
+
+    def _worked_by(self, phase: str, recipe: Recipe) -> dict[str, Any]:
+        """The code, the packages and the numbers of the DeepSpeed JSON that a phase works with."""
+        row = row_of(phase)
+        now = {
+            "code": {"sha256": made_of.code_digest(), "commit": artifacts.git_commit()},
+            "versions": artifacts.versions(),
+        }
+        taken = getattr(getattr(recipe, phase, None), "source", "") and phase in ("meta", "distill")
+        if row.section and not taken:
+            now["ds_config"] = made_of.ds_numbers(self.ds_values, getattr(recipe, row.section).clip)
+        return now
 
     def train(
         self,

@@ -23,6 +23,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .places import expanded
 from .wrappers import grouped, plain_names
 
 log = logging.getLogger(__name__)
@@ -55,11 +56,11 @@ class CheckpointFiles:
     def __init__(
         self, source: str, revision: str | None = None, *, folder: str = "", cache_dir: str | Path | None = None
     ) -> None:
-        name = source.removeprefix("local-dir:")  # timm's prefix
-        directory = Path(name).expanduser()
+        name = expanded(source.removeprefix("local-dir:"))  # timm's prefix
+        directory = Path(name)
         self.directory = directory if directory.is_dir() else None
         self.commit: str | None = None  # of the hub's files, known after the first one
-        meant_as_path = name != source or name.startswith(("/", ".", "~"))
+        meant_as_path = source.startswith(("local-dir:", "/", ".", "~", "$"))
         if self.directory is None and meant_as_path:
             raise ValueError(f"{source!r} is not a directory. Give an existing directory or a hub id (owner/name).")
         if self.directory is not None and (directory / "snapshots").is_dir() and (directory / "refs").is_dir():

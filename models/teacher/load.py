@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..files.checks import DAMAGED, checked_weights, one_line, read_object
 from ..files.hub import SAVE_PLAIN, WEIGHTS, CheckpointFiles, Weights
+from ..files.places import expanded
 from ..preprocessing import Preprocessing
 from .convert import to_timm
 from .images import from_processor, from_timm_config, to_processor
@@ -95,7 +96,7 @@ def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
         ValueError: nothing readable there, a family that cannot be split, no head, no preprocessing, pickled weights.
         RuntimeError: the conversion to timm changed the logits.
     """
-    if Path(source).expanduser().is_file():
+    if Path(expanded(source)).is_file():
         raise ValueError(
             f"{source!r} is a file, expected a directory or a hub id. Pickle files (.bin, .pt, .pth) can run code and "
             f"are never read: convert it with transformers' save_pretrained or timm.models.save_for_hf."

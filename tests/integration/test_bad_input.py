@@ -33,7 +33,7 @@ def refused(warm, out: Path, arguments: list, *expected: str, code: int = 2, **o
     after = files(out)
     assert {name: after.get(name) for name in before} == before
     new = {Path(name).name for name in after.keys() - before.keys()}
-    assert new <= {"config.yaml"}, f"trained before it was refused: {new}"
+    assert new <= {"config.yaml", "made_of.json"}, f"trained before it was refused: {new}"
     return errors[0]
 
 

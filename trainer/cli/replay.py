@@ -85,7 +85,10 @@ def _read(path: Path) -> Saved:
 
 
 def _without_start(recipe: Recipe) -> dict[str, Any]:
-    """Trainings of one run differ in train.start."""
+    """Trainings of one run differ in train.start, in where each job finds its data and teacher, in what is accepted."""
     values = to_dict(recipe)
     del values["train"]["start"]
+    del values["data"]["path"]
+    del values["teacher"]["source"]
+    del values["run"]["accept"]
     return values

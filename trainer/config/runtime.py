@@ -7,6 +7,7 @@ from typing import Literal
 
 from trainer.config.knobs import MANY, WEIGHT, Range, check_ranges, knob, require
 
+MADE_OF = ("teacher", "data", "ds_config", "code")  # what is compared (trainer/made_of.py)
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -52,11 +53,17 @@ class RunConfig:
     dead_after: int = knob(
         5, "rows of metrics without tokens after which an expert is reported as dead; 0 = never", Range(0, MANY)
     )
+    accept: tuple[str, ...] = knob(
+        (),
+        "go on although this differs from what made the inputs or began the result: teacher, data, ds_config, code",
+    )
 
     def __post_init__(self):
         check_ranges(self, "run.")
         for name in self.trackers:
             require(name in ("auto", *TRACKERS), "run.trackers", name, "auto, " + ", ".join(TRACKERS))
+        for name in self.accept:
+            require(name in MADE_OF, "run.accept", name, ", ".join(MADE_OF))
 
 
 @dataclass(frozen=True)

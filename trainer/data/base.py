@@ -92,6 +92,18 @@ class ImageSource(ABC):
         """A view on `count` images spread evenly over this source; all of them when it has no more."""
         return self.subset(spread_over(len(self), min(count, len(self))))
 
+    def name_of(self, row: int) -> bytes:
+        """Name of an image's file relative to its split, for the fingerprint; empty where it has none."""
+        return b""
+
+    def size_of(self, row: int) -> int:
+        """Size of an image's file, bytes, for the fingerprint; 0 where it has none."""
+        return 0
+
+    def content_of(self, row: int, limit: int) -> bytes:
+        """What an image is, for the fingerprint: the first `limit` bytes of its file, or of its pixels."""
+        return self._read(row).tobytes()[:limit]
+
     @abstractmethod
     def _read(self, row: int) -> Image.Image: ...
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from models.files.places import expanded
 from trainer.config.data import DataConfig, FractalConfig
 from trainer.data import fractal_images
 from trainer.data.base import ImageSource
@@ -72,7 +73,7 @@ def cached(config: FractalConfig, split: str) -> Path:
     """
     values = _parameters(config, split)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-    cache = Path(config.cache or os.environ.get("M2MKD_CACHE") or "~/.cache/m2mkd").expanduser()
+    cache = Path(expanded(config.cache or os.environ.get("M2MKD_CACHE") or "~/.cache/m2mkd"))
     folder = cache / f"fractals-{split}-{digest}"
     if _complete(folder, values):
         return folder

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from models.files.places import expanded
 from trainer.config.data import DataConfig
 from trainer.config.load import close, one_line
 from trainer.data.decode import printable
@@ -44,7 +45,7 @@ def load_splits(path: str, configuration: str = "") -> tuple["datasets.DatasetDi
     """
     import datasets
 
-    folder = Path(path).expanduser()
+    folder = Path(expanded(path))
     origin = str(folder)
     options = {"name": configuration} if configuration else {}
     saved = (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
@@ -141,7 +142,7 @@ def refuse_outside(images: "datasets.Dataset", key: str, path: str) -> None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     config = datasets.config
-    roots = [Path(path).expanduser(), config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE]
+    roots = [Path(expanded(path)), config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE]
     roots += list(map(os.path.realpath, roots))
     allowed = tuple(os.path.join(os.path.abspath(root), "") for root in roots)
     for row, file in _named_files(images, key):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from models.files.places import expanded
 from models.labels import tidy
 from trainer.config.data import DataConfig
 from trainer.data.base import ImageSource
@@ -34,6 +35,7 @@ def open_source(data: DataConfig, split: str) -> ImageSource:
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}.")
+    data = replace(data, path=expanded(data.path))
     if data.val_share:
         return _held_out(data, split)
     return _SOURCES[data.source](data, split)
@@ -84,6 +86,7 @@ class FolderSource(ImageSource):
         self._paths = np.array(list(itertools.chain.from_iterable(paths_of.values())))
         targets = np.repeat(np.arange(len(folders)), list(map(len, paths_of.values())))
         self.origin = str(root)
+        self._folder = os.fsencode(root / name)
         super().__init__(f"folder {root / name}", folders, targets, data)
         self.remarks = str(tally)
         asked_name = _name_of(split, data)
@@ -91,6 +94,16 @@ class FolderSource(ImageSource):
             self.remarks = "; ".join(filter(None, [f"it stands for data.{split}_split {asked_name!r}", self.remarks]))
         if self.remarks:
             logger.warning("%s: %s", self.name, self.remarks)
+
+    def name_of(self, row: int) -> bytes:
+        return bytes(self._paths[row])[len(self._folder) :]
+
+    def size_of(self, row: int) -> int:
+        path = bytes(self._paths[row])
+        return os.stat(path).st_size if os.path.exists(path) else -1
+
+    def content_of(self, row: int, limit: int) -> bytes:
+        return _beginning(bytes(self._paths[row]), limit)
 
     def _read(self, row: int) -> Image.Image:
         path = os.fsdecode(self._paths[row])
@@ -130,6 +143,13 @@ class HubSource(ImageSource):
         if remark and split == "train":  # the same of both splits
             self.remarks = remark
             logger.warning("%s: %s", self.name, remark)
+
+    def content_of(self, row: int, limit: int) -> bytes:
+        file = self._images[row][self._image_key] or {}
+        content = file.get("bytes")
+        if content is not None:
+            return content[:limit]
+        return _beginning(file["path"], limit) if file.get("path") else b""
 
     def _read(self, row: int) -> Image.Image:
         file = self._images[row][self._image_key] or {}
@@ -200,6 +220,11 @@ def _fractals(data: DataConfig, split: str) -> ImageSource:
 
 
 _SOURCES = {"digits": DigitsSource, "fractals": _fractals, "folder": FolderSource, "hub": _hub}
+
+
+def _beginning(path: str | bytes, limit: int) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(limit)
 
 
 def _name_of(split: str, data: DataConfig) -> str:

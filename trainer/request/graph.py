@@ -21,10 +21,10 @@ OF_TEACHER = ("seed", "data", "augment", "teacher")
 OF_META = (*OF_TEACHER, "modules", "meta")
 OF_STUDENT = (*OF_META, "distill", "expert", "student")
 OF_TRAINING = (*OF_STUDENT, "refine", "train")
-# ... but for these keys of them
+# ... but for these keys of them. Where data and teacher lie defines nothing: what is there does (trainer/made_of.py)
 NOT_DEFINING = {
-    "data": ("workers", "fractals.cache"),
-    "teacher": ("allow_chance",),
+    "data": ("path", "workers", "fractals.cache"),
+    "teacher": ("source", "allow_chance"),
     "train": ("start", "baselines"),
 }
 
@@ -399,6 +399,8 @@ def defining(recipe: dict[str, Any], name: str) -> dict[str, Any]:
             if phase == section == "teacher":
                 without = (*without, "depths")  # it is cut into modules later
             value = _without(value, without)
+            if section == "teacher":
+                value["given"] = bool(recipe["teacher"]["source"])
         kept[section] = value
     return kept
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,4 +118,4 @@ def hub_names(recipe: Recipe) -> list[str]:
     if recipe.student.init != "teacher":
         names.append(recipe.student.init)
     names.append(recipe.train.init)
-    return [name for name in dict.fromkeys(names) if name and not Path(name).expanduser().exists()]
+    return [name for name in dict.fromkeys(names) if name and not Path(os.path.expandvars(name)).expanduser().exists()]

@@ -151,7 +151,7 @@ class _Artifact:
         basis = self.files.find(bases.FILE, optional=True)  # of a meta model
         if basis is not None:
             shutil.copyfile(basis, folder / bases.FILE)
-        made_here = ("files", "git_commit", "versions")
+        made_here = ("files", "git_commit", "versions", "made_of")
         result = {name: value for name, value in self.result.items() if name not in made_here}
         artifacts.write_result(folder, result | {"source": str(self.files), "command": self.run.command})
         log.info("%s was taken from %s", folder, self.files)
