@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.config import ds_keys
 from trainer.disk import write_json
 
 log = logging.getLogger(__name__)
@@ -24,15 +25,6 @@ WAY_ON = "Put it back, use another --out, or go on all the same with 'run.accept
 # of the project's sources, those that decide numbers; the rest reads the request, plans, submits, reports and pushes
 CODE = ("models", *(f"trainer/{room}" for room in ("data", "distributed", "evaluation", "loop", "objectives")))
 CODE += ("trainer/phases", "trainer/teaching", "trainer/checkpoint", "trainer/context.py")
-# of the DeepSpeed JSON, what changes numbers; batches are compared by the checkpoint
-NUMBERS = (
-    "gradient_clipping",
-    "communication_data_type",
-    "data_types",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "seq_parallel_communication_data_type",
-)
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -96,9 +88,9 @@ def ds_numbers(values: Mapping[str, Any], clip: float | None) -> dict[str, Any]:
     Args:
         clip: of the recipe's section, which fills "auto".
     """
-    numbers = {key: values[key] for key in NUMBERS if values.get(key, "auto") != "auto"}
+    numbers = ds_keys.numbers(values)
     numbers["gradient_clipping"] = float(numbers.get("gradient_clipping", clip or 0.0))
-    numbers["bf16.enabled"] = bool(values.get("bf16", {}).get("enabled", False))
+    numbers["bf16.enabled"] = bool(numbers.get("bf16.enabled", False))
     return numbers
 
 

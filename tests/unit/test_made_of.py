@@ -268,7 +268,6 @@ def test_a_record_that_was_altered(tmp_path, pictures, odd):
         ({"gradient_clipping": 0.001}, '"gradient_clipping" is 0.5 then, 0.001 now'),
         ({"bf16": {"enabled": True}}, '"bf16.enabled" is False then, True now'),
         ({"communication_data_type": "bf16"}, '"communication_data_type" is absent then, bf16 now'),
-        ({"prescale_gradients": True}, '"prescale_gradients" is absent then, True now'),
     ],
 )
 def test_a_deepspeed_json_changed_between_kill_and_resume(tmp_path, pictures, changed, expected):

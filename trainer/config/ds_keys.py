@@ -169,7 +169,7 @@ SECTIONS = {
 }
 # keys outside of any section; the batch and the clipping are read and checked by ds_config.py
 TOP = {
-    "train_batch_size": Key(lambda value: True, "a whole number", changes_numbers=True),
+    "train_batch_size": Key(lambda value: True, "a whole number"),
     "train_micro_batch_size_per_gpu": Key(lambda value: True, "a whole number"),
     "gradient_accumulation_steps": Key(lambda value: True, "a whole number"),
     "gradient_clipping": Key(lambda value: True, "a number", changes_numbers=True),
@@ -247,14 +247,17 @@ def with_experts(config: Mapping[str, Any], ep_size: int) -> None:
         )
 
 
-def numbers(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The resolved values that change what is trained, by dotted key; in order, defaults left out."""
-    found = {key: config[key] for key, row in TOP.items() if row.changes_numbers and key in config}
+def numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that change what is trained, by dotted key; what is "auto" or not given is left out.
+
+    Not the batch: a checkpoint knows its own.
+    """
+    found = {key: values[key] for key, row in TOP.items() if row.changes_numbers and key in values}
     for section, rows in SECTIONS.items():
         for key, row in rows.items():
-            if row.changes_numbers and key in config.get(section, {}):
-                found[f"{section}.{key}"] = config[section][key]
-    return found
+            if row.changes_numbers and key in values.get(section, {}):
+                found[f"{section}.{key}"] = values[section][key]
+    return {key: value for key, value in found.items() if value not in ("auto", None)}
 
 
 def _is_text(value: Any) -> bool:
