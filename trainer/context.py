@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.flops import num_tokens
 from models.modules.stages import split
 from models.teacher.load import Teacher, fingerprint, load_teacher
-from trainer import artifacts, made_of
+from trainer import artifacts, made_of, pins
 from trainer.config.ds_config import Settings, resolve
 from trainer.config.load import module_depths
 from trainer.config.phases import ScheduleConfig
@@ -115,13 +115,22 @@ class Run:
         source = self.recipe.teacher.source
         for name in own_teacher(self.recipe):
             source = str(artifacts.require(self.out, name, self.recipe, "a recipe without teacher.source")[0])
-        teacher = load_teacher(source)
+        teacher = load_teacher(self.pinned(source))
+        self.resolved(source, teacher.source)
         if teacher.num_classes != len(self.labels):
             raise ValueError(
                 f"teacher {teacher.source} has {teacher.num_classes} classes and the data "
                 f"({self.sources[0].name}) has {len(self.labels)}: use a teacher fine-tuned on this data"
             )
         return teacher
+
+    def pinned(self, source: str) -> str:
+        """A teacher or model as this run loads it: a hub id with the commit that it resolved to first."""
+        return self.opened.once("resolved", dict).get(source) or pins.pinned(self.out, source)
+
+    def resolved(self, source: str, to: str) -> None:
+        """Remember what a source resolved to; the next phase that begins records it."""
+        self.opened.once("resolved", dict)[source] = to
 
     @property
     def teacher_record(self) -> dict[str, Any]:
@@ -220,6 +229,8 @@ class Run:
         """Compare what this phase is made of with its inputs and its own beginning, and record it (rank 0)."""
         start = recipe.train.start
         now = self._read_by(phase, recipe) | self._worked_by(phase, recipe)
+        for source, resolved in self.opened.once("resolved", dict).items():
+            pins.pin(self.out, source, resolved)
         accept, accepted = recipe.run.accept, []
         of_inputs = {kind: value for kind, value in now.items() if kind != "ds_config"}  # each phase has its own
         for needed in row_of(phase).needs(recipe, start):

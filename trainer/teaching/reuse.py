@@ -84,18 +84,18 @@ def initial_student(run: Run, ep_size: int) -> nn.Module:
     Raises:
         ValueError: not there, damaged, without preprocessing, or another model than the recipe's; both sides are named.
     """
-    init = run.recipe.train.init
     with run.dist.together():
-        student = family_of(run.recipe).load(
-            init, ep_size=ep_size, ep_rank=run.dist.rank % ep_size, config=_initial_config(run)
-        )
+        config = _initial_config(run)  # first: it resolves the commit
+        init = run.pinned(run.recipe.train.init)
+        student = family_of(run.recipe).load(init, ep_size=ep_size, ep_rank=run.dist.rank % ep_size, config=config)
     return student.float().train()
 
 
 def _initial_config(run: Run) -> Any:
     """The recipe's student on the images of train.init, checked against it."""
-    files = CheckpointFiles(run.recipe.train.init)
+    files = CheckpointFiles(run.pinned(run.recipe.train.init))
     saved, preprocessing = family_of(run.recipe).read_config(files)
+    run.resolved(run.recipe.train.init, str(files))
     if preprocessing is None:
         raise ValueError(f"{files} does not say what its images must look like: save it with its preprocessing")
     prefix_tokens = int(saved.class_token) + saved.reg_tokens
@@ -113,9 +113,13 @@ class _Artifact:
 
     def __init__(self, run: Run, source: str, name: str) -> None:
         self.run, self.name = run, name
+        source_of_run = source
+        source = run.pinned(source)
         self.files = CheckpointFiles(source, folder=name)
         self.recipe = self._recipe()
         self.result = self._result(source)
+        if self.files.commit:
+            run.resolved(source_of_run, f"{self.files.name}@{self.files.commit}")
         self._compare()
 
     def take(self, folder: Path, module: nn.Module) -> None:

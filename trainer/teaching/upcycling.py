@@ -47,7 +47,9 @@ def dense_start(run: Run) -> Teacher:
 def _load_dense(run: Run) -> Teacher:
     init = run.recipe.student.init
     if init != "teacher":
-        return load_teacher(init)
+        dense = load_teacher(run.pinned(init))
+        run.resolved(init, dense.source)
+        return dense
     return run.planned_teacher or load_teacher(run.teacher.source)
 
 
