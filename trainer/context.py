@@ -242,7 +242,7 @@ class Run:
             accepted = [*before.get("accepted", ()), *accepted]
             accepted += made_of.compare(before, now, folder, accept)
         made_of.write(folder, now | {"accepted": list(dict.fromkeys(accepted))})
-        artifacts.keep_config_true(folder, recipe, self.ds_values)
+        artifacts.keep_config_true(folder, self.ds_values)
 
     def _read_by(self, phase: str, recipe: Recipe) -> dict[str, Any]:
         """The data and the teacher of a phase, as far as it reads them."""
