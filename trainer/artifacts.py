@@ -65,13 +65,12 @@ def open_folder(out: Path, name: str, recipe: Recipe, run: dict[str, Any]) -> tu
     return folder, complete.is_file()
 
 
-def keep_config_true(folder: Path, recipe: Recipe, ds_values: dict[str, Any]) -> None:
-    """Let config.yaml of an unfinished result hold the recipe and the DeepSpeed JSON that it goes on with."""
+def keep_config_true(folder: Path, ds_values: dict[str, Any]) -> None:
+    """Let config.yaml of an unfinished result hold the DeepSpeed JSON that it goes on with."""
     path = folder / "config.yaml"
     saved = read_yaml(path.read_text(), str(path))
-    going_on = saved | {"ds_config": ds_values, "recipe": to_dict(recipe)}
-    if going_on != saved:
-        text = yaml.safe_dump(going_on, sort_keys=False)
+    if saved["ds_config"] != ds_values:
+        text = yaml.safe_dump(saved | {"ds_config": ds_values}, sort_keys=False)
         refuse_secrets(text.splitlines(), "the recipe or the command line")
         write_text(path, text)
 

@@ -18,7 +18,7 @@ from models.labels import Match, match_classes
 from models.modules.stages import split
 from models.teacher.classes import with_classes
 from models.teacher.load import Teacher, fingerprint, load_teacher
-from trainer import artifacts, made_of
+from trainer import artifacts, made_of, pins
 from trainer.config.ds_config import Settings, resolve, without_training
 from trainer.config.load import module_depths
 from trainer.config.phases import ScheduleConfig
@@ -103,7 +103,10 @@ class Run:
         return self.opened.once("sources", self._open_sources)
 
     def _open_sources(self) -> tuple[ImageSource, ImageSource]:
-        train, val = (open_source(self.recipe.data, split) for split in ("train", "val"))
+        path = self.recipe.data.path
+        data = replace(self.recipe.data, path=self.pinned(path))
+        train, val = (open_source(data, split) for split in ("train", "val"))
+        self.resolved(path, train.origin.partition(", configuration ")[0])
         for doubt in doubts(train, val):
             log.warning(doubt)
         return train, val
@@ -126,7 +129,9 @@ class Run:
         source = self.recipe.teacher.source
         for name in own_teacher(self.recipe):
             source = str(artifacts.require(self.out, name, self.recipe, "a recipe without teacher.source")[0])
-        return self.fitted(load_teacher(source), self.recipe.teacher.classes)
+        teacher = load_teacher(self.pinned(source))
+        self.resolved(source, teacher.source)
+        return self.fitted(teacher, self.recipe.teacher.classes)
 
     def fitted(self, dense: Teacher, policy: str, what: str = "teacher") -> Teacher:
         """A dense model whose head has the data's classes in the data's order.
@@ -156,6 +161,14 @@ class Run:
         """Log how classes were found, where they are not simply the same."""
         if match.note:
             log.log(logging.INFO if match.sure else logging.WARNING, match.note)
+
+    def pinned(self, source: str) -> str:
+        """A teacher or model as this run loads it: a hub id with the commit that it resolved to first."""
+        return self.opened.once("resolved", dict).get(source) or pins.pinned(self.out, source)
+
+    def resolved(self, source: str, to: str) -> None:
+        """Remember what a source resolved to; the next phase that begins records it."""
+        self.opened.once("resolved", dict)[source] = to
 
     @property
     def teacher_record(self) -> dict[str, Any]:
@@ -258,6 +271,8 @@ class Run:
         """Compare what this phase is made of with its inputs and its own beginning, and record it (rank 0)."""
         start = recipe.train.start
         now = self._read_by(phase, recipe) | self._worked_by(phase, recipe)
+        for source, resolved in self.opened.once("resolved", dict).items():
+            pins.pin(self.out, source, resolved)
         accept, accepted = recipe.run.accept, []
         of_inputs = {kind: value for kind, value in now.items() if kind != "ds_config"}  # each phase has its own
         for needed in row_of(phase).needs(recipe, start):
@@ -269,7 +284,7 @@ class Run:
             accepted = [*before.get("accepted", ()), *accepted]
             accepted += made_of.compare(before, now, folder, accept)
         made_of.write(folder, now | {"accepted": list(dict.fromkeys(accepted))})
-        artifacts.keep_config_true(folder, recipe, self.ds_values)
+        artifacts.keep_config_true(folder, self.ds_values)
 
     def _read_by(self, phase: str, recipe: Recipe) -> dict[str, Any]:
         """The data and the teacher of a phase, as far as it reads them."""

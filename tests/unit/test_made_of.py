@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 
 from models.files.hub import CheckpointFiles
 from models.files.places import expanded
-from trainer import artifacts, made_of, writer_lock
+from trainer import artifacts, context, made_of, pins, writer_lock
 from trainer.cli.replay import read_saved
 from trainer.config.data import DataConfig
 from trainer.config.ds_config import read_ds_config
@@ -358,3 +359,42 @@ def test_variables_home_and_a_folder_with_a_dollar_in_its_name(tmp_path, monkeyp
     assert CheckpointFiles("a$JOB").directory == Path("a$JOB")
     with pytest.raises(ValueError, match="is not a directory"):
         CheckpointFiles("$HOME/none")
+
+
+def test_a_hub_id_is_loaded_at_the_commit_it_resolved_to_first(tmp_path, monkeypatch):
+    """The branch moves between two phases; afterwards the hub is gone, and the commit lies in the cache."""
+    monkeypatch.setattr(context, "load_teacher", lambda source: loads.append(source) or model(source))
+    loads = []
+    commits = ["1" * 40, "2" * 40]
+
+    def model(source):
+        name, _, commit = source.partition("@")
+        return SimpleNamespace(source=f"{name}@{commit or commits.pop(0)}", num_classes=10, labels=None)
+
+    monkeypatch.setattr(context, "fingerprint", lambda teacher: {"source": teacher.source, "sha256": "a" * 64})
+    for module in (0, 1):
+        recipe = load_recipe(ROOT / "tests/fixtures/tiny.yaml", ["teacher.source=someone/teacher"])
+        run = Run(recipe, DS_VALUES, tmp_path, Dist(0, 1, 0, 1, torch.device("cpu")), "a command")
+        result = finish(run, "distill", module)
+        assert result["made_of"]["teacher"]["source"] == "someone/teacher@" + "1" * 40
+    assert loads == ["someone/teacher", "someone/teacher@" + "1" * 40]
+
+
+def test_the_first_writer_of_a_pin_wins(tmp_path):
+    first, second = (f"a/b@{digit * 40}" for digit in "12")
+    pins.pin(tmp_path, "a/b", first)
+    pins.pin(tmp_path, "a/b", first)
+    with pytest.raises(ValueError, match=r"a/b moved from .* start this one again"):
+        pins.pin(tmp_path, "a/b", second)
+    assert pins.pinned(tmp_path, "a/b") == first
+    assert pins.pinned(tmp_path, "a/b@v2") == "a/b@v2"  # another revision has an entry of its own
+    pins.pin(tmp_path, "/a/folder", "/a/folder")
+    assert len(list((tmp_path / "sources").iterdir())) == 1
+
+
+@pytest.mark.parametrize("odd", ["", "[]", "{}", '{"resolved": "a/b@main"}', '{"resolved": 3}'])
+def test_a_pin_that_was_altered(tmp_path, odd):
+    pins.pin(tmp_path, "a/b", "a/b@" + "1" * 40)
+    next((tmp_path / "sources").iterdir()).write_text(odd)
+    with pytest.raises(ValueError, match="is truncated or altered: delete it"):
+        pins.pinned(tmp_path, "a/b")

@@ -215,7 +215,7 @@ def test_damaged_sources_are_refused_and_leave_nothing(copy, teachers, tmp_path,
     folder, _ = run.open("meta")
     with pytest.raises(ValueError, match=message):
         reuse.take_meta(run, folder)
-    assert {path.name for path in folder.iterdir()} == {"config.yaml", "made_of.json", "writer.json"}
+    assert {path.name for path in folder.iterdir()} <= {"config.yaml", "made_of.json", "writer.json"}
 
 
 def test_training_starts_from_a_saved_model(teachers, tmp_path):

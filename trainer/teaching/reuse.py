@@ -89,9 +89,9 @@ def initial_student(run: Run, ep_size: int) -> nn.Module:
         ValueError: not there, damaged, without preprocessing, or another model than the recipe's or on other classes;
             both sides are named.
     """
-    init = run.recipe.train.init
     with run.dist.together():
-        config, match = _initial_config(run)
+        config, match = _initial_config(run)  # first: it resolves the commit
+        init = run.pinned(run.recipe.train.init)
         student = family_of(run.recipe).load(init, ep_size=ep_size, ep_rank=run.dist.rank % ep_size, config=config)
     student = student.float()
     run.say(match)
@@ -103,8 +103,9 @@ def initial_student(run: Run, ep_size: int) -> nn.Module:
 
 def _initial_config(run: Run) -> tuple[Any, Match]:
     """The recipe's student on the images of train.init, checked against it, and where the data's classes are in it."""
-    files = CheckpointFiles(run.recipe.train.init)
+    files = CheckpointFiles(run.pinned(run.recipe.train.init))
     saved, preprocessing, labels = family_of(run.recipe).read_config(files)
+    run.resolved(run.recipe.train.init, str(files))
     if preprocessing is None:
         raise ValueError(f"{files} does not say what its images must look like: save it with its preprocessing")
     prefix_tokens = int(saved.class_token) + saved.reg_tokens
@@ -127,9 +128,13 @@ class _Artifact:
 
     def __init__(self, run: Run, source: str, name: str) -> None:
         self.run, self.name = run, name
+        source_of_run = source
+        source = run.pinned(source)
         self.files = CheckpointFiles(source, folder=name)
         self.recipe = self._recipe()
         self.result = self._result(source)
+        if self.files.commit:
+            run.resolved(source_of_run, f"{self.files.name}@{self.files.commit}")
         self._compare_classes()
         self._compare()
 

@@ -49,7 +49,8 @@ def _load_dense(run: Run) -> Teacher:
     init = run.recipe.student.init
     if init == "teacher":
         return run.planned_teacher or run.fitted(load_teacher(run.teacher.source), run.recipe.teacher.classes)
-    dense = load_teacher(init)
+    dense = load_teacher(run.pinned(init))
+    run.resolved(init, dense.source)
     if dense.num_classes == len(run.labels):
         try:
             return run.fitted(dense, "names", "student.init")
