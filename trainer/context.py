@@ -294,7 +294,8 @@ class Run:
         asks_teacher = learns_from_teacher(recipe, recipe.train.start) if row.by_start else not before_the_teacher
         is_there = all((self.out / name / "result.json").is_file() for name in own_teacher(recipe))
         if asks_teacher and is_there and phase != "evaluate":
-            now["teacher"] = self.teacher_record
+            own = own_teacher(recipe)
+            now["teacher"] = self.teacher_record | ({"source": own[0]} if own else {})  # wherever OUT lies
         return now
 
     def _worked_by(self, phase: str, recipe: Recipe) -> dict[str, Any]:
