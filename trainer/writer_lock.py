@@ -1,8 +1,8 @@
 """One writer per result: a file OUT/<result>/writer.json says which process writes there, until it is done.
 
 Works on NFS and Lustre without flock: the file is made by hard link, which succeeds for one of several processes, and
-kept fresh by a thread. A process of this host is alive when its pid still has the same start time. Of another host the
-age of the file decides, measured against a file written just now, so that the hosts' clocks do not matter.
+kept fresh by a thread. A process of this host is alive when its pid still has the same start time. Of another host its
+next sign of life is waited for, by the clock of the file system, so that the hosts' clocks do not matter.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 NAME = "writer.json"
 BEAT = 10.0  # seconds between two signs of life
 STALE = 120.0  # seconds without one after which a writer on another host counts as dead
+LISTEN = 1.0  # seconds between two looks for a sign of life
 TRIES = 5  # to take over what is dead: another process may do so at the same moment
 
 _held: dict[Path, WriterLock] = {}
@@ -65,14 +66,37 @@ class WriterLock:
                 there = _read(self.path)
                 if there is None:
                     continue  # given back in this moment
+                if self._is_alive(there, mine):
+                    raise ValueError(_busy(self.path, there, _age(self.path, mine), self.owner))
                 age = _age(self.path, mine)
-                if _is_alive(there, age, self.owner):
-                    raise ValueError(_busy(self.path, there, age, self.owner))
                 if _remove(self.path, _token(there), mine):
                     log.warning("%s was left by %s, which is gone: taken over", self.path, _described(there, age))
             raise ValueError(f"{self.path} changes hands all the time: other processes start on this --out; stop them")
         finally:
             mine.unlink(missing_ok=True)
+
+    def _is_alive(self, there: dict[str, Any], mine: Path) -> bool:
+        """Whether a writer still is: told at once on this host and of this very job, else by its next sign of life."""
+        same_host = there.get("host") == self.owner["host"] and there.get("system") == self.owner["system"]
+        pid = there.get("pid")
+        if same_host and isinstance(pid, int) and pid > 0:
+            return _start_time(pid) == there.get("started")
+        same_job = bool(self.owner["job"]) and there.get("job") == self.owner["job"]
+        if same_job and there.get("restarts") != self.owner["restarts"]:
+            return False  # Slurm ends a job before it starts it again
+        last_sign = _sign_of_life(self.path)
+        has_said = False
+        while _age(self.path, mine) < STALE:
+            sign = _sign_of_life(self.path)
+            if sign is None:
+                return False  # given back
+            if sign != last_sign:
+                return True
+            if not has_said:
+                log.warning("%s: waiting for a sign of life of %s", self.path, _described(there))
+                has_said = True
+            time.sleep(LISTEN)
+        return False
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
@@ -167,15 +191,6 @@ def _start_time(pid: int) -> str | None:
     return ""
 
 
-def _is_alive(there: dict[str, Any], age: float, mine: dict[str, Any]) -> bool:
-    same_host = there.get("host") == mine["host"] and there.get("system") == mine["system"]
-    pid = there.get("pid")
-    if same_host and isinstance(pid, int) and pid > 0:
-        return _start_time(pid) == there.get("started")
-    requeued = bool(mine["job"]) and there.get("job") == mine["job"] and there.get("restarts") != mine["restarts"]
-    return not requeued and age < STALE  # Slurm ends a job before it starts it again
-
-
 def _busy(path: Path, there: dict[str, Any], age: float, mine: dict[str, Any]) -> str:
     return (
         f"{path.parent} is being written by {_described(there, age)}; this is {_described(mine)}. Wait for it, stop "
@@ -237,10 +252,16 @@ def _token(owner: dict[str, Any] | None) -> str:
     return str((owner or {}).get("token", ""))
 
 
+def _sign_of_life(path: Path) -> float | None:
+    """When a writer was last heard of, by the clock of the file system; None when it has given its right back."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+
+
 def _age(path: Path, fresh: Path) -> float:
     """Seconds since the last sign of life, by the clock of the file system."""
     os.utime(fresh)
-    try:
-        return fresh.stat().st_mtime - path.stat().st_mtime
-    except FileNotFoundError:
-        return STALE
+    sign = _sign_of_life(path)
+    return STALE if sign is None else fresh.stat().st_mtime - sign

@@ -76,36 +76,49 @@ def test_a_pid_that_was_given_to_another_process_is_dead(tmp_path):
     WriterLock(tmp_path).release()
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Stale after half a second without a sign of life."""
+    monkeypatch.setattr(writer_lock, "STALE", 0.5)
+    monkeypatch.setattr(writer_lock, "LISTEN", 0.01)
+
+
 @pytest.mark.parametrize("other_host", [{"host": "elsewhere"}, {"system": "a container of the same name"}])
-def test_of_another_host_the_age_decides(tmp_path, other_host):
-    leave(tmp_path, age=STALE / 2, pid=1, **other_host)
+def test_of_another_host_the_next_sign_of_life_decides(tmp_path, quick, other_host):
+    path = leave(tmp_path, pid=1, **other_host)
+    threading.Timer(0.1, os.utime, [path]).start()
     with pytest.raises(ValueError, match="pid 1"):
         WriterLock(tmp_path)
+    WriterLock(tmp_path).release()  # no other sign came
     leave(tmp_path, age=STALE * 2, pid=1, **other_host)
     WriterLock(tmp_path).release()
 
 
 def test_a_requeued_job_goes_on_at_once_on_another_host(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(time, "sleep", lambda seconds: waited.append(seconds) or os.utime(tmp_path / NAME))
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     leave(tmp_path, host="elsewhere", job="77", restarts="1")
     with pytest.raises(ValueError, match="job 77"):  # the same start of the same job: an array or a step of it
         WriterLock(tmp_path)
     leave(tmp_path, host="elsewhere", job="77", restarts="0")
+    assert len(waited) == 1
     WriterLock(tmp_path).release()
+    assert len(waited) == 1
     leave(tmp_path, host="elsewhere", job="76", restarts="0")
     with pytest.raises(ValueError, match="job 76"):
         WriterLock(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"pid": "x", "token": 5}', "\x00\xff", "[" * 100_000])
-def test_a_damaged_lock_counts_by_its_age(tmp_path, text):
+def test_a_damaged_lock_counts_by_its_next_sign_of_life(tmp_path, quick, text):
     path = tmp_path / NAME
     path.write_text(text, encoding="latin-1")
+    threading.Timer(0.1, os.utime, [path]).start()
     with pytest.raises(ValueError, match="delete"):
         WriterLock(tmp_path)
     assert path.read_text(encoding="latin-1") == text
-    os.utime(path, (0, 0))
     WriterLock(tmp_path).release()
 
 
