@@ -73,7 +73,7 @@ def unfinished(out: Path, phase: str) -> Path:
         (["--phase", "all", "student.patch_size=16"], ["patch"]),
         (["--phase", "teacher", "teacher.source=somewhere"], ["there is no teacher to train"]),
         (["--phase", "all", "ds.zero_optimization.overlap_com=true"], ["overlap_com", "Did you mean overlap_comm"]),
-        (["--phase", "all", "ds.zero_optimization.reduce_bucket_size=-1"], ["reduce_bucket_size", "is -1", "greater"]),
+        (["--phase", "all", "ds.zero_optimization.reduce_bucket_size=-1"], ["reduce_bucket_size", "is -1", "whole number"]),
         (["--phase", "push"], ["hub.repo"]),
     ],
 )  # fmt: skip
@@ -205,10 +205,11 @@ def test_disk_full_while_saving(warm, chain, out, full):
 
 def test_loss_that_is_not_finite(warm, out):
     """Both ranks stop by themselves and name the step; no checkpoint holds the damage."""
-    finished = warm.run([*TINY, "--phase", "train", "--out", out, "train.lr=1e30", "train.warmup_epochs=0"], ranks=2)
+    wild = ["train.optimizer=sgd", "train.lr=1000", "train.warmup_epochs=0", "train.clip=0"]
+    finished = warm.run([*TINY, "--phase", "train", "--out", out, *wild], ranks=2)
     errors = [line for line in finished.output.splitlines() if "error: " in line]
     assert finished.code == 1 and "Traceback" not in finished.output, finished.output
-    assert len(errors) == 1 and "not finite at step 2" in errors[0]  # step 1 throws the weights away, step 2 sees it
+    assert len(errors) == 1 and "not finite at step " in errors[0]  # a few steps after the first throws them away
     assert not (out / "train/checkpoints").exists()
     assert not (out / "train/result.json").exists()
 

@@ -42,7 +42,7 @@ def decode(source: str | bytes, description: str, max_pixels: int) -> Image.Imag
         UnreadableImageError: anything that keeps it from being read; the image is named.
     """
     try:
-        with _opened(source) as file, _pixel_limit(max_pixels), Image.open(file, formats=FORMATS) as image:
+        with opened(source) as file, _pixel_limit(max_pixels), Image.open(file, formats=FORMATS) as image:
             return to_rgb(image)
     except MemoryError:
         raise
@@ -62,7 +62,8 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def _opened(source: str | bytes) -> io.IOBase:
+def opened(source: str | bytes) -> io.IOBase:
+    """A file by its path, or the content of one, to read; OSError where it is no regular file: a pipe may never end."""
     if isinstance(source, bytes):
         return io.BytesIO(source)
     # not blocking, so that a named pipe is refused below instead of being waited for

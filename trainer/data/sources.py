@@ -18,7 +18,7 @@ from models.labels import tidy
 from trainer.config.data import DataConfig
 from trainer.data.base import ImageSource
 from trainer.data.classes import checked_names, held_out, labels_and_targets, refuse_differing_folders
-from trainer.data.decode import EXTENSIONS, SKIP_HINT, UnreadableImageError, decode
+from trainer.data.decode import EXTENSIONS, SKIP_HINT, UnreadableImageError, decode, opened
 from trainer.data.hub_splits import HELD_OUT_HINT, check_columns, listed, load_splits, refuse_outside
 from trainer.data.walk import SPLIT_NAMES, Tally, class_folders, is_picture_folder, pictures, split_folder
 
@@ -103,7 +103,7 @@ class FolderSource(ImageSource):
         return os.stat(path).st_size if os.path.exists(path) else -1
 
     def content_of(self, row: int, limit: int) -> bytes:
-        return _beginning(bytes(self._paths[row]), limit)
+        return _beginning(os.fsdecode(self._paths[row]), limit)
 
     def _read(self, row: int) -> Image.Image:
         path = os.fsdecode(self._paths[row])
@@ -222,8 +222,8 @@ def _fractals(data: DataConfig, split: str) -> ImageSource:
 _SOURCES = {"digits": DigitsSource, "fractals": _fractals, "folder": FolderSource, "hub": _hub}
 
 
-def _beginning(path: str | bytes, limit: int) -> bytes:
-    with open(path, "rb") as file:
+def _beginning(path: str, limit: int) -> bytes:
+    with opened(path) as file:
         return file.read(limit)
 
 
