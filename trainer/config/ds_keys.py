@@ -117,7 +117,7 @@ ZERO = {
         'is the old form of "offload_optimizer": {"device": "cpu", "pin_memory": true}'
     ),
     "stage3_gather_fp16_weights_on_model_save": refused(NEEDS_ZERO_3),
-    "parameter_alignment": only(False, why="moves where ZeRO keeps a weight, and was not tested with checkpoints"),
+    "parameter_alignment": switch(),
     "zero_hpz_partition_size": only(1, why=NEEDS_ZERO_3),
     "zero_quantized_weights": only(False, why=NEEDS_ZERO_3),
     "zero_quantized_nontrainable_weights": only(False, why=NEEDS_ZERO_3),
