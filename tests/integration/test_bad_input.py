@@ -73,7 +73,7 @@ def unfinished(out: Path, phase: str) -> Path:
         (["--phase", "all", "student.patch_size=16"], ["patch"]),
         (["--phase", "teacher", "teacher.source=somewhere"], ["there is no teacher to train"]),
         (["--phase", "all", "ds.zero_optimization.overlap_com=true"], ["overlap_com", "Did you mean overlap_comm"]),
-        (["--phase", "all", "ds.zero_optimization.reduce_bucket_size=-1"], ["reduce_bucket_size", "is -1", "whole number"]),
+        (["--phase", "all", "ds.zero_optimization.reduce_bucket_size=-1"], ["bucket_size", "is -1", "whole number"]),
         (["--phase", "push"], ["hub.repo"]),
     ],
 )  # fmt: skip
