@@ -362,7 +362,7 @@ def test_variables_home_and_a_folder_with_a_dollar_in_its_name(tmp_path, monkeyp
 
 
 def test_a_hub_id_is_loaded_at_the_commit_it_resolved_to_first(tmp_path, monkeypatch):
-    """The branch moves between two phases; afterwards the hub is gone, and the commit lies in the cache."""
+    """The branch moves between two phases."""
     monkeypatch.setattr(context, "load_teacher", lambda source: loads.append(source) or model(source))
     loads = []
     commits = ["1" * 40, "2" * 40]
@@ -379,6 +379,21 @@ def test_a_hub_id_is_loaded_at_the_commit_it_resolved_to_first(tmp_path, monkeyp
         result = finish(run, "distill", module)
         assert result["made_of"]["teacher"]["source"] == "someone/teacher@" + "1" * 40
     assert loads == ["someone/teacher", "someone/teacher@" + "1" * 40]
+
+
+def test_a_data_set_of_the_hub_is_read_at_the_commit_it_resolved_to_first(tmp_path, monkeypatch):
+    paths = []
+
+    def opened(data, split):
+        paths.append(data.path)
+        source = open_source(DataConfig(), split)
+        source.origin = f"someone/set@{'1' * 40}, configuration full"
+        return source
+
+    monkeypatch.setattr(context, "open_source", opened)
+    for module in (0, 1):
+        finish(run_on(tmp_path, "someone/set", "data.source=hub"), "distill", module)
+    assert paths == ["someone/set"] * 2 + [f"someone/set@{'1' * 40}"] * 2
 
 
 def test_the_first_writer_of_a_pin_wins(tmp_path):
