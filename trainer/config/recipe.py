@@ -25,7 +25,7 @@ class Recipe:
     """One experiment. `modules` is the number N of teacher-student module pairs."""
 
     seed: int = knob(0, "of every random draw", Range(0, SEEDS))
-    modules: int = knob(4, "number of module pairs N", Range(1, 100_000))
+    modules: int = knob(4, "number of module pairs N", Range(1, 1000))
     data: DataConfig = section(DataConfig)
     augment: AugmentConfig = section(AugmentConfig)
     teacher: TeacherConfig = section(TeacherConfig)
