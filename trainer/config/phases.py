@@ -14,7 +14,8 @@ from trainer.config.knobs import MANY, SHARE, WEIGHT, Range, check_heads, check_
 EPOCHS = Range(1, MANY)
 OFF_OR_EPOCHS = Range(0, MANY)  # of the two rounds of teaching: 0 epochs turn one of them off
 TEMPERATURE = Range(0.001, 1000.0)
-SIZE = Range(1, 100_000)  # of a model: widths, depths, pixels
+SIZE = Range(1, 100_000)  # of a model: widths, pixels
+DEPTH = Range(1, 1000)  # blocks; models of more take minutes to be laid out
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class TeacherConfig(ScheduleConfig):
     image_size: int = knob(32, "of a trained teacher, pixels", SIZE)
     patch_size: int = knob(8, "of a trained teacher, pixels", SIZE)
     width: int = knob(64, "of a trained teacher", SIZE)
-    depth: int = knob(8, "of a trained teacher, blocks", SIZE)
+    depth: int = knob(8, "of a trained teacher, blocks", DEPTH)
     heads: int = knob(4, "of a trained teacher", SIZE)
     mlp_dim: int = knob(256, "of a trained teacher", SIZE)
 
@@ -98,7 +99,7 @@ class MetaConfig(ScheduleConfig):
     blocks_per_module: int = knob(
         1,
         "transformer blocks per stage; 0 = the teacher is its own meta model, and nothing is trained",
-        Range(0, 100_000),
+        Range(0, 1000),
     )
     label_weight: float = knob(0.5, "weight of the label loss in objectives matching and theseus", WEIGHT)
     kl_weight: float = knob(1.0, "weight of the teacher's logits there (KL)", WEIGHT)

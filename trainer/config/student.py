@@ -47,7 +47,7 @@ class StudentConfig:
     variant: str = knob("", "S/16, B/16, L/16, H/14 or m2mkd-B/16 ...; fills the sizes below where they are null")
     patch_size: int | None = knob(None, "pixels; null = the variant's", Range(1, 100_000))
     width: int | None = knob(None, "null = the variant's", Range(1, 100_000))
-    depth: int | None = knob(None, "blocks; null = the variant's", Range(1, 100_000))
+    depth: int | None = knob(None, "blocks; null = the variant's", Range(1, 1000))
     heads: int | None = knob(None, "null = the variant's", Range(1, 100_000))
     mlp_dim: int | None = knob(None, "null = the variant's", Range(1, 100_000))
     depths: tuple[int, ...] = knob(
