@@ -95,3 +95,13 @@ def test_a_given_student_needs_no_teacher(tmp_path):
     assert not any(line.startswith(("teacher", "meta", "distill")) for line in found)
     watched, _ = dry_run(tmp_path, f"train.init={tmp_path / 'given'}", "train.kd_weight=0.5")
     assert watched.costs["train"].flops > dry.costs["train"].flops and "teacher" in watched.costs
+
+
+def test_a_model_that_does_not_fit_into_memory_is_one_line_with_a_next_step():
+    def too_large() -> str:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 40000000000 bytes")
+
+    good, (problem,) = carry_out([("data", lambda: "fine"), ("teacher", too_large)])
+    assert good == ["data: fine"]
+    assert problem.startswith("teacher: not enough memory") and "40000000000" in problem
+    assert "lower the sizes" in problem

@@ -14,8 +14,8 @@ CAPACITY = Range(0, 10_000, open_least=True)  # slots per expert, in equal share
 class MoEConfig:
     """Routing of the student's MoE blocks (facts and formulas: docs/method.md)."""
 
-    num_experts: int = knob(8, "experts per MoE block", Range(1, 100_000))
-    k: int = knob(2, "experts a token is sent to", Range(1, 100_000))
+    num_experts: int = knob(8, "experts per MoE block", Range(1, 4096))
+    k: int = knob(2, "experts a token is sent to", Range(1, 4096))
     renormalize: bool = knob(True, "top-k gates sum to 1 (paper's student); false = official V-MoE")
     router_bias: bool = knob(False, "bias of the router")
     noise_std: float = knob(

@@ -60,7 +60,12 @@ def carry_out(checks: Iterable[tuple[str, Callable[[], str]]]) -> tuple[list[str
     for name, check in checks:
         try:
             good.append(f"{name}: {check()}")
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                error = MemoryError(
+                    f"not enough memory on this machine for a model of these sizes ({error}): lower the sizes of the "
+                    "recipe, or check them where there is more"
+                )
             problems.setdefault(str(error), f"{name}: {error}")
     return good, list(problems.values())
 
