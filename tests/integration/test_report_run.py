@@ -1,5 +1,6 @@
 """The report of a real run, and its analysis on another number of ranks."""
 
+import itertools
 import json
 import shutil
 
@@ -14,7 +15,9 @@ def test_a_finished_run_has_its_page(chain):
     for head in ("Learning curves", "Modules", "Training loss", "Load of the experts", "Routing", "Classes"):
         assert f">{head}</h2>" in page
     memory = [row["memory"] for row in read_metrics(out / "train/metrics.jsonl") if row["kind"] == "train"]
-    assert min(memory) > 1e8 and memory == sorted(memory)
+    assert min(memory) > 1e8
+    # the most there ever was never falls, but for a few pages: Linux sums up its threads' counts from time to time
+    assert all(later > earlier - 2**20 for earlier, later in itertools.pairwise(memory)), memory
 
 
 def test_the_analysis_is_the_same_on_any_number_of_ranks(warm, chain, tmp_path):
