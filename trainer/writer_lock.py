@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import getpass
+import hashlib
 import json
 import logging
 import os
@@ -60,22 +61,37 @@ class WriterLock:
         mine = self.path.with_name(f"{NAME}.{self.owner['token']}")
         mine.write_text(json.dumps(self.owner, indent=1))
         try:
-            for _ in range(TRIES):
-                if _linked(mine, self.path):
-                    return
-                there = _read(self.path)
-                if there is None:
-                    continue  # given back in this moment
-                if self._is_alive(there, mine):
-                    raise ValueError(_busy(self.path, there, _age(self.path, mine), self.owner))
-                age = _age(self.path, mine)
-                if _remove(self.path, _token(there), mine):
-                    log.warning("%s was left by %s, which is gone: taken over", self.path, _described(there, age))
-            raise ValueError(f"{self.path} changes hands all the time: other processes start on this --out; stop them")
+            self._take_file(self.path, mine)
         finally:
             mine.unlink(missing_ok=True)
 
-    def _is_alive(self, there: dict[str, Any], mine: Path) -> bool:
+    def _take_file(self, path: Path, mine: Path) -> None:
+        """Make `path` a file of this process, in place of a dead writer's if there is one.
+
+        Only one process may succeed a given dead writer: the one that has the file named after it, which is taken in
+        the same way and then becomes the lock by a rename. `path` is never missing in between, so nobody else can
+        make it at that moment.
+        """
+        for _ in range(TRIES):
+            if _linked(mine, path):
+                return
+            there = _read(path)
+            if there is None:
+                continue  # given back in this moment
+            if self._is_alive(path, there, mine):
+                raise ValueError(_busy(path, there, _age(path, mine), self.owner))
+            age = _age(path, mine)
+            succession = _succession(path, _token(there))
+            self._take_file(succession, mine)
+            now_there = _read(path)
+            if now_there is not None and _token(now_there) == _token(there):
+                os.rename(succession, path)
+                log.warning("%s was left by %s, which is gone: taken over", path, _described(there, age))
+                return
+            succession.unlink(missing_ok=True)  # another process has succeeded it already
+        raise ValueError(f"{path} changes hands all the time: other processes start on this --out; stop them")
+
+    def _is_alive(self, path: Path, there: dict[str, Any], mine: Path) -> bool:
         """Whether a writer still is: told at once on this host and of this very job, else by its next sign of life."""
         same_host = there.get("host") == self.owner["host"] and there.get("system") == self.owner["system"]
         pid = there.get("pid")
@@ -84,16 +100,16 @@ class WriterLock:
         same_job = bool(self.owner["job"]) and there.get("job") == self.owner["job"]
         if same_job and there.get("restarts") != self.owner["restarts"]:
             return False  # Slurm ends a job before it starts it again
-        last_sign = _sign_of_life(self.path)
+        last_sign = _sign_of_life(path)
         has_said = False
-        while _age(self.path, mine) < STALE:
-            sign = _sign_of_life(self.path)
+        while _age(path, mine) < STALE:
+            sign = _sign_of_life(path)
             if sign is None:
                 return False  # given back
             if sign != last_sign:
                 return True
             if not has_said:
-                log.warning("%s: waiting for a sign of life of %s", self.path, _described(there))
+                log.warning("%s: waiting for a sign of life of %s", path, _described(there))
                 has_said = True
             time.sleep(LISTEN)
         return False
@@ -223,18 +239,9 @@ def _linked(mine: Path, path: Path) -> bool:
     return True
 
 
-def _remove(path: Path, token: str, mine: Path) -> bool:
-    """Take away a dead writer's file; False when it was another one by then, which is put back."""
-    aside = mine.with_name(f"{mine.name}.dead")
-    try:
-        os.rename(path, aside)
-    except FileNotFoundError:
-        return False
-    was_the_dead_one = _token(_read(aside)) == token
-    if not was_the_dead_one:
-        _linked(aside, path)
-    aside.unlink(missing_ok=True)
-    return was_the_dead_one
+def _succession(path: Path, token: str) -> Path:
+    """The file that says who succeeds one dead writer; a token from a damaged file may be any text."""
+    return path.with_name(f"{NAME}.after-{hashlib.sha256(token.encode()).hexdigest()[:16]}")
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.launch import ROOT
 from trainer import writer_lock
-from trainer.writer_lock import NAME, STALE, WriterLock
+from trainer.writer_lock import NAME, STALE, WriterLock, _succession
 
 HOLDS = "import sys, time; from pathlib import Path; from trainer import writer_lock\n"
 HOLDS += "writer_lock.hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
@@ -122,14 +122,13 @@ def test_a_damaged_lock_counts_by_its_next_sign_of_life(tmp_path, quick, text):
     WriterLock(tmp_path).release()
 
 
-def test_one_of_many_wins(tmp_path):
-    """Also where all of them find a dead one."""
-    leave(tmp_path, started="1")
+def start_many(folder):
+    """The locks of those that won of 16 that start at once, and how many were refused."""
     won, lost = [], []
 
     def start():
         try:
-            won.append(WriterLock(tmp_path))
+            won.append(WriterLock(folder))
         except ValueError:
             lost.append(1)
 
@@ -138,7 +137,36 @@ def test_one_of_many_wins(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert (len(won), len(lost)) == (1, 15)
+    return won, len(lost)
+
+
+@pytest.mark.parametrize("dead_successor", [False, True])
+def test_one_of_many_wins(tmp_path, dead_successor):
+    """Also where all of them find a dead one, whose successor died too before it was done."""
+    for _ in range(20):
+        if dead_successor:
+            leave(tmp_path, started="1", token="second").rename(_succession(tmp_path / NAME, "first"))
+        leave(tmp_path, started="1", token="first")
+        won, lost = start_many(tmp_path)
+        assert (len(won), lost) == (1, 15)
+        won[0].release()
+        assert not list(tmp_path.iterdir())
+
+
+def test_two_that_saw_the_same_dead_one(tmp_path, monkeypatch):
+    """One is stopped just before it takes over, while another does so: it must not take that one's lock."""
+    leave(tmp_path, started="1")
+    real, won = writer_lock._succession, []
+
+    def meanwhile(path, token):
+        monkeypatch.setattr(writer_lock, "_succession", real)
+        won.append(WriterLock(tmp_path))
+        return real(path, token)
+
+    monkeypatch.setattr(writer_lock, "_succession", meanwhile)
+    with pytest.raises(ValueError, match="is being written by"):
+        WriterLock(tmp_path)
+    assert json.loads((tmp_path / NAME).read_text())["token"] == won[0].owner["token"]
     won[0].release()
     assert not list(tmp_path.iterdir())
 
