@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models.flops import num_tokens
 from models.labels import Match, match_classes
 from models.modules.stages import split
-from models.teacher.classes import with_classes
+from models.teacher.classes import with_classes, without_head
 from models.teacher.load import Teacher, fingerprint, load_teacher
 from trainer import artifacts, made_of, pins
 from trainer.config.ds_config import Settings, resolve, without_training
@@ -131,7 +131,14 @@ class Run:
             source = str(artifacts.require(self.out, name, self.recipe, "a recipe without teacher.source")[0])
         teacher = load_teacher(self.pinned(source))
         self.resolved(source, teacher.source)
+        if self.recipe.teacher.head == "none":
+            return without_head(teacher)
         return self.fitted(teacher, self.recipe.teacher.classes)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether teacher and student tell classes; else they give features, and nothing is taught by labels."""
+        return self.teacher.num_classes > 0
 
     def fitted(self, dense: Teacher, policy: str, what: str = "teacher") -> Teacher:
         """A dense model whose head has the data's classes in the data's order.

@@ -56,6 +56,12 @@ class TeacherConfig(ScheduleConfig):
     """The monolithic teacher: of the hub or a folder, a small ViT of phase `teacher`, or (experimental) a grown one."""
 
     source: str = knob("", "hub id[@revision] or directory; empty = train one with phase teacher")
+    head: Literal["auto", "own", "probe", "none"] = knob(
+        "auto",
+        "who tells the classes: own = the checkpoint's head; probe = a linear classifier fitted on its features (phase "
+        "probe); none = nobody: modules are taught by border targets alone, the student gives features; auto = own "
+        "where it fits the data, else probe, or none on images without labels",
+    )
     classes: Literal["names", "subset", "numbers"] = knob(
         "names",
         "how its classes are found in the data: by their names, in whatever order; the same where it may have more of "
