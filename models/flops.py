@@ -7,6 +7,7 @@ to, not empty slots. Backward costs twice the forward; a frozen module that only
 
 from __future__ import annotations
 
+from timm.layers import AttentionPoolLatent
 from torch import nn
 
 from .moe.layer import MoE
@@ -30,10 +31,16 @@ def forward_flops(module: nn.Module, tokens: int) -> int:
     if isinstance(module, nn.Conv2d | nn.Linear):
         # a patch embedding is one product per patch (the few prefix tokens are counted too)
         return 2 * tokens * module.weight.numel()
+    if isinstance(module, AttentionPoolLatent):
+        # one query looks at all tokens: keys and values of each, scores, and the values they mix
+        of_tokens = 2 * module.kv.weight.numel() + 2 * 2 * module.q.in_features
+        of_query = sum(forward_flops(part, 1) for part in (module.q, module.proj, module.mlp))
+        return tokens * of_tokens + of_query
     total = 0
-    if hasattr(module, "qkv"):
+    query = getattr(module, "qkv", None) or getattr(module, "q_proj", None)  # attention, in one layer or in three
+    if query is not None:
         # T^2 D twice: scores q k^T, and the values they mix
-        total += 2 * 2 * tokens * tokens * module.qkv.in_features
+        total += 2 * 2 * tokens * tokens * query.in_features
     for name, child in module.named_children():
         total += forward_flops(child, 1 if name in ONE_TOKEN else tokens)
     return total

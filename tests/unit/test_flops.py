@@ -5,7 +5,7 @@ import timm
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from vit_families import WIDTH, images, tiny
+from vit_families import WIDTH, every_family, images, tiny
 
 from models.flops import forward_flops, num_tokens
 from models.modules.meta import MetaModel
@@ -38,9 +38,9 @@ def prefix_tokens(vit):
     return 2 * vit.num_prefix_tokens * vit.patch_embed.proj.weight.numel()
 
 
-@pytest.mark.parametrize("family", ["vit", "deit distilled", "deit3", "dinov2 reg4", "clip", "gap reg4"])
+@every_family
 def test_teachers_cost_what_torch_counts(family):
-    model = tiny(family)
+    model = tiny(family).requires_grad_(False)
     assert forward_flops(model, num_tokens(model)) - prefix_tokens(model) == counted(model, images(BATCH))
 
 

@@ -1,6 +1,7 @@
 """Which parameter learns at which rate and with which decay."""
 
 from torch import nn
+from vit_families import tiny
 
 from models.modules.stitch import stitch
 from models.moe.layer import MoEConfig
@@ -42,6 +43,15 @@ def test_every_block_has_the_rate_of_the_block_after_it_times_the_decay():
     assert decayed == {n for n, p in model.named_parameters() if p.ndim > 1 and "token" not in n and "pos" not in n}
     names = [group["name"] for group in parameter_groups(model, 0.1, 0.5)]
     assert len(set(names)) == len(names) == 8  # DeepSpeed tells groups with experts apart by their names
+
+
+def test_rates_and_decay_of_a_rotary_model():
+    model = tiny("rope mixed", depth=3)
+    found = groups_of(model, 0.5)
+    scales = {f"blocks.{i}.attn.proj.weight": found[f"blocks.{i}.attn.proj.weight"]["lr_scale"] for i in range(3)}
+    assert list(scales.values()) == [1 / 4, 1 / 2, 1]
+    assert found["rope.freqs"]["weight_decay"] == 0
+    assert found["patch_embed.proj.weight"]["lr_scale"] == 1 / 8
 
 
 def test_a_student_inside_another_module_and_what_is_frozen():

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
-from timm.models.vision_transformer import VisionTransformer
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from models.modules.positions import FAMILIES
 from models.moe.parallel import expert_parallel, full_state_dict
 from trainer.config.ds_config import Settings
 from trainer.config.phases import ScheduleConfig
@@ -26,7 +26,8 @@ from trainer.distributed.ranks import Dist
 from trainer.distributed.zero_state import AVERAGE, Flats
 
 REFERENCE_BATCH = 512  # the learning rates of the recipes are meant for this global batch
-NO_DECAY_NAMES = ("pos_embed", "cls_token", "reg_token", "dist_token")
+# as in timm: tokens and what says where a token is
+NO_DECAY_NAMES = ("pos_embed", "cls_token", "reg_token", "dist_token", "relative_position_bias_table", "freqs")
 
 
 @dataclass
@@ -206,7 +207,7 @@ def blocks_after(module: nn.Module) -> dict[str, int]:
     """
     after = {}
     for prefix, part in module.named_modules():
-        if isinstance(part, VisionTransformer):
+        if isinstance(part, FAMILIES):
             depth = len(part.blocks)
             layers = group_parameters(part, part.group_matcher(), reverse=True)  # 0 = embeddings, 1 = first block
             for name, layer in layers.items():
