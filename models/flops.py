@@ -1,7 +1,7 @@
 """Multiply-add counts from shapes: the one function every cost in a result or report comes from.
 
-FLOPs = 2 x multiply-adds of every matrix product and convolution, attention scores included; normalisation,
-activations and softmax (under 2% at the sizes used) are left out. An MoE block counts the k experts a token is sent
+FLOPs = 2 x multiply-adds of every matrix product and convolution, attention scores included; normalisation, activations,
+rotary positions and softmax (under 2% at the sizes used) are left out. An MoE block counts the k experts a token is sent
 to, not empty slots. Backward costs twice the forward; a frozen module that only passes gradients on costs once more.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from .moe.layer import MoE
+from .moe.layer import LAYERS, MoE
 
 ONE_TOKEN = ("head", "head_dist", "pre_logits")  # run on the pooled token, not on the sequence
 
@@ -23,17 +23,17 @@ def forward_flops(module: nn.Module, tokens: int) -> int:
         tokens: length of the token sequence T, prefix tokens included.
     """
     if isinstance(module, MoE) or hasattr(module, "deepspeed_moe"):
-        # T (D E + k 2 D H): the router, then k experts of two products each
+        # T (D E + k L D H): the router, then k experts of L products each, two or (SwiGLU) three
         router = module.dim * module.config.num_experts
-        experts = module.config.k * 2 * module.dim * module.hidden
+        experts = module.config.k * len(LAYERS[module.act]) * module.dim * module.hidden
         return 2 * tokens * (router + experts)
     if isinstance(module, nn.Conv2d | nn.Linear):
         # a patch embedding is one product per patch (the few prefix tokens are counted too)
         return 2 * tokens * module.weight.numel()
     total = 0
     if hasattr(module, "qkv"):
-        # T^2 D twice: scores q k^T, and the values they mix
-        total += 2 * 2 * tokens * tokens * module.qkv.in_features
+        # T^2 D twice: scores q k^T, and the values they mix, all heads of which are what `proj` reads
+        total += 2 * 2 * tokens * tokens * module.proj.in_features
     for name, child in module.named_children():
         total += forward_flops(child, 1 if name in ONE_TOKEN else tokens)
     return total

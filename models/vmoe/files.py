@@ -30,6 +30,8 @@ TIMM_NAMES = {  # our name -> timm's
     "heads": "num_heads",
     "pool": "global_pool",
     "drop_rate": "proj_drop_rate",
+    "swiglu": "swiglu_mlp",
+    "layer_scale": "init_values",
 }
 # in config.json for timm or written by transformers' configuration; nothing of it changes what the model computes
 FOR_TIMM = ("architecture", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg")
@@ -145,7 +147,7 @@ def check_counts(config: VMoEConfig, weights: Weights) -> None:
     last_tensors = [f"blocks.{config.depth - 1}.norm1.weight"]
     moe_blocks = moe_numbers(config.moe_blocks, config.depth)
     if moe_blocks:
-        last_tensors.append(f"blocks.{moe_blocks[-1]}.mlp.experts.{config.moe.num_experts - 1}.fc1.weight")
+        last_tensors.append(f"blocks.{moe_blocks[-1]}.mlp.experts.{config.moe.num_experts - 1}.fc2.weight")
     for name in last_tensors:
         if name not in weights.names():
             raise ValueError(
