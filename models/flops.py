@@ -1,8 +1,9 @@
 """Multiply-add counts from shapes: the one function every cost in a result or report comes from.
 
-FLOPs = 2 x multiply-adds of every matrix product and convolution, attention scores included; normalisation, activations,
-rotary positions and softmax (under 2% at the sizes used) are left out. An MoE block counts the k experts a token is sent
-to, not empty slots. Backward costs twice the forward; a frozen module that only passes gradients on costs once more.
+FLOPs = 2 x multiply-adds of every matrix product and convolution, attention scores included; normalisation,
+activations, rotations of positions and softmax (under 2% at the sizes used) are left out. An MoE block counts the k
+experts a token is sent to, not empty slots. Backward costs twice the forward; a frozen module that only passes
+gradients on costs once more.
 """
 
 from __future__ import annotations

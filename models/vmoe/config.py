@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-from ..modules.tokens import Rope
+from ..modules.tokens import Rope, TokenLayout
 from ..moe.layer import GELU, SWIGLU, MoEConfig, paper
 
 # Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", appendix B
@@ -73,8 +73,8 @@ class VMoEConfig:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}.")
         if self.rope and self.width // self.heads % 4:
             raise ValueError(
-                f"rope needs heads of a multiple of 4 channels, got {self.width // self.heads} "
-                f"(width {self.width} / heads {self.heads})."
+                f"rope needs heads of a multiple of 4 channels, got {self.width // self.heads} (width {self.width} / "
+                f"heads {self.heads}): take another number of heads, or no rope."
             )
         if type(self.layer_scale) not in (int, float) or not 0 <= self.layer_scale <= 100:
             raise ValueError(f"layer_scale must lie between 0 (none) and 100, got {self.layer_scale!r}.")
@@ -90,6 +90,16 @@ class VMoEConfig:
         if unknown_blocks:
             raise ValueError(f"stitch_blocks {unknown_blocks} are not inner blocks '1'..'{self.depth - 1}'.")
         moe_numbers(self.moe_blocks, self.depth)
+
+    @property
+    def tokens(self) -> TokenLayout:
+        """What comes before the patches, and how positions are turned."""
+        return TokenLayout(
+            class_token=self.class_token,
+            reg_tokens=self.reg_tokens,
+            rope=self.rope,
+            rotary=self.rope is not None,
+        )
 
     @property
     def activation(self) -> str:

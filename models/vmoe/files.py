@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..files.hub import INDEX, CheckpointFiles, Weights
 from ..files.wrappers import grouped
+from ..moe.layer import LAYERS
 from ..preprocessing import Preprocessing
 from .config import MODEL_TYPE, POOLS, VMoEConfig, moe_numbers
 
@@ -147,7 +148,8 @@ def check_counts(config: VMoEConfig, weights: Weights) -> None:
     last_tensors = [f"blocks.{config.depth - 1}.norm1.weight"]
     moe_blocks = moe_numbers(config.moe_blocks, config.depth)
     if moe_blocks:
-        last_tensors.append(f"blocks.{moe_blocks[-1]}.mlp.experts.{config.moe.num_experts - 1}.fc2.weight")
+        first_layer = LAYERS[config.activation][0]
+        last_tensors.append(f"blocks.{moe_blocks[-1]}.mlp.experts.{config.moe.num_experts - 1}.{first_layer}.weight")
     for name in last_tensors:
         if name not in weights.names():
             raise ValueError(

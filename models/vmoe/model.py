@@ -324,7 +324,7 @@ def _block(config: VMoEConfig, dim: int, depth: int, **options: Any) -> VMoEBloc
         options["attn_layer"] = AttentionRope
     block = VMoEBlock(dim=dim, depth=depth, routes=routes, **options)
     if config.rope:  # what timm's block has no arguments for
-        block.attn.num_prefix_tokens = int(config.class_token) + config.reg_tokens
+        block.attn.num_prefix_tokens = config.tokens.prefix_tokens
         block.attn.rotate_half = config.rope.rotate_half
     width = (config.stitch_blocks or {}).get(str(depth))
     if width == FOLDED:
