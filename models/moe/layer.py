@@ -7,7 +7,7 @@ B images, T tokens of an image, D width, H hidden width, E experts, K chosen per
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -199,14 +199,20 @@ def run_experts(experts: nn.ModuleList, x_ERD: Tensor, act: str, dropout: Expert
         bias = torch.stack([expert[name].bias for expert in experts])
         return torch.baddbmm(bias.unsqueeze(1), inputs, weight.transpose(1, 2))
 
-    if act == SWIGLU:
-        h_ERH = F.silu(linear("fc1_g", x_ERD)) * linear("fc1_x", x_ERD)
-    else:
-        h_ERH = F.gelu(linear("fc1", x_ERD), approximate=GELU[act])
+    *first, last = LAYERS[act]
+    h_ERH = activate(act, [linear(name, x_ERD) for name in first])
     if dropout is None:
-        return linear("fc2", h_ERH)
-    y_ERD = linear("fc2", dropout(h_ERH, site=0))
+        return linear(last, h_ERH)
+    y_ERD = linear(last, dropout(h_ERH, site=0))
     return dropout(y_ERD, site=1)
+
+
+def activate(act: str, outputs: Sequence[Tensor]) -> Tensor:
+    """What reaches the last layer of an MLP, from the outputs of the layers before it in the order of LAYERS[act]."""
+    if act == SWIGLU:
+        gate, value = outputs
+        return F.silu(gate) * value
+    return F.gelu(outputs[0], approximate=GELU[act])
 
 
 def standard_normal(like: Tensor) -> Tensor:

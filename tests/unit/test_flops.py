@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from timm.models.eva import Eva
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from vit_families import WIDTH, images, tiny
@@ -11,6 +12,7 @@ from models.flops import forward_flops, num_tokens
 from models.modules.meta import MetaModel
 from models.modules.stages import split
 from models.modules.stitch import assemble_student, build_student_modules
+from models.modules.tokens import Rope
 from models.moe.layer import MoEConfig
 from models.vmoe.model import VMoE, VMoEConfig, decode_variant
 from trainer.config.phases import DistillConfig, MetaConfig
@@ -38,6 +40,12 @@ def prefix_tokens(vit):
     return 2 * vit.num_prefix_tokens * vit.patch_embed.proj.weight.numel()
 
 
+@pytest.mark.parametrize("qkv_fused", [True, False])
+def test_rotary_teachers_cost_what_torch_counts(qkv_fused):
+    model = Eva(32, 8, embed_dim=24, depth=2, num_heads=2, qkv_fused=qkv_fused, swiglu_mlp=True, use_rot_pos_emb=True)
+    assert forward_flops(model, num_tokens(model)) - prefix_tokens(model) == counted(model.eval(), images(BATCH))
+
+
 @pytest.mark.parametrize("family", ["vit", "deit distilled", "deit3", "dinov2 reg4", "clip", "gap reg4"])
 def test_teachers_cost_what_torch_counts(family):
     model = tiny(family)
@@ -45,7 +53,14 @@ def test_teachers_cost_what_torch_counts(family):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"moe_blocks": "all"}, {"moe_blocks": "none"}, {"representation_size": 10, "reg_tokens": 2}]
+    "changes",
+    [
+        {},
+        {"moe_blocks": "all"},
+        {"moe_blocks": "none"},
+        {"representation_size": 10, "reg_tokens": 2},
+        {"swiglu": True, "layer_scale": 0.1, "rope": Rope()},
+    ],
 )
 def test_a_vmoe_costs_what_torch_counts(changes):
     model = student(**changes)

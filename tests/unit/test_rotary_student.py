@@ -3,18 +3,22 @@ LayerScale, registers, no class token."""
 
 import copy
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import timm
 import torch
 from timm.layers import SwiGLU, SwiGLUPacked
-from timm.models.eva import Eva
+from transformers import AutoModelForImageClassification
 from vit_families import IMAGE_SIZE, images, scramble
 
+import models.auto
+import models.registry  # noqa: F401  both make V-MoE known
 from models.experts.dense_block import read_block
 from models.experts.upcycle import norm_eps, upcycle
+from models.modules.meta import check_pair
 from models.modules.stages import assemble, split
+from models.modules.stitch import assemble_student, build_student_modules
 from models.modules.tokens import Rope, token_layout
 from models.moe.layer import SWIGLU, MoE, MoEConfig
 from models.preprocessing import Preprocessing
@@ -113,3 +117,202 @@ def test_copies_of_a_teacher_compute_its_features(name, layer_scale, routing):
     found = model(x)
     if dense.num_classes:
         torch.testing.assert_close(found, wanted, atol=2e-6 * wanted.abs().max().item(), rtol=0)
+
+
+@every_teacher
+def test_what_the_student_lacks_is_refused_with_the_setting(name):
+    dense = teacher(name)
+    model = student(dense, swiglu=not student(dense).config.swiglu)
+    with pytest.raises(ValueError, match=r"MLPs have (SwiGLU|GELU) and those of a .*: set student.swiglu=(true|false)"):
+        upcycle(model, dense, range(4), IMAGES)
+    rotary = token_layout(dense.model).rotary
+    model = student(dense, rope=None if rotary else Rope())
+    value = str(rotary).lower()
+    with pytest.raises(ValueError, match=f"rotate queries and keys .* the student's do.*: set student.rope={value}"):
+        upcycle(model, dense, range(4), IMAGES)
+
+
+def test_rotations_of_other_kinds_are_refused():
+    dense = teacher("rope")
+    with pytest.raises(ValueError, match=r"the student's rope is Rope.*dinov3.* and that of a rope is Rope.*cat"):
+        upcycle(student(dense, rope=Rope()), dense, range(4), IMAGES)
+    mixed = Teacher(timm.create_model("vit_small_patch16_rope_mixed_224", **TINY), IMAGES, "a mix", None, 5)
+    assert token_layout(mixed.model).rotary and token_layout(mixed.model).rope is None
+    with pytest.raises(ValueError, match=r"cannot start from a mix, whose rotary positions \(RotaryEmbeddingMixed\)"):
+        upcycle(student(mixed), mixed, range(4), IMAGES)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"scale_mlp": True}, r"a norm inside block 0 \(mlp\)"),
+    ({"scale_attn_inner": True}, r"a norm inside block 0 \(norm\)"),
+    ({"gated_attn": True}, "a gate behind the attention of block 0"),
+    ({"num_kv_heads": 1, "attn_type": "rope", "qkv_fused": False}, "1 heads of keys for 3 of queries in block 0"),
+    ({"use_pre_transformer_norm": True}, "a norm before the blocks"),
+    ({"use_post_norm": True}, "blocks of type EvaBlockPostNorm"),
+])  # fmt: skip
+def test_parts_of_eva_that_a_v_moe_lacks_are_refused(change, message):
+    if "gated_attn" in change:
+        dense = teacher("rope")
+        dense.model.blocks[0].attn.gate = torch.nn.Linear(24, 24)
+    else:
+        dense = teacher("rope", **change)
+    with pytest.raises(ValueError, match=message):
+        upcycle(student(teacher("rope")), dense, range(4), IMAGES)
+
+
+@torch.no_grad()
+def test_experts_compute_timms_swiglu():
+    layer = MoE(24, 40, MoEConfig(num_experts=3, k=2), act=SWIGLU)
+    scramble(layer)
+    experts = []
+    for expert in layer.experts:
+        dense = SwiGLU(24, 40)
+        dense.load_state_dict(expert.state_dict())
+        experts.append(dense)
+    x_BTD = torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1))
+    out = {}
+    found = layer(x_BTD, out)
+    routing = out["routing"]
+    expert_BTK = routing.expert_GSK.view(2, 7, 2)
+    weight_BTK = routing.weight_GSK.view(2, 7, 2)
+    for b in range(2):
+        for t in range(7):
+            chosen = zip(weight_BTK[b, t], expert_BTK[b, t])
+            wanted = sum(weight * experts[int(e)](x_BTD[b, t]) for weight, e in chosen)
+            torch.testing.assert_close(found[b, t], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_modules_rotate_on_their_own(recompute):
+    """Outputs and gradients of stages, run from their own copies, are those of the whole model to the bit."""
+    model = model_of(ALL).train()
+    stages = copy.deepcopy(split(model, [1, 2, 1]))
+    for part in (model, *stages):
+        part.set_grad_checkpointing(recompute)
+    x = images()
+    whole = model(x)
+    whole.square().sum().backward()
+    tokens = x
+    for stage in stages:
+        tokens = stage(tokens)
+    tokens.square().sum().backward()
+    assert torch.equal(tokens, whole)
+    found = {name: p.grad for stage in stages for name, p in stage.named_parameters()}
+    assert found.keys() == dict(model.named_parameters()).keys()
+    for name, p in model.named_parameters():
+        assert torch.equal(found[name], p.grad), name
+    assert found["blocks.2.ls1.gamma"].abs().sum() > 0
+    again = assemble(stages)
+    assert type(again) is VMoE and torch.equal(again(x), whole)
+
+
+@torch.no_grad()
+def test_student_modules_learn_at_a_rotary_teachers_borders():
+    """Stitched modules, put together with their stitches, compute what they compute one after another."""
+    dense = teacher("dinov3 plus")
+    layout = token_layout(dense.model)
+    config = replace(ALL, class_token=layout.class_token, reg_tokens=layout.reg_tokens, rope=layout.rope)
+    modules = build_student_modules(model_of(config), [2, 2], dense.model.embed_dim)
+    check_pair(dense.model, model_of(config))
+    x = images()
+    state = modules[0](x)
+    assert state.shape == split(dense.model, [2, 2])[0](x).shape
+    whole = assemble_student(modules, "keep")
+    torch.testing.assert_close(whole(x), modules[1](state), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_rotation_tells_places_apart():
+    """Without learned positions, what the class token sees changes with the patches' places only where it rotates."""
+    x = images()
+    # the patches of 8 x 8 pixels of each row, in the opposite order
+    swapped = x.unflatten(3, (4, 8)).flip(3).flatten(3, 4)
+    for rope, differs in ((None, False), (Rope(), True)):
+        model = model_of(replace(ALL, class_token=True, pool="token", rope=rope))
+        model.pos_embed.zero_()
+        change = (model(swapped) - model(x)).abs().max()
+        assert (change > 1e-2) == differs, (rope, change)
+
+
+@torch.no_grad()
+def test_saved_with_every_option_it_loads_to_the_bit(tmp_path):
+    model = model_of(ALL)
+    model.save_pretrained(tmp_path, preprocessing=IMAGES)
+    x = images()
+    wanted = model(x)
+    loaded = VMoE.from_pretrained(tmp_path)
+    assert loaded.config == ALL and torch.equal(loaded(x), wanted)
+    by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(by_timm(x), wanted)
+    by_transformers = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(by_transformers(x).logits, wanted)
+    features = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True, out_indices=[3]).eval()
+    tokens = model.blocks[3](split(model, [3, 1])[0](x), rope=model.rope.get_embed(shape=(4, 4)))
+    assert torch.equal(features(x)[0], tokens[:, 2:].transpose(1, 2).unflatten(2, (4, 4)))
+
+
+def test_a_config_of_before_these_options_still_loads(tmp_path):
+    plain = replace(ALL, swiglu=False, layer_scale=0.0, rope=None)
+    model = model_of(plain)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    for part in (content, content["model_args"]):
+        for name in ("swiglu", "layer_scale", "rope", "swiglu_mlp", "init_values"):
+            part.pop(name, None)
+    path.write_text(json.dumps(content))
+    assert VMoE.from_pretrained(tmp_path).config == plain
+    assert torch.equal(timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()(images()), model(images()))
+
+
+@torch.no_grad()
+def test_the_rotation_follows_the_size_of_the_images():
+    """Against timm's Eva at that size, built anew; and of any size a dynamic one takes."""
+    dense = teacher("dinov3 plus")
+    model = student(dense)
+    upcycle(model, dense, range(4), IMAGES)
+    model.pos_embed.zero_()
+    larger = teacher("dinov3 plus", img_size=48)
+    larger.model.load_state_dict(dense.model.state_dict())
+    x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(2))
+    wanted = larger.model.forward_features(x)
+    model.set_input_size(48)
+    torch.testing.assert_close(model.forward_features(x), wanted, atol=2e-6 * wanted.abs().max().item(), rtol=0)
+    oblong = teacher("dinov3 plus", img_size=(48, 24))
+    oblong.model.load_state_dict(dense.model.state_dict())
+    dynamic = VMoE(replace(model.config, dynamic_img_size=True)).eval()
+    dynamic.load_state_dict(model.state_dict())
+    wanted = oblong.model.forward_features(x[..., :24])
+    found = dynamic.forward_features(x[..., :24])
+    torch.testing.assert_close(found, wanted, atol=2e-6 * wanted.abs().max().item(), rtol=0)
+
+
+@torch.no_grad()
+def test_the_angles_stay_exact_in_bfloat16():
+    model = model_of(ALL).bfloat16()
+    angles = model.rope.get_embed(shape=(4, 4))
+    assert angles.dtype == torch.float32 and torch.equal(angles, model_of(ALL).rope.get_embed(shape=(4, 4)))
+    assert model(images().bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"rope": {"rope_type": "mixed"}}, "rope.rope_type 'mixed' is not known; use one of cat, dinov3"),
+    ({"rope": {"temperature": 0}}, "rope.temperature must be above 0, got 0"),
+    ({"rope": {"ref_feat_shape": [4, 4]}}, "rope.ref_feat_shape is of rope_type cat"),
+    ({"rope": {"grid_indexing": "yx"}}, "rope.grid_indexing 'yx' is not known"),
+    ({"rope": {"speed": 1}}, r"unknown keys \['speed'\] in a Rope"),
+    ({"rope": {}, "heads": 4}, r"rope needs heads of a multiple of 4 channels, got 6 \(width 24 / heads 4\)"),
+    ({"layer_scale": -1}, "layer_scale must lie between 0"),
+])  # fmt: skip
+def test_configurations_that_make_no_model(change, message):
+    values = {**asdict(ALL), **change}
+    with pytest.raises(ValueError, match=message):
+        VMoEConfig.from_dict(json.loads(json.dumps(values)))
+
+
+def test_what_may_change_on_trained_weights():
+    replace(ALL, layer_scale=0.5).on_weights_of(ALL, "it")  # only where it starts
+    for change in ({"layer_scale": 0.0}, {"swiglu": False}, {"rope": None}, {"rope": Rope()}):
+        name = next(iter(change))
+        with pytest.raises(ValueError, match=f"it has {name} "):
+            replace(ALL, **change).on_weights_of(ALL, "it")
