@@ -7,8 +7,8 @@ teacher.
 For every seed a small rotary ViT (timm's Eva as DINOv3 has it: no learned positions, one class token) is trained on the
 procedural set, then a meta model from it, then every module of a student twice, with student.rope true and false and
 everything else equal: the data in the same order, epochs, initial values. Targets are both the module's own border and
-the logits behind it. Printed of every module, on the validation images: |s - t|^2 / |t|^2 at its border, and the
-accuracy of the hybrid, the meta model with the module in its place.
+the logits behind it. Printed of every module, on the validation images: |s - t|^2 / |t|^2 at its border (the last one has
+none), and the accuracy of the hybrid, the meta model with the module in its place. A quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ BATCH = 50
 RECIPE = [
     "data.source=fractals",
     "data.fractals.size=32",
-    "data.fractals.classes=20",
+    "data.fractals.classes=10",
     "data.fractals.train_images=2000",
     "data.fractals.val_images=1000",
-    "data.fractals.difficulty=0.3",
+    "data.fractals.difficulty=0.1",
     "modules=3",
     "meta.blocks_per_module=1",
     "distill.border=mse",
@@ -73,9 +73,9 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--teacher-epochs", type=int, default=10)
-    parser.add_argument("--meta-epochs", type=int, default=4)
-    parser.add_argument("--epochs", type=int, default=6, help="of every module")
+    parser.add_argument("--teacher-epochs", type=int, default=12)
+    parser.add_argument("--meta-epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=5, help="of every module")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     logging.getLogger("trainer").setLevel(logging.WARNING)
@@ -86,7 +86,8 @@ def main() -> None:
     print("\n| module | rope | relative error at the border | accuracy of the hybrid |\n|---:|---|---:|---:|")
     for (module, rope), values in sorted(results.items()):
         errors, accuracies = zip(*values)
-        print(f"| {module} | {rope} | {_spread(errors, '.3f')} | {_spread(accuracies, '.1%')} |")
+        error = "-" if math.isnan(errors[0]) else _spread(errors, ".3f")
+        print(f"| {module} | {rope} | {error} | {_spread(accuracies, '.1%')} |")
 
 
 def measure(options: argparse.Namespace, seed: int, results: dict[tuple[int, bool], list[tuple[float, float]]]) -> None:
@@ -174,7 +175,9 @@ def accuracy(model: Callable[[Tensor], Tensor], val: tuple[Tensor, Tensor]) -> f
 
 @torch.no_grad()
 def border_error(objective: Distill, val: tuple[Tensor, Tensor]) -> float:
-    """|s - t|^2 / |t|^2 of the module's output, mean over batches; of the last one on its logits."""
+    """|s - t|^2 / |t|^2 of the module's output, mean over batches; not a number where it puts out logits."""
+    if objective.border == "none":
+        return math.nan
     errors = []
     for x in val[0].split(BATCH):
         h = objective.meta.front(x, objective.index)

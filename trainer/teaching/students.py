@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -24,6 +25,9 @@ def student_config(run: Run, drop_path: float = 0.0, recipe: Recipe | None = Non
         ValueError: sizes that are open or do not fit.
     """
     images, tokens = run.teacher.preprocessing, token_layout(run.teacher.model)
+    if run.recipe.student.init not in ("", "teacher"):  # what its blocks start from says whether they rotate
+        start = token_layout(upcycling.dense_start(run).model)
+        tokens = replace(tokens, rope=start.rope, rotary=start.rotary)
     return config_for(recipe or run.recipe, len(run.labels), drop_path, images.image_size, images.in_chans, tokens)
 
 
