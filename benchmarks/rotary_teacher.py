@@ -7,8 +7,9 @@ teacher.
 For every seed a small rotary ViT (timm's Eva as DINOv3 has it: no learned positions, one class token) is trained on the
 procedural set, then a meta model from it, then every module of a student twice, with student.rope true and false and
 everything else equal: the data in the same order, epochs, initial values. Targets are both the module's own border and
-the logits behind it. Printed of every module, on the validation images: |s - t|^2 / |t|^2 at its border (the last one has
-none), and the accuracy of the hybrid, the meta model with the module in its place. A quarter of an hour on one core.
+the logits behind it. Printed of every module, on the validation images: |s - t|^2 / |t|^2 at its border, which the last
+one has not, and the accuracy of the hybrid, the meta model with the module in its place. A quarter of an hour on one
+core.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ LayerScale, registers, no class token."""
 import copy
 import json
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -24,6 +25,10 @@ from models.moe.layer import SWIGLU, MoE, MoEConfig
 from models.preprocessing import Preprocessing
 from models.teacher.load import Teacher
 from models.vmoe.model import VMoE, VMoEConfig
+from tests.launch import TINY_RECIPE as RECIPE
+from trainer.config.load import load_recipe
+from trainer.teaching import upcycling
+from trainer.teaching.students import config_for, student_config
 
 IMAGES = Preprocessing(IMAGE_SIZE, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 TINY = {"img_size": IMAGE_SIZE, "patch_size": 8, "embed_dim": 24, "num_heads": 3, "depth": 4, "num_classes": 5}
@@ -316,3 +321,48 @@ def test_what_may_change_on_trained_weights():
         name = next(iter(change))
         with pytest.raises(ValueError, match=f"it has {name} "):
             replace(ALL, **change).on_weights_of(ALL, "it")
+
+
+@pytest.mark.parametrize("name, overrides, expected", [
+    ("rope", [], ("cat", True, 0, "token")),
+    ("dinov3 plus", [], ("dinov3", True, 4, "token")),
+    ("rope gap", [], ("cat", False, 1, "mean")),
+    ("rope gap", ["student.class_token=true"], ("cat", True, 0, "token")),  # as many prefix tokens
+    ("dinov3 plus", ["student.class_token=false", "student.rope=false"], (None, False, 5, "mean")),
+    ("dinov2 giant", [], (None, True, 4, "token")),
+    ("dinov2 giant", ["student.rope=true", "student.reg_tokens=0"], ("dinov3", True, 0, "token")),
+])  # fmt: skip
+def test_what_a_recipe_leaves_open_is_the_teachers(name, overrides, expected):
+    layout = token_layout(teacher(name, depth=1).model)
+    config = config_for(load_recipe(RECIPE, overrides), 5, 0.0, IMAGE_SIZE, 3, layout)
+    rope_type = config.rope and config.rope.rope_type
+    assert (rope_type, config.class_token, config.reg_tokens, config.pool) == expected
+    if config.rope and layout.rope:
+        assert config.rope == layout.rope
+    # the saved student's own, where training starts from it
+    again = config_for(load_recipe(RECIPE, overrides), 5, 0.0, IMAGE_SIZE, 3, config.tokens)
+    assert again == config
+
+
+def test_a_student_of_a_teacher_with_learned_frequencies_rotates_by_fixed_ones():
+    mixed = timm.create_model("vit_small_patch16_rope_mixed_224", **TINY)
+    config = config_for(load_recipe(RECIPE), 5, 0.0, IMAGE_SIZE, 3, token_layout(mixed))
+    assert config.rope == Rope()
+
+
+def test_a_start_from_another_rotary_model_rotates_like_it(monkeypatch):
+    """Whatever the teacher does: its blocks are copies of that model's."""
+    start = teacher("rope")
+    plain = timm.create_model("vit_tiny_patch16_224", **TINY)
+    run = SimpleNamespace(
+        recipe=load_recipe(RECIPE, ["student.init=somewhere"]),
+        teacher=Teacher(plain, IMAGES, "a vit", None, 5),
+        labels=list("abcde"),
+    )
+    monkeypatch.setattr(upcycling, "dense_start", lambda run: start)
+    assert student_config(run).rope == token_layout(start.model).rope
+
+
+def test_swiglu_takes_the_place_of_gelu():
+    with pytest.raises(ValueError, match=r"student.gelu is 'tanh', expected erf where student.swiglu is true"):
+        load_recipe(RECIPE, ["student.swiglu=true", "student.gelu=tanh"])
