@@ -33,8 +33,8 @@ def forward_flops(module: nn.Module, tokens: int) -> int:
         return 2 * tokens * module.weight.numel()
     total = 0
     if hasattr(module, "qkv"):
-        # T^2 D twice: scores q k^T, and the values they mix, all heads of which are what `proj` reads
-        total += 2 * 2 * tokens * tokens * module.proj.in_features
+        # T^2 D twice: scores q k^T, and the values they mix
+        total += 2 * 2 * tokens * tokens * module.qkv.in_features
     for name, child in module.named_children():
         total += forward_flops(child, 1 if name in ONE_TOKEN else tokens)
     return total

@@ -139,7 +139,7 @@ def assemble(out, words):
     student = Assembly(run, 0).student.state_dict()
     dense = load_file(Path(out) / "expert_0_0/model.safetensors")
     for block in range(2):
-        for part in ("fc1.weight", "fc2.bias"):
+        for part in ("fc1_g.weight", "fc2.bias"):
             for expert in range(2):
                 copied = student[f"stage.blocks.{block}.mlp.experts.{expert}.{part}"]
                 assert torch.equal(copied, dense[f"stage.blocks.{block}.mlp.{part}"])
