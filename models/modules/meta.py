@@ -108,7 +108,7 @@ class MetaModel(nn.Module):
     def hidden_states(
         self, x: Tensor, stages: int | None = None, out: Out | None = None, states: Collection[int] = ()
     ) -> list[Tensor]:
-        """The output of every stage in turn, or of the first ones: N-1 border states (B, T, D), then the model's output.
+        """The output of every stage in turn, or of the first ones: N-1 border states (B, T, D), then the model's.
 
         Args:
             out, states: see run_blocks; the stages of one model write into one `out`.

@@ -27,7 +27,7 @@ from .positions import Positions, block_positions, embed, learned_per_block
 EMBEDDING_PARTS = frozenset(
     {"patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre"}
 )
-# Parts that make what every block takes of positions. Some learn, so they are in one state dict only: the first stage's.
+# Parts that make what every block takes of positions. Some learn, so one state dict has them, the first stage's.
 POSITION_PARTS = ("rope", "rel_pos_bias")
 
 
