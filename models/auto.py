@@ -76,6 +76,9 @@ class VMoEForImageClassification(PreTrainedModel):
         # VMoE starts itself; only a head for other classes than the saved ones is made by transformers
         if module is self.vmoe.head and isinstance(module, nn.Linear):
             reset_head(module)
+        # and transformers empties the buffers that no file has
+        if module is self.vmoe.rope and module is not None:
+            module.init_non_persistent_buffers()
 
     @classmethod
     def from_pretrained(

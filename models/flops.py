@@ -1,8 +1,9 @@
 """Multiply-add counts from shapes: the one function every cost in a result or report comes from.
 
 FLOPs = 2 x multiply-adds of every matrix product and convolution, attention scores included; normalisation,
-activations and softmax (under 2% at the sizes used) are left out. An MoE block counts the k experts a token is sent
-to, not empty slots. Backward costs twice the forward; a frozen module that only passes gradients on costs once more.
+activations, rotations of positions and softmax (under 2% at the sizes used) are left out. An MoE block counts the k
+experts a token is sent to, not empty slots. Backward costs twice the forward; a frozen module that only passes
+gradients on costs once more.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
-from .moe.layer import MoE
+from .moe.layer import LAYERS, MoE
 
 ONE_TOKEN = ("head", "head_dist", "pre_logits")  # run on the pooled token, not on the sequence
 
@@ -24,9 +25,9 @@ def forward_flops(module: nn.Module, tokens: int) -> int:
         tokens: length of the token sequence T, prefix tokens included.
     """
     if isinstance(module, MoE) or hasattr(module, "deepspeed_moe"):
-        # T (D E + k 2 D H): the router, then k experts of two products each
+        # T (D E + k L D H): the router, then k experts of L products each, two or (SwiGLU) three
         router = module.dim * module.config.num_experts
-        experts = module.config.k * 2 * module.dim * module.hidden
+        experts = module.config.k * len(LAYERS[module.act]) * module.dim * module.hidden
         return 2 * tokens * (router + experts)
     if isinstance(module, nn.Conv2d | nn.Linear):
         # a patch embedding is one product per patch (the few prefix tokens are counted too)

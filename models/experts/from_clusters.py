@@ -6,14 +6,14 @@ was not at hand: that both matrices are cut, ENERGY and the router's scale are o
 self-distillation loss is left out. N tokens, D width, H hidden width, E experts.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..moe.layer import GELU, MoE
+from ..moe.layer import LAYERS, MoE, activate
 from .kmeans import CHUNK, spherical_kmeans
 
 # Share of the mean square of a layer's outputs, on its cluster, that the truncated weights keep. On the embedded
@@ -26,14 +26,14 @@ class Clustered:
     """What became of one block, by expert."""
 
     tokens: list[int]  # in its cluster
-    ranks: list[tuple[int, int]]  # of fc1 and fc2
+    layers: tuple[str, ...]  # of an expert
+    ranks: list[tuple[int, ...]]  # of those layers
 
     def __str__(self) -> str:
-        fc1_ranks, fc2_ranks = zip(*self.ranks)
-        return (
-            f"clusters of {min(self.tokens)}..{max(self.tokens)} tokens, "
-            f"ranks {min(fc1_ranks)}..{max(fc1_ranks)} (fc1), {min(fc2_ranks)}..{max(fc2_ranks)} (fc2)"
-        )
+        parts = []
+        for name, ranks in zip(self.layers, zip(*self.ranks)):
+            parts.append(f"{min(ranks)}..{max(ranks)} ({name})")
+        return f"clusters of {min(self.tokens)}..{max(self.tokens)} tokens, ranks {', '.join(parts)}"
 
 
 @torch.no_grad()
@@ -51,27 +51,33 @@ def cluster_experts(moe: MoE, x_ND: Tensor, seed: int) -> Clustered:
     num_experts = len(moe.experts)
     centroid_ED, cluster_N = spherical_kmeans(x_ND, num_experts, seed=seed)
     tokens = torch.bincount(cluster_N, minlength=num_experts).tolist()
+    layers = LAYERS[moe.act]
+    *first, last = layers
     ranks = []
     for number, expert in enumerate(moe.experts):
         chunks = x_ND[cluster_N == number].split(CHUNK)
-        fc1 = expert["fc1"]
-        fc2 = expert["fc2"]
-        weight_HD = fc1.weight.to(x_ND)
-        bias_H = fc1.bias.to(x_ND)
-        # what reaches fc2 of the dense MLP, gelu(W1 x + b1), chunk by chunk; before fc1 is cut below
-        hidden = (F.gelu(F.linear(x, weight_HD, bias_H), approximate=GELU[moe.act]) for x in chunks)
-        fc2_weight, fc2_rank = truncated(fc2.weight.to(x_ND), hidden)
-        fc1_weight, fc1_rank = truncated(weight_HD, chunks)
-        fc1.weight.copy_(fc1_weight)
-        fc2.weight.copy_(fc2_weight)
-        ranks.append((fc1_rank, fc2_rank))
+        cut = {last: truncated(expert[last].weight.to(x_ND), _inputs_of_last(moe.act, expert, chunks))}
+        for name in first:
+            cut[name] = truncated(expert[name].weight.to(x_ND), chunks)
+        for name, (weight, _) in cut.items():
+            expert[name].weight.copy_(weight)
+        ranks.append(tuple(cut[name][1] for name in layers))
     # router row e = c_e / s, with s the mean over tokens of the deviation of x . c_e over the experts: a token's logits
     # then spread like those of a fresh router, with standard deviation 1
     spreads = [(rows @ centroid_ED.T).std(1) for rows in x_ND.split(CHUNK)]
     moe.router.weight.copy_(centroid_ED / torch.cat(spreads).mean())
     if moe.router.bias is not None:
         moe.router.bias.zero_()
-    return Clustered(tokens, ranks)
+    return Clustered(tokens, layers, ranks)
+
+
+def _inputs_of_last(act: str, expert: nn.ModuleDict, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """What reaches the last layer of an MLP, chunk by chunk of its input."""
+    for x in chunks:
+        outputs = []
+        for name in LAYERS[act][:-1]:
+            outputs.append(F.linear(x, expert[name].weight.to(x), expert[name].bias.to(x)))
+        yield activate(act, outputs)
 
 
 def truncated(weight: Tensor, inputs: Iterable[Tensor]) -> tuple[Tensor, int]:

@@ -2,24 +2,25 @@
 
 Sparse upcycling (Komatsuzaki et al. 2023, arXiv 2212.05055), with whole layers left out where the student has fewer.
 At equal depths the student computes what the dense model computes, because the gates of a token's K experts sum to 1;
-a capacity that drops tokens, dropout and noise on experts end that. What a V-MoE cannot hold is folded into weights
-(LayerScale, another mean and std of the images) or refused by name.
+a capacity that drops tokens, dropout and noise on experts end that. What the student does not hold is folded into
+weights (LayerScale, another mean and std of the images) or refused by name.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from timm.layers import Attention, LayerScale, Mlp, PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from ..moe.layer import GELU, MoE, draw
+from ..modules.tokens import token_layout
+from ..moe.layer import SWIGLU, MoE, draw
 from ..preprocessing import Preprocessing
 from ..teacher.load import Teacher
 from ..vmoe.config import POOLS
 from ..vmoe.model import VMoE
+from .dense_block import BLOCKS, Affine, DenseBlock, is_identity, read_block
 
 
 def chosen_layers(dense_depths: Sequence[int], student_depths: Sequence[int]) -> list[int]:
@@ -54,7 +55,7 @@ def norm_eps(dense: VisionTransformer) -> float:
     Raises:
         ValueError: another kind of block or norm, or norms that differ.
     """
-    strange_blocks = {type(block).__name__ for block in dense.blocks if type(block) is not Block}
+    strange_blocks = {type(block).__name__ for block in dense.blocks if type(block) not in BLOCKS}
     if strange_blocks:
         raise ValueError(f"a V-MoE cannot start from a model with blocks of type {', '.join(sorted(strange_blocks))}.")
     norms = []
@@ -101,43 +102,42 @@ def upcycle(
         ValueError: sizes or parts that do not fit; both sides are named.
     """
     model = dense.model
-    _check_sizes(student, dense)
-    _check_parts(student, dense, layers)
+    eps = norm_eps(model)
+    if eps != (student.config.norm_eps or student.norm.eps):
+        raise ValueError(f"the student's norm_eps is {student.norm.eps} and that of {dense.source} is {eps}.")
+    blocks = _read_blocks(student, dense, layers)
+    _check_sizes(student, dense, blocks[0])
+    _check_rope(student, dense)
+    for block in blocks:
+        _check_activation(student, dense, block)
     left_behind = _check_head(student, dense, own_classes)
     if student.pos_embed.is_meta:
         return left_behind
     _start_embedding(student, model, images, dense.preprocessing)
-    for number, layer in enumerate(layers):
-        _start_block(student.blocks[number], model.blocks[layer], partial(_noise, noise, student.config.seed, number))
-    _copy(student.norm, _final_norm(model))
-    if not any(phrase.startswith("its head") for phrase in left_behind):
-        _copy(student.head, model.head)
+    for number, block in enumerate(blocks):
+        _start_block(student.blocks[number], block, partial(_noise, noise, student.config.seed, number))
+    _copy_norm(student.norm, _final_norm(model))
+    if student.num_classes and not any(phrase.startswith("its head") for phrase in left_behind):
+        _copy(student.head, Affine(model.head.weight, model.head.bias))
     return left_behind
 
 
-def _check_sizes(student: VMoE, dense: Teacher) -> None:
+def _check_sizes(student: VMoE, dense: Teacher, block: DenseBlock) -> None:
     """Refuse a dense model of other sizes, naming the setting that makes the student's equal."""
     config = student.config
     model = dense.model
-    block = model.blocks[0]
-    eps = norm_eps(model)
-    if eps != (config.norm_eps or student.norm.eps):
-        raise ValueError(f"the student's norm_eps is {student.norm.eps} and that of {dense.source} is {eps}.")
-    mlp_dim = None
-    if isinstance(block.mlp, Mlp):
-        mlp_dim = block.mlp.fc1.out_features
-    # size -> (the student's, the dense model's; None where its blocks have no such number: refused by _check_parts)
+    # size -> (the student's, the dense model's)
     pairs = {
         "width": (config.width, model.embed_dim),
-        "heads": (config.heads, getattr(block.attn, "num_heads", None)),
-        "mlp_dim": (config.mlp_dim, mlp_dim),
+        "heads": (config.heads, model.blocks[0].attn.num_heads),
+        "mlp_dim": (config.mlp_dim, block.mlp["fc2"].weight.shape[1]),
         "patch_size": (config.patch_size, model.patch_embed.patch_size[0]),
         "in_chans": (config.in_chans, model.patch_embed.proj.in_channels),
         "image_size": (config.image_size, model.patch_embed.img_size[0]),
         "prefix tokens": (student.num_prefix_tokens, model.num_prefix_tokens),
     }
     for name, (student_size, dense_size) in pairs.items():
-        if dense_size is not None and student_size != dense_size:
+        if student_size != dense_size:
             raise ValueError(
                 f"the student's {name} is {student_size} and that of {dense.source}, which it is to start from, is "
                 f"{dense_size}: they must be equal; {_setting(name, dense_size)}name in student.init a dense model "
@@ -154,8 +154,8 @@ def _setting(name: str, size: int) -> str:
     return f"set student.{name}={size}, or "
 
 
-def _check_parts(student: VMoE, dense: Teacher, layers: Sequence[int]) -> None:
-    """Refuse what a V-MoE cannot hold, and gates that make no copy of the dense model of it."""
+def _read_blocks(student: VMoE, dense: Teacher, layers: Sequence[int]) -> list[DenseBlock]:
+    """The dense block of each of the student's; refuses what a V-MoE cannot hold, and gates that make no copy of it."""
     config = student.config
     model = dense.model
     if len(layers) != len(student.blocks):
@@ -168,47 +168,65 @@ def _check_parts(student: VMoE, dense: Teacher, layers: Sequence[int]) -> None:
             "than 1, by another amount for every token, so no copies of a dense MLP keep its function. Set "
             "student.moe.renormalize=true."
         )
-    reasons = []
-    if not isinstance(model.norm_pre, nn.Identity):
-        reasons.append("a norm before the blocks (pre_norm)")
-    if type(model.patch_embed) is not PatchEmbed or not isinstance(model.patch_embed.norm, nn.Identity):
-        reasons.append(f"a patch embedding {type(model.patch_embed).__name__} that is more than one convolution")
-    for layer in layers:
-        block = model.blocks[layer]
-        reasons += _strange_parts(block, layer)
-        if not reasons:  # only then has the block an MLP whose activation can be told
-            _check_activation(student, dense, block)
-    if reasons:
-        raise ValueError(f"a V-MoE cannot start from {dense.source}, which has {reasons[0]}.")
+    try:
+        if not is_identity(model.norm_pre):
+            raise ValueError("a norm before the blocks (pre_norm)")
+        if type(model.patch_embed) is not PatchEmbed or not is_identity(model.patch_embed.norm):
+            embedding = type(model.patch_embed).__name__
+            raise ValueError(f"a patch embedding {embedding} that is more than one convolution")
+        return [read_block(model.blocks[layer], layer) for layer in layers]
+    except ValueError as error:
+        raise ValueError(f"a V-MoE cannot start from {dense.source}, which has {error}.") from None
 
 
-def _check_activation(student: VMoE, dense: Teacher, block: nn.Module) -> None:
-    act = getattr(block.mlp, "act", None)
-    form = _gelu(act)
-    if form != student.config.gelu:
-        advice = f"set student.gelu={form}" if form else "a V-MoE has GELU, exact or by tanh"
+def _check_rope(student: VMoE, dense: Teacher) -> None:
+    """Refuse a dense model whose attention rotates queries and keys in another way than the student's."""
+    layout = token_layout(dense.model)
+    if layout.rotary and layout.rope is None:
+        embedding = type(dense.model.rope).__name__
         raise ValueError(
-            f"the student's gelu is {student.config.gelu!r} and the activation of {dense.source} is "
-            f"{form or type(act).__name__}: {advice}."
+            f"a V-MoE cannot start from {dense.source}, whose rotary positions ({embedding}) have learned or other "
+            f"frequencies than a V-MoE's: leave student.init empty."
         )
+    rope = student.config.rope
+    if layout.rope == rope:
+        return
+    if layout.rope is None or rope is None:
+        rotates, other = ("", "do not") if rope is None else ("do not ", "do")
+        value = str(rope is None).lower()
+        raise ValueError(
+            f"the blocks of {dense.source} {rotates}rotate queries and keys by position and the student's {other}: set "
+            f"student.rope={value}."
+        )
+    raise ValueError(
+        f"the student's rope is {rope} and that of {dense.source} is {layout.rope}: name in student.init a dense model "
+        f"with the student's, or leave it empty."
+    )
 
 
-def _strange_parts(block: nn.Module, layer: int) -> list[str]:
-    """What a block has that a V-MoE's has not, one phrase each."""
-    if type(block.attn) is not Attention or type(block.mlp) is not Mlp:
-        return [f"{type(block.attn).__name__} and {type(block.mlp).__name__} in block {layer}"]
-    norms = {"q_norm": block.attn.q_norm, "k_norm": block.attn.k_norm, "norm": block.attn.norm, "mlp": block.mlp.norm}
-    strange = [f"a norm inside block {layer} ({name})" for name, norm in norms.items() if not _identity(norm)]
-    for scale in (block.ls1, block.ls2):
-        if not _identity(scale) and not isinstance(scale, LayerScale):
-            strange.append(f"{type(scale).__name__} in block {layer}")
-    return strange
+def _check_activation(student: VMoE, dense: Teacher, block: DenseBlock) -> None:
+    config = student.config
+    if block.activation == config.activation:
+        return
+    if SWIGLU in (block.activation, config.activation):
+        gated = block.activation == SWIGLU
+        ours, theirs = ("GELU", "SwiGLU") if gated else ("SwiGLU", "GELU")
+        raise ValueError(
+            f"the student's MLPs have {ours} and those of {dense.source} {theirs}: set student.swiglu="
+            f"{str(gated).lower()}."
+        )
+    raise ValueError(
+        f"the student's gelu is {config.gelu!r} and the activation of {dense.source} is {block.activation}: set "
+        f"student.gelu={block.activation}."
+    )
 
 
 def _check_head(student: VMoE, dense: Teacher, own_classes: bool) -> list[str]:
     """Whether the dense head can be copied; what is left behind."""
     model = dense.model
     config = student.config
+    if not student.num_classes and not dense.num_classes:
+        return []
     if student.num_classes != dense.num_classes or not isinstance(model.head, nn.Linear):
         if own_classes:
             raise ValueError(
@@ -220,7 +238,7 @@ def _check_head(student: VMoE, dense: Teacher, own_classes: bool) -> list[str]:
         return [f"its head of {dense.num_classes} classes"]
     our_pools = {timm_name: name for name, timm_name in POOLS.items() if timm_name}
     pool = our_pools.get(model.global_pool)
-    after_mean = model.global_pool != "token" and not _identity(model.fc_norm)
+    after_mean = model.global_pool != "token" and not is_identity(model.fc_norm)
     if pool is None or after_mean or getattr(model, "pool_include_prefix", False) or config.representation_size:
         what = "norm after the mean" if after_mean else f"pooling {model.global_pool!r}"
         return [f"its head, which reads another pooling than a V-MoE's ({what})"]
@@ -255,29 +273,42 @@ def _start_embedding(student: VMoE, model: VisionTransformer, ours: Preprocessin
     tokens = [token for token in tokens if token is not None]
     if tokens:
         prefix = torch.cat(tokens, 1)
-        student.cls_token.copy_(prefix[:, :1])
-        if student.reg_token is not None:
-            student.reg_token.copy_(prefix[:, 1:])
+        first = 0
+        for token in (student.cls_token, student.reg_token):
+            if token is not None:
+                token.copy_(prefix[:, first : first + token.shape[1]])
+                first += token.shape[1]
     student.pos_embed.zero_()
     if model.pos_embed is not None:  # without the prefix tokens where the dense model gives those no position
         student.pos_embed[:, -model.pos_embed.shape[1] :].copy_(model.pos_embed)
 
 
-def _start_block(block: nn.Module, dense: Block, add_noise: Callable[[int, str, Tensor], None]) -> None:
+def _start_block(block: nn.Module, dense: DenseBlock, add_noise: Callable[[int, str, Tensor], None]) -> None:
     """A block of the student from one of the dense model; `add_noise` changes weight `name` of expert `number`."""
-    _copy(block.norm1, dense.norm1)
-    _copy(block.norm2, dense.norm2)
-    _copy(block.attn.qkv, dense.attn.qkv)
-    _copy(block.attn.proj, dense.attn.proj, dense.ls1)
+    _copy_norm(block.norm1, dense.norm1)
+    _copy_norm(block.norm2, dense.norm2)
+    _copy(block.attn.qkv, dense.qkv)
+    _copy(block.attn.proj, dense.proj, _taken_on(block.ls1, dense.scale1))
+    mlp_scale = _taken_on(block.ls2, dense.scale2)
     if not isinstance(block.mlp, MoE):
-        _copy(block.mlp.fc1, dense.mlp.fc1)
-        _copy(block.mlp.fc2, dense.mlp.fc2, dense.ls2)
+        for name, layer in dense.mlp.items():
+            _copy(getattr(block.mlp, name), layer, mlp_scale if name == "fc2" else None)
         return
     for number, expert in enumerate(block.mlp.experts):
-        _copy(expert["fc1"], dense.mlp.fc1)
-        _copy(expert["fc2"], dense.mlp.fc2, dense.ls2)
-        for name, linear in expert.items():
-            add_noise(number, name, linear.weight)
+        for name, layer in dense.mlp.items():
+            _copy(expert[name], layer, mlp_scale if name == "fc2" else None)
+            add_noise(number, name, expert[name].weight)
+
+
+def _taken_on(scale: nn.Module, gamma: Tensor | None) -> Tensor | None:
+    """Give the student's LayerScale the dense one's values; what is left for the weights before it to take on."""
+    if is_identity(scale):
+        return gamma
+    if gamma is None:
+        scale.gamma.fill_(1)
+    else:
+        scale.gamma.copy_(gamma)
+    return None
 
 
 def _noise(relative: float, seed: int, block: int, expert: int, name: str, weight: Tensor) -> None:
@@ -288,18 +319,23 @@ def _noise(relative: float, seed: int, block: int, expert: int, name: str, weigh
         weight += values
 
 
-def _copy(target: nn.Module, source: nn.Module, scale: nn.Module | None = None) -> None:
-    """Weight and bias of a Linear or LayerNorm; a LayerScale behind it goes into both."""
+def _copy(target: nn.Linear, source: Affine, gamma: Tensor | None = None) -> None:
+    """Weight and bias of a layer; a LayerScale behind it goes into both."""
     assert target.weight.shape == source.weight.shape  # sizes were compared; copy_ would repeat a smaller one
-    if not isinstance(scale, LayerScale):
+    if gamma is None:
         target.weight.copy_(source.weight)
         _set(target.bias, source.bias)
         return
     # gamma (W x + b) = (gamma W) x + gamma b
-    gamma = scale.gamma.float()
+    gamma = gamma.float()
     target.weight.copy_(source.weight.float() * gamma[:, None])
     _set(target.bias, source.bias)
     target.bias *= gamma
+
+
+def _copy_norm(target: nn.LayerNorm, source: nn.LayerNorm) -> None:
+    target.weight.copy_(source.weight)
+    _set(target.bias, source.bias)
 
 
 def _set(target: Tensor, source: Tensor | None) -> None:
@@ -312,20 +348,4 @@ def _set(target: Tensor, source: Tensor | None) -> None:
 
 def _final_norm(model: VisionTransformer) -> nn.Module:
     """The norm before the head; of one class token it makes no difference whether it stands before the pooling."""
-    return model.fc_norm if _identity(model.norm) else model.norm
-
-
-def _gelu(act: nn.Module | None) -> str | None:
-    """Our name of a GELU, told by what it computes."""
-    if act is None:
-        return None
-    x = torch.linspace(-4, 4, 81, device="cpu")
-    y = act(x.clone())  # it may work in place
-    for name, form in GELU.items():
-        if torch.equal(y, F.gelu(x, approximate=form)):
-            return name
-    return None
-
-
-def _identity(part: nn.Module | None) -> bool:
-    return part is None or isinstance(part, nn.Identity)
+    return model.fc_norm if is_identity(model.norm) else model.norm

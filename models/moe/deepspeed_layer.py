@@ -27,6 +27,7 @@ class ParallelMoE(DeepSpeedMoE):
         nn.Module.__init__(self)  # DeepSpeed's own __init__ would build its gate and copies of one expert
         self.dim = moe.dim
         self.hidden = moe.hidden
+        self.act = moe.act
         self.config = moe.config
         # read by DeepSpeed
         self.use_residual = False

@@ -7,7 +7,7 @@ B images, T tokens of an image, D width, H hidden width, E experts, K chosen per
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,10 @@ from .out import Out
 from .routing import RouterConfig, Routing, capacity, route
 
 GELU = {"erf": "none", "tanh": "tanh"}  # our name -> F.gelu's `approximate`; timm and transformers use erf
+SWIGLU = "swiglu"
+# what an MLP computes between its layers -> its linear layers by timm's names: fc2(gelu(fc1(x))), or of SwiGLU (Shazeer
+# 2020, arXiv 2002.05202) fc2(silu(fc1_g(x)) * fc1_x(x))
+LAYERS = {**dict.fromkeys(GELU, ("fc1", "fc2")), SWIGLU: ("fc1_g", "fc1_x", "fc2")}
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class MoE(Routed):
     Args:
         dim, hidden: D and H.
         config: routing, losses and dropout.
-        act: "erf" or "tanh", the form of GELU.
+        act: "erf" or "tanh", the form of GELU, or "swiglu".
         layer, seed: the initial values of expert e depend on (seed, layer, e) and nothing else, so a model starts the
             same at every ep size.
     """
@@ -130,17 +134,14 @@ class MoE(Routed):
         self, dim: int, hidden: int, config: MoEConfig, act: str = "erf", layer: int = 0, seed: int = 0
     ) -> None:
         super().__init__()
-        if act not in GELU:
-            raise ValueError(f"act {act!r} is not known; use one of {', '.join(GELU)}.")
+        if act not in LAYERS:
+            raise ValueError(f"act {act!r} is not known; use one of {', '.join(LAYERS)}.")
         self.dim = dim
         self.hidden = hidden
         self.config = config
         self.act = act
         self.router = nn.Linear(dim, config.num_experts, bias=config.router_bias)
-        self.experts = nn.ModuleList(
-            nn.ModuleDict({"fc1": nn.Linear(dim, hidden), "fc2": nn.Linear(hidden, dim)})
-            for _ in range(config.num_experts)
-        )
+        self.experts = nn.ModuleList(_expert(dim, hidden, act) for _ in range(config.num_experts))
         draw(self.router.weight, lecun_normal_, seed, layer, "router")
         if config.router_bias:
             nn.init.zeros_(self.router.bias)
@@ -178,23 +179,40 @@ class MoE(Routed):
         return (y_NKD * weight_NK1).sum(1).to(y_ERD.dtype).view_as(x_BTD)
 
 
+def _expert(dim: int, hidden: int, act: str) -> nn.ModuleDict:
+    """The linear layers of one expert, by the names a dense MLP has for them."""
+    *first, last = LAYERS[act]
+    layers = nn.ModuleDict({name: nn.Linear(dim, hidden) for name in first})
+    layers[last] = nn.Linear(hidden, dim)
+    return layers
+
+
 def _with_zero_row(x_RD: Tensor) -> Tensor:
     return F.pad(x_RD, (0, 0, 0, 1))
 
 
 def run_experts(experts: nn.ModuleList, x_ERD: Tensor, act: str, dropout: ExpertDropout | None = None) -> Tensor:
-    """Every expert's MLP on its own rows, fc2(gelu(fc1(x))), in two batched products; (E, R, D) in and out."""
+    """Every expert's MLP on its own rows, a batched product for each of LAYERS[act]; (E, R, D) in and out."""
 
     def linear(name: str, inputs: Tensor) -> Tensor:
         weight = torch.stack([expert[name].weight for expert in experts])
         bias = torch.stack([expert[name].bias for expert in experts])
         return torch.baddbmm(bias.unsqueeze(1), inputs, weight.transpose(1, 2))
 
-    h_ERH = F.gelu(linear("fc1", x_ERD), approximate=GELU[act])
+    *first, last = LAYERS[act]
+    h_ERH = activate(act, [linear(name, x_ERD) for name in first])
     if dropout is None:
-        return linear("fc2", h_ERH)
-    y_ERD = linear("fc2", dropout(h_ERH, site=0))
+        return linear(last, h_ERH)
+    y_ERD = linear(last, dropout(h_ERH, site=0))
     return dropout(y_ERD, site=1)
+
+
+def activate(act: str, outputs: Sequence[Tensor]) -> Tensor:
+    """What reaches the last layer of an MLP, from the outputs of the layers before it in the order of LAYERS[act]."""
+    if act == SWIGLU:
+        gate, value = outputs
+        return F.silu(gate) * value
+    return F.gelu(outputs[0], approximate=GELU[act])
 
 
 def standard_normal(like: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
-from ..moe.layer import GELU, MoEConfig, paper
+from ..modules.tokens import Rope, TokenLayout
+from ..moe.layer import GELU, SWIGLU, MoEConfig, paper
 
 # Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", appendix B
 VARIANTS = {
@@ -40,7 +41,10 @@ class VMoEConfig:
     num_classes: int
     moe_blocks: str = "every-2"  # "all", "none", "every-n", "last-n" (of the odd ones) or block numbers as "1,3"
     moe: MoEConfig = field(default_factory=MoEConfig)
-    gelu: str = "erf"  # or "tanh"
+    gelu: str = "erf"  # or "tanh"; without effect where swiglu is set
+    swiglu: bool = False  # MLPs and experts fc2(silu(fc1_g(x)) * fc1_x(x)), mlp_dim wide, in place of GELU
+    layer_scale: float = 0.0  # initial value of a learned factor per channel behind attention and MLP; 0 = none
+    rope: Rope | None = None  # queries and keys are rotated by their place in the patch grid; None = they are not
     pool: str = "token"  # head on the class token, on the "mean" of the patch tokens, or "none": on every token
     class_token: bool = True
     reg_tokens: int = 0  # prefix tokens beside the class token, to match a teacher that has more than one
@@ -55,6 +59,8 @@ class VMoEConfig:
     def __post_init__(self) -> None:
         if isinstance(self.moe, Mapping):  # from JSON
             object.__setattr__(self, "moe", MoEConfig(**self.moe))
+        if isinstance(self.rope, Mapping):
+            object.__setattr__(self, "rope", Rope(**self.rope))
         for name in SIZES:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= 100_000:
@@ -65,6 +71,13 @@ class VMoEConfig:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.")
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}.")
+        if self.rope and self.width // self.heads % 4:
+            raise ValueError(
+                f"rope needs heads of a multiple of 4 channels, got {self.width // self.heads} (width {self.width} / "
+                f"heads {self.heads}): take another number of heads, or no rope."
+            )
+        if type(self.layer_scale) not in (int, float) or not 0 <= self.layer_scale <= 100:
+            raise ValueError(f"layer_scale must lie between 0 (none) and 100, got {self.layer_scale!r}.")
         if self.norm_eps is not None and not (isinstance(self.norm_eps, float) and 0 < self.norm_eps < 1):
             raise ValueError(f"norm_eps must lie between 0 and 1, got {self.norm_eps!r}; None means timm's 1e-6.")
         for name, known in (("gelu", GELU), ("pool", POOLS)):
@@ -78,6 +91,21 @@ class VMoEConfig:
             raise ValueError(f"stitch_blocks {unknown_blocks} are not inner blocks '1'..'{self.depth - 1}'.")
         moe_numbers(self.moe_blocks, self.depth)
 
+    @property
+    def tokens(self) -> TokenLayout:
+        """What comes before the patches, and how positions are turned."""
+        return TokenLayout(
+            class_token=self.class_token,
+            reg_tokens=self.reg_tokens,
+            rope=self.rope,
+            rotary=self.rope is not None,
+        )
+
+    @property
+    def activation(self) -> str:
+        """What its MLPs and experts compute between their layers, a key of models.moe.layer.LAYERS."""
+        return SWIGLU if self.swiglu else self.gelu
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VMoEConfig":
         """The configuration of plain values, as JSON gives them.
@@ -87,6 +115,7 @@ class VMoEConfig:
         """
         _check_keys(cls, values)
         _check_keys(MoEConfig, values.get("moe", {}))
+        _check_keys(Rope, values.get("rope") or {})
         required = [f.name for f in fields(cls) if f.default is f.default_factory is MISSING]
         missing = [name for name in required if name not in values]
         if missing:
@@ -102,8 +131,10 @@ class VMoEConfig:
             ValueError: naming the first setting that differs, and both its values.
         """
         for f in fields(self):
-            if f.name not in (*FREE, *KEPT, "moe", "moe_blocks"):
+            if f.name not in (*FREE, *KEPT, "moe", "moe_blocks", "layer_scale"):
                 _check_equal(source, f.name, getattr(saved, f.name), getattr(self, f.name))
+        if bool(saved.layer_scale) != bool(self.layer_scale):  # its initial value is as free as the seed
+            _check_equal(source, "layer_scale", saved.layer_scale, self.layer_scale)
         for name in KEPT:
             if getattr(self, name):  # else it stays as saved
                 _check_equal(source, name, getattr(saved, name), getattr(self, name))

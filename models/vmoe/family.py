@@ -11,6 +11,7 @@ from torch import Tensor
 from ..files.hub import CheckpointFiles
 from ..modules.basis import Basis
 from ..modules.stitch import StudentModule, assemble_student, build_student_modules
+from ..modules.tokens import Rope, TokenLayout
 from ..moe.layer import MoEConfig
 from ..preprocessing import Preprocessing
 from . import files as saved_files
@@ -27,24 +28,30 @@ def config(
     drop_path: float,
     image_size: int,
     in_chans: int,
-    prefix_tokens: int,
+    tokens: TokenLayout,
     seed: int,
 ) -> VMoEConfig:
     """The V-MoE that section student of a recipe asks for.
 
     Args:
         section: plain values of the recipe's section student.
-        prefix_tokens: class token and registers of the teacher, or of the model that training starts from.
+        tokens: of the teacher, or of the model that training starts from; the student's where the recipe leaves them
+            open.
 
     Raises:
         ValueError: an unknown variant, or sizes that do not fit together.
     """
     sizes = decode_variant(section["variant"]) if section["variant"] else {}
     sizes |= {name: section[name] for name in SIZES if section[name] is not None}
-    class_token = prefix_tokens > 0
+    class_token = section["class_token"]
+    if class_token is None:
+        class_token = tokens.class_token
     reg_tokens = section["reg_tokens"]
-    if reg_tokens is None:
-        reg_tokens = max(prefix_tokens - 1, 0)
+    if reg_tokens is None:  # as many prefix tokens as the teacher has
+        reg_tokens = max(tokens.prefix_tokens - int(class_token), 0)
+    rope = section["rope"]
+    if rope is None:
+        rope = tokens.rotary
     asked = {
         "image_size": image_size,
         "in_chans": in_chans,
@@ -55,6 +62,9 @@ def config(
         "pool": section["pool"] if class_token else "mean",
         "class_token": class_token,
         "reg_tokens": reg_tokens,
+        "rope": (tokens.rope or Rope()) if rope else None,
+        "swiglu": section["swiglu"],
+        "layer_scale": section["layer_scale"],
         "drop_rate": section["drop_rate"],
         "drop_path_rate": drop_path,
         "seed": seed,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..files.hub import INDEX, CheckpointFiles, Weights
 from ..files.wrappers import grouped
+from ..moe.layer import LAYERS
 from ..preprocessing import Preprocessing
 from .config import MODEL_TYPE, POOLS, VMoEConfig, moe_numbers
 
@@ -30,6 +31,8 @@ TIMM_NAMES = {  # our name -> timm's
     "heads": "num_heads",
     "pool": "global_pool",
     "drop_rate": "proj_drop_rate",
+    "swiglu": "swiglu_mlp",
+    "layer_scale": "init_values",
 }
 # in config.json for timm or written by transformers' configuration; nothing of it changes what the model computes
 FOR_TIMM = ("architecture", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg")
@@ -145,7 +148,8 @@ def check_counts(config: VMoEConfig, weights: Weights) -> None:
     last_tensors = [f"blocks.{config.depth - 1}.norm1.weight"]
     moe_blocks = moe_numbers(config.moe_blocks, config.depth)
     if moe_blocks:
-        last_tensors.append(f"blocks.{moe_blocks[-1]}.mlp.experts.{config.moe.num_experts - 1}.fc1.weight")
+        first_layer = LAYERS[config.activation][0]
+        last_tensors.append(f"blocks.{moe_blocks[-1]}.mlp.experts.{config.moe.num_experts - 1}.{first_layer}.weight")
     for name in last_tensors:
         if name not in weights.names():
             raise ValueError(

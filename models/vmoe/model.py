@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
-from timm.layers import LayerNorm, Mlp, to_2tuple
+from timm.layers import AttentionRope, LayerNorm, Mlp, SwiGLU, to_2tuple
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from ..files.hub import CheckpointFiles, Weights
-from ..modules.stages import run_blocks
+from ..modules.stages import run_blocks, shallow_copy
 from ..modules.stitch import FOLDED, stitch
 from ..moe.layer import GELU, MoE, draw, lecun_normal_
 from ..moe.out import Out, inside
@@ -30,6 +30,7 @@ from .files import check_counts, fill, read, write
 
 __all__ = ["VARIANTS", "VMoE", "VMoEBlock", "VMoEConfig", "decode_variant", "load_expert_parallel", "moe_numbers"]
 log = logging.getLogger(__name__)
+MLP_LAYERS = (".fc1", ".fc2", ".fc1_g", ".fc1_x")
 
 
 class VMoEBlock(Block):
@@ -45,7 +46,11 @@ class VMoEBlock(Block):
         self.stitch = nn.Identity()
 
     def forward(self, x: Tensor, out: Out | None = None, **masks: Any) -> Tensor:
-        """(B, T, D) in and out; what an MoE tells is left in out["mlp"]."""
+        """(B, T, D) in and out; what an MoE tells is left in out["mlp"].
+
+        Args:
+            masks: of timm's attention, and the `rope` of a rotary one.
+        """
         x = self.stitch(x)
         x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks)))
         normed = self.norm2(x)
@@ -77,6 +82,7 @@ class VMoE(VisionTransformer, ModelHubMixin):
             num_heads=config.heads,
             class_token=config.class_token,
             reg_tokens=config.reg_tokens,
+            init_values=config.layer_scale or None,
             fc_norm=False,  # the official model normalises before it pools
             pos_drop_rate=config.drop_rate,
             proj_drop_rate=config.drop_rate,
@@ -88,6 +94,7 @@ class VMoE(VisionTransformer, ModelHubMixin):
             block_fn=functools.partial(_block, config),
         )
         self.config = config
+        self.rope = config.rope.build(config.width, config.heads) if config.rope else None
         self.preprocessing: Preprocessing | None = None
         self.labels: list[str] | None = None
         self.source: str | None = None
@@ -107,14 +114,36 @@ class VMoE(VisionTransformer, ModelHubMixin):
             out: takes what the MoE layers tell of their routing, for auxiliary_loss and routing_metrics (models.moe).
             states: numbers of the blocks whose output is left in `out` as well; see run_blocks.
             masks: timm's attn_mask and is_causal.
+
+        Learned positions are added to the tokens where queries and keys are rotated (config.rope) too: a dense model
+        to start from may have both, and where it has not they start at zero.
         """
         return self.forward_head(self.forward_features(x, out, states, **masks))
 
     def forward_features(self, x: Tensor, out: Out | None = None, states: Collection[int] = (), **masks: Any) -> Tensor:
         """Images (B, C, H, W) -> normalised tokens (B, T, D); arguments as in forward."""
+        rotation = self._rotation(x)
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         blocks = {str(number): block for number, block in enumerate(self.blocks)}
-        return self.norm(run_blocks(blocks, x, self.grad_checkpointing, out, states, **masks))
+        return self.norm(run_blocks(blocks, x, self.grad_checkpointing, out, states, **rotation, **masks))
+
+    def forward_intermediates(self, x: Tensor, *arguments: Any, **options: Any) -> Any:
+        """timm's: the outputs of some blocks as feature maps."""
+        rotation = self._rotation(x)
+        if not rotation:
+            return super().forward_intermediates(x, *arguments, **options)
+        # timm's method hands its blocks tokens alone
+        rotating = shallow_copy(self)
+        del rotating.blocks
+        rotating.blocks = [functools.partial(block, **rotation) for block in self.blocks]
+        return VisionTransformer.forward_intermediates(rotating, x, *arguments, **options)
+
+    def _rotation(self, images: Tensor) -> dict[str, Tensor]:
+        """How attention turns the patches of these images (B, C, H, W), as an argument of every block."""
+        if self.rope is None:
+            return {}
+        grid = self.patch_embed.dynamic_feat_size(images.shape[-2:])
+        return {"rope": self.rope.get_embed(shape=grid).to(images.device)}
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool tokens (B, T, D); logits (B, classes), or with `pre_logits` what the head reads."""
@@ -143,7 +172,7 @@ class VMoE(VisionTransformer, ModelHubMixin):
             reset_head(self.head)
 
     def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
-        """Take images of another size: position embeddings and patch kernel are resampled.
+        """Take images of another size: position embeddings and patch kernel are resampled, rotations follow the grid.
 
         Raises:
             ValueError: images that are not square.
@@ -285,10 +314,18 @@ def _block(config: VMoEConfig, dim: int, depth: int, **options: Any) -> VMoEBloc
 
     def mlp(act_layer: type[nn.Module], drop: float, **_timm: Any) -> nn.Module:
         if routes:
-            return MoE(dim, config.mlp_dim, config.moe, config.gelu, layer=depth, seed=config.seed)
+            return MoE(dim, config.mlp_dim, config.moe, config.activation, layer=depth, seed=config.seed)
+        if config.swiglu:
+            return SwiGLU(dim, config.mlp_dim, drop=drop)
         return Mlp(dim, config.mlp_dim, act_layer=act_layer, drop=drop)
 
-    block = VMoEBlock(dim=dim, depth=depth, routes=routes, **(options | {"mlp_layer": mlp}))
+    options["mlp_layer"] = mlp
+    if config.rope:
+        options["attn_layer"] = AttentionRope
+    block = VMoEBlock(dim=dim, depth=depth, routes=routes, **options)
+    if config.rope:  # what timm's block has no arguments for
+        block.attn.num_prefix_tokens = config.tokens.prefix_tokens
+        block.attn.rotate_half = config.rope.rotate_half
     width = (config.stitch_blocks or {}).get(str(depth))
     if width == FOLDED:
         block.stitch = nn.Linear(dim, dim)
@@ -306,12 +343,12 @@ def _initialise(model: VMoE, config: VMoEConfig) -> None:
     """The official initial values (facts of google-research/vmoe); MoE layers have their own already."""
     for name, parameter in model.named_parameters():
         where, _, kind = name.rpartition(".")
-        started = any(part in name for part in (".mlp.experts.", ".mlp.router.", ".stitch."))
+        started = any(part in name for part in (".mlp.experts.", ".mlp.router.", ".stitch.", ".ls1.", ".ls2."))
         if started or ".norm" in f".{where}":
             continue  # norms are 1 and 0 from torch
         if name == "pos_embed":
             draw(parameter, nn.init.normal_, config.seed, name, std=0.02)
-        elif where.endswith((".fc1", ".fc2")) and kind == "bias":
+        elif where.endswith(MLP_LAYERS) and kind == "bias":
             draw(parameter, nn.init.normal_, config.seed, name, std=1e-6)
         elif where == "head":
             continue

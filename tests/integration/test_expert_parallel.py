@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from models.experts.guided_routing import Guide, teacher_routers
 from models.flops import forward_flops
 from models.modules.stages import split
+from models.modules.tokens import Rope
 from models.moe.layer import MoEConfig
 from models.moe.out import auxiliary_loss
 from models.moe.out import routing_metrics as metrics_of
@@ -49,11 +50,22 @@ ROUTINGS = {
         dropout=0.3,
         eval_capacity_factor=0.75,
     ),
+    "k2-swiglu": MoEConfig(num_experts=4, k=2, noise_std=1.0, dropout=0.2),
+}
+OPTIONS = {
+    "k2-swiglu": {
+        "swiglu": True,
+        "layer_scale": 0.5,
+        "rope": Rope(),
+        "class_token": False,
+        "reg_tokens": 1,
+        "pool": "mean",
+    }
 }
 
 
 def build(routing: str) -> VMoE:
-    model = VMoE(replace(TINY, moe=ROUTINGS[routing]))
+    model = VMoE(replace(TINY, moe=ROUTINGS[routing], **OPTIONS.get(routing, {})))
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     return model
 
@@ -118,8 +130,8 @@ def compare(routing: str, ep_size: int, recompute: bool) -> None:
         assert_close_by_size(parallel.eval()(batches[rank]), plain.eval()(batches[rank]))
         uneven = batches[rank][: 4 - 3 * rank]  # in evaluation the last images leave ranks with less than others
         assert_close_by_size(parallel(uneven), plain(uneven))
-    with pytest.raises(ValueError, match=r"experts\.3\.fc1\.bias"):
-        load_full_state_dict(parallel, {k: v for k, v in changed.items() if k != "blocks.1.mlp.experts.3.fc1.bias"})
+    with pytest.raises(ValueError, match=r"experts\.3\.fc2\.bias"):
+        load_full_state_dict(parallel, {k: v for k, v in changed.items() if k != "blocks.1.mlp.experts.3.fc2.bias"})
 
 
 def broadcast(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -128,13 +140,13 @@ def broadcast(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return holder[0]
 
 
-def train_in_deepspeed(folder: Path) -> None:
+def train_in_deepspeed(folder: Path, routing: str) -> None:
     """Two ZeRO-1 steps at ep 2 are two plain steps on the mean loss of both ranks; the result loads as plain."""
     import deepspeed
 
     rank, lr = dist.get_rank(), 0.05
     batches = torch.randn(2, WORLD, 4, 3, 16, 16, generator=torch.Generator().manual_seed(2))
-    plain, parallel = build("k2-dropless"), expert_parallel(build("k2-dropless"), 2)
+    plain, parallel = build(routing), expert_parallel(build(routing), 2)
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "zero_optimization": {"stage": 1},
@@ -158,8 +170,8 @@ def train_in_deepspeed(folder: Path) -> None:
     state = full_state_dict(parallel)
     for name, value in plain.state_dict().items():
         assert_close_by_size(state[name], value, what=name)
-    assert not torch.equal(state["blocks.1.mlp.experts.3.fc1.weight"],
-                           build("k2-dropless").state_dict()["blocks.1.mlp.experts.3.fc1.weight"])  # fmt: skip
+    assert not torch.equal(state["blocks.1.mlp.experts.3.fc2.weight"],
+                           build(routing).state_dict()["blocks.1.mlp.experts.3.fc2.weight"])  # fmt: skip
     with pytest.raises(ValueError, match="full_state_dict"):
         parallel.save_pretrained(folder)
     if rank == 0:
@@ -169,12 +181,12 @@ def train_in_deepspeed(folder: Path) -> None:
     engine.destroy()
 
 
-def guide_and_measure(ep_size: int, recompute: bool) -> None:
+def guide_and_measure(routing: str, ep_size: int, recompute: bool) -> None:
     """Teacher-guided routing and the similarity of the experts are those of the plain model."""
     rank = dist.get_rank()
     images = torch.randn(WORLD, 4, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     (teacher,) = split(VMoE(replace(TINY, moe_blocks="none", seed=9)).eval(), [TINY.depth])
-    plain, parallel = build("k2-dropless"), build("k2-dropless")
+    plain, parallel = build(routing), build(routing)
     routers = teacher_routers(teacher, plain, images, {1: 0, 2: 2}, 4, seed=0)
     guide = Guide(routers, teacher, weight=2.0)
     flops = forward_flops(plain, 5)
@@ -217,12 +229,14 @@ def worker(rank: int, port: int, folder: str) -> None:
     for routing in ROUTINGS:
         for ep_size in (1, 2):
             compare(routing, ep_size, recompute=False)
-    compare("k2-dropless", 2, recompute=True)
-    for ep_size in (1, 2):
-        guide_and_measure(ep_size, recompute=ep_size == 2)
+    for routing in ("k2-dropless", "k2-swiglu"):
+        compare(routing, 2, recompute=True)
+    for routing, ep_size in (("k2-dropless", 1), ("k2-dropless", 2), ("k2-swiglu", 2)):
+        guide_and_measure(routing, ep_size, recompute=ep_size == 2)
     with pytest.raises(ValueError, match="does not divide the world size 2"):
         expert_parallel(build("k1-dropless"), 3)
-    train_in_deepspeed(Path(folder))
+    for routing in ("k2-dropless", "k2-swiglu"):
+        train_in_deepspeed(Path(folder, routing), routing)
     dist.destroy_process_group()
 
 

@@ -52,7 +52,7 @@ class Toy(VisionTransformer):
         save_file(self.state_dict(), Path(folder, "model.safetensors"))
 
 
-def config(section, *, num_classes, drop_path, image_size, in_chans, prefix_tokens, seed):
+def config(section, *, num_classes, drop_path, image_size, in_chans, tokens, seed):
     sizes = {name: section[name] for name in ("patch_size", "width", "depth", "heads")}
     return ToyConfig(image_size, **sizes, num_classes=num_classes, drop_path_rate=drop_path, seed=seed)
 

@@ -11,6 +11,7 @@ from models.flops import forward_flops, num_tokens
 from models.modules.meta import MetaModel
 from models.modules.stages import split
 from models.modules.stitch import assemble_student, build_student_modules
+from models.modules.tokens import Rope
 from models.moe.layer import MoEConfig
 from models.vmoe.model import VMoE, VMoEConfig, decode_variant
 from trainer.config.phases import DistillConfig, MetaConfig
@@ -45,7 +46,14 @@ def test_teachers_cost_what_torch_counts(family):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"moe_blocks": "all"}, {"moe_blocks": "none"}, {"representation_size": 10, "reg_tokens": 2}]
+    "changes",
+    [
+        {},
+        {"moe_blocks": "all"},
+        {"moe_blocks": "none"},
+        {"representation_size": 10, "reg_tokens": 2},
+        {"swiglu": True, "layer_scale": 0.1, "rope": Rope()},
+    ],
 )
 def test_a_vmoe_costs_what_torch_counts(changes):
     model = student(**changes)

@@ -1,9 +1,12 @@
 """Which parameter learns at which rate and with which decay."""
 
+from dataclasses import replace
+
 from torch import nn
 from vit_families import tiny
 
 from models.modules.stitch import stitch
+from models.modules.tokens import Rope
 from models.moe.layer import MoEConfig
 from models.vmoe.model import VMoE, VMoEConfig
 from trainer.distributed.engine import blocks_after, parameter_groups
@@ -25,6 +28,17 @@ def test_without_layer_decay_there_are_two_groups():
     groups = parameter_groups(VMoE(CONFIG), 0.1)
     assert [(group["name"], group["weight_decay"]) for group in groups] == [("decay", 0.1), ("no_decay", 0.0)]
     assert not any("lr_scale" in group for group in groups)
+
+
+def test_layer_scale_has_no_weight_decay_and_rope_no_parameters():
+    model = VMoE(replace(CONFIG, swiglu=True, layer_scale=0.1, rope=Rope()))
+    found = groups_of(model, 1.0)
+    assert found.keys() == {name for name, _ in model.named_parameters()}
+    assert not any("rope" in name for name in found)
+    for scale in ("ls1", "ls2"):
+        assert found[f"blocks.0.{scale}.gamma"]["weight_decay"] == 0
+    assert found["blocks.0.mlp.fc1_g.weight"]["weight_decay"] == 0.1
+    assert found["blocks.1.mlp.experts.0.fc1_x.weight"]["weight_decay"] == 0.1
 
 
 def test_every_block_has_the_rate_of_the_block_after_it_times_the_decay():

@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_refused_with_both_sides(changes, message):
     (lambda m: setattr(m, "norm_pre", nn.LayerNorm(24)), "a norm before the blocks"),
     (lambda m: setattr(m.blocks[2].attn, "q_norm", nn.LayerNorm(8)), r"a norm inside block 2 \(q_norm\)"),
     (lambda m: setattr(m.blocks[1], "ls2", nn.Linear(24, 24)), "Linear in block 1"),
-    (lambda m: setattr(m.blocks[0].mlp, "act", nn.SiLU()), "activation of a vit is SiLU"),
+    (lambda m: setattr(m.blocks[0].mlp, "act", nn.SiLU()), "the activation SiLU in block 0"),
     (lambda m: m.blocks.__setitem__(1, ParallelScalingBlock(24, 3)), "blocks of type ParallelScalingBlock"),
     (lambda m: setattr(m.blocks[3], "norm1", nn.RMSNorm(24)), "RMSNorm in place of LayerNorm"),
     (lambda m: setattr(m.blocks[3].norm1, "eps", 1e-3), r"one LayerNorm eps.*\[1e-06, 0.001\]"),

@@ -70,6 +70,14 @@ class StudentConfig:
     reg_tokens: int | None = knob(
         None, "prefix tokens beside the class token; null = as many as the teacher has", Range(0, 10_000)
     )
+    class_token: bool | None = knob(None, "a class token; null = where the teacher has one")
+    rope: bool | None = knob(
+        None, "attention rotates queries and keys by their place in the patch grid; null = where the teacher does"
+    )
+    swiglu: bool = knob(False, "SwiGLU in MLPs and experts, mlp_dim wide, in place of GELU")
+    layer_scale: float = knob(
+        0.0, "initial value of a learned factor per channel behind attention and MLP; 0 = none", Range(0, 100)
+    )
     drop_rate: float = knob(0.0, "dropout in dense MLPs and after attention", Range(0, 1, open_most=True))
     moe: MoEConfig = section(MoEConfig)
 
@@ -89,6 +97,8 @@ class StudentConfig:
             raise ValueError(f"student.variant is empty and student.{open_sizes[0]} is not set: set one of them")
         if self.width is not None and self.heads is not None:
             check_heads("student", self.width, self.heads)
+        gelu_expected = "erf where student.swiglu is true, which takes the place of GELU"
+        require(not self.swiglu or self.gelu == "erf", "student.gelu", self.gelu, gelu_expected)
         if not self.init:
             for name, off in (("experts", "copy"), ("expert_noise", 0.0)):
                 value = getattr(self, name)

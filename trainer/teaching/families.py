@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from models.files.hub import CheckpointFiles
 from models.modules.basis import Basis
 from models.modules.stitch import StudentModule
+from models.modules.tokens import TokenLayout
 from models.preprocessing import Preprocessing
 from trainer.config.recipe import Recipe
 
@@ -25,8 +26,8 @@ class Family(Protocol):
 
     A student is a timm VisionTransformer (or behaves like one: blocks, embed_dim, patch_embed, num_prefix_tokens) with
     `config`, `preprocessing`, `source` and `save_pretrained(folder, preprocessing=, labels=)`. Its config is a frozen
-    dataclass with `depth`, `drop_path_rate` and `on_weights_of(saved, source)`. A student with MoE layers, or one whose
-    states are compared at borders, takes `out` and `states` as VMoE.forward does.
+    dataclass with `depth`, `drop_path_rate`, `tokens` (a TokenLayout) and `on_weights_of(saved, source)`. A student
+    with MoE layers, or one whose states are compared at borders, takes `out` and `states` as VMoE.forward does.
     """
 
     def config(
@@ -37,7 +38,7 @@ class Family(Protocol):
         drop_path: float,
         image_size: int,
         in_chans: int,
-        prefix_tokens: int,
+        tokens: TokenLayout,
         seed: int,
     ) -> Any:
         """The configuration that section student of a recipe asks for, on images and tokens like the teacher's."""

@@ -108,9 +108,8 @@ def _initial_config(run: Run) -> tuple[Any, Match]:
     run.resolved(run.recipe.train.init, str(files))
     if preprocessing is None:
         raise ValueError(f"{files} does not say what its images must look like: save it with its preprocessing")
-    prefix_tokens = int(saved.class_token) + saved.reg_tokens
     drop_path = run.recipe.train.drop_path
-    wanted = config_for(run.recipe, len(run.labels), drop_path, saved.image_size, saved.in_chans, prefix_tokens)
+    wanted = config_for(run.recipe, len(run.labels), drop_path, saved.image_size, saved.in_chans, saved.tokens)
     config = wanted.on_weights_of(saved, f"train.init {files}")
     source = run.sources[0]
     match = match_classes(

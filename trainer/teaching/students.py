@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from models.modules.meta import check_pair
 from models.modules.stitch import StudentModule
+from models.modules.tokens import TokenLayout, token_layout
 from trainer.config.load import module_depths, to_dict
 from trainer.config.recipe import Recipe
 from trainer.context import Run
@@ -22,14 +24,17 @@ def student_config(run: Run, drop_path: float = 0.0, recipe: Recipe | None = Non
     Raises:
         ValueError: sizes that are open or do not fit.
     """
-    images, tokens = run.teacher.preprocessing, run.teacher.model.num_prefix_tokens
+    images, tokens = run.teacher.preprocessing, token_layout(run.teacher.model)
+    if run.recipe.student.init not in ("", "teacher"):  # what its blocks start from says whether they rotate
+        start = token_layout(upcycling.dense_start(run).model)
+        tokens = replace(tokens, rope=start.rope, rotary=start.rotary)
     return config_for(recipe or run.recipe, len(run.labels), drop_path, images.image_size, images.in_chans, tokens)
 
 
 def config_for(
-    recipe: Recipe, num_classes: int, drop_path: float, image_size: int, in_chans: int, prefix_tokens: int
+    recipe: Recipe, num_classes: int, drop_path: float, image_size: int, in_chans: int, tokens: TokenLayout
 ) -> Any:
-    """The configuration of a recipe's student for images and prefix tokens like the teacher's, or another model's.
+    """The configuration of a recipe's student for images and tokens like the teacher's, or another model's.
 
     Raises:
         ValueError: an unknown variant, or sizes that do not fit together.
@@ -40,7 +45,7 @@ def config_for(
         drop_path=drop_path,
         image_size=image_size,
         in_chans=in_chans,
-        prefix_tokens=prefix_tokens,
+        tokens=tokens,
         seed=recipe.seed,
     )
 

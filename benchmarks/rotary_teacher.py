@@ -1,0 +1,204 @@
+"""Whether a student has to rotate where its teacher does: modules with and without rope at the borders of a rotary
+teacher.
+
+    python benchmarks/rotary_teacher.py
+    python benchmarks/rotary_teacher.py --seeds 1 student.depth=3
+
+For every seed a small rotary ViT (timm's Eva as DINOv3 has it: no learned positions, one class token) is trained on the
+procedural set, then a meta model from it, then every module of a student twice, with student.rope true and false and
+everything else equal: the data in the same order, epochs, initial values. Targets are both the module's own border and
+the logits behind it. Printed of every module, on the validation images: |s - t|^2 / |t|^2 at its border, which the last
+one has not, and the accuracy of the hybrid, the meta model with the module in its place. A quarter of an hour on one
+core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import statistics
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import models  # noqa: F401  isort: skip  first: it mends torchvision beside a CPU torch
+import torch
+from timm.models.eva import Eva
+from torch import Tensor
+
+from models.preprocessing import Preprocessing
+from models.teacher.load import Teacher
+from trainer.config.load import load_recipe
+from trainer.context import Run
+from trainer.data.base import ImageSource
+from trainer.data.loader import eval_batches
+from trainer.distributed.engine import parameter_groups
+from trainer.distributed.ranks import Dist
+from trainer.objectives import Classify, Distill, Objective
+from trainer.objectives.base import relative_mse
+from trainer.objectives.meta import meta_objective
+from trainer.phases import distill
+from trainer.teaching.meta import new_meta
+from trainer.teaching.students import student_modules
+
+PIXELS = 32
+BATCH = 50
+RECIPE = [
+    "data.source=fractals",
+    "data.fractals.size=32",
+    "data.fractals.classes=10",
+    "data.fractals.train_images=2000",
+    "data.fractals.val_images=1000",
+    "data.fractals.difficulty=0.1",
+    "modules=3",
+    "meta.blocks_per_module=1",
+    "distill.border=mse",
+    "student.patch_size=4",
+    "student.width=48",
+    "student.heads=4",
+    "student.mlp_dim=96",
+    "student.depth=6",
+    "student.moe.num_experts=4",
+    "student.moe.images_per_group=1",
+]
+LR = 2e-3
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--teacher-epochs", type=int, default=12)
+    parser.add_argument("--meta-epochs", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=5, help="of every module")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    logging.getLogger("trainer").setLevel(logging.WARNING)
+    # (module, rope) -> of every seed the error at the border (none behind the last module) and the hybrid's accuracy
+    results: dict[tuple[int, bool], list[tuple[float, float]]] = defaultdict(list)
+    for seed in range(options.seeds):
+        measure(options, seed, results)
+    print("\n| module | rope | relative error at the border | accuracy of the hybrid |\n|---:|---|---:|---:|")
+    for (module, rope), values in sorted(results.items()):
+        errors, accuracies = zip(*values)
+        error = "-" if math.isnan(errors[0]) else _spread(errors, ".3f")
+        print(f"| {module} | {rope} | {error} | {_spread(accuracies, '.1%')} |")
+
+
+def measure(options: argparse.Namespace, seed: int, results: dict[tuple[int, bool], list[tuple[float, float]]]) -> None:
+    """One seed: its teacher, meta model and modules; appends to `results`."""
+    overrides = [*RECIPE, f"seed={seed}", *options.overrides]
+    recipe = load_recipe(Path("recipes/demo.yaml"), overrides)
+    run = Run(recipe, {}, Path(), Dist(0, 1, 0, 1, torch.device("cpu")), "benchmark")
+    images = Preprocessing(PIXELS, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
+    train, val = [_tensors(source, images) for source in run.sources]
+    torch.manual_seed(seed)
+    model = rotary_teacher(len(run.labels))
+    fit(Classify(model, 0), train, options.teacher_epochs, seed)
+    _say(seed, f"teacher {accuracy(model, val):.1%}")
+    run = run.with_teacher(Teacher(model, images, "a rotary ViT", list(run.labels), len(run.labels)))
+    meta = new_meta(run)
+    stages = run.teacher_stages()
+    fit(meta_objective(meta, stages, recipe.meta, run.tokens, 0.0, seed), train, options.meta_epochs, seed)
+    _say(seed, f"meta model {accuracy(meta, val):.1%}")
+    for rope in (True, False):
+        modules = student_modules(run.with_student(rope=rope))
+        for i, module in enumerate(modules):
+            objective, _ = distill.objective(run, i, module, meta)
+            fit(objective, train, options.epochs, seed)
+            error = border_error(objective, val)
+            hybrid = accuracy(objective.predict, val)
+            results[i, rope].append((error, hybrid))
+            _say(seed, f"rope {rope}, module {i}: border {error:.3f}, hybrid {hybrid:.1%}")
+
+
+def rotary_teacher(classes: int) -> Eva:
+    """A small ViT with DINOv3's rotary positions and no other ones."""
+    return Eva(
+        img_size=PIXELS,
+        patch_size=4,
+        embed_dim=64,
+        depth=6,
+        num_heads=4,
+        num_classes=classes,
+        global_pool="token",
+        use_abs_pos_emb=False,
+        use_rot_pos_emb=True,
+        rope_type="dinov3",
+        rope_temperature=100,
+        rope_rotate_half=True,
+    )
+
+
+def fit(objective: Objective, train: tuple[Tensor, Tensor], epochs: int, seed: int) -> None:
+    """Train an objective's module by AdamW with a cosine, on images shifted by up to two pixels."""
+    for part in objective.frozen:
+        part.requires_grad_(False).eval()
+    objective.module.requires_grad_(True).train()
+    groups = parameter_groups(objective.module, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(groups, lr=LR)
+    images, labels = train
+    steps = len(images) // BATCH * epochs
+    warm_up = steps // 10
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    step = 0
+    for _ in range(epochs):
+        for rows in torch.randperm(len(images), generator=generator).split(BATCH):
+            done = (step - warm_up) / (steps - warm_up)
+            rate = LR * min(step / warm_up, 0.5 * (1 + math.cos(math.pi * max(done, 0))))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
+            loss, _ = objective(objective.module, images[rows].roll(shift, (2, 3)), labels[rows])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(objective.module.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    objective.module.eval()
+
+
+@torch.no_grad()
+def accuracy(model: Callable[[Tensor], Tensor], val: tuple[Tensor, Tensor]) -> float:
+    """Share of the images that are classified rightly."""
+    right = 0
+    for x, y in zip(*(part.split(BATCH) for part in val)):
+        right += int((model(x).argmax(1) == y).sum())
+    return right / len(val[0])
+
+
+@torch.no_grad()
+def border_error(objective: Distill, val: tuple[Tensor, Tensor]) -> float:
+    """|s - t|^2 / |t|^2 of the module's output, mean over batches; not a number where it puts out logits."""
+    if objective.border == "none":
+        return math.nan
+    errors = []
+    for x in val[0].split(BATCH):
+        h = objective.meta.front(x, objective.index)
+        errors.append(relative_mse(objective.module(h), objective.teacher_stage(h)).item())
+    return statistics.mean(errors)
+
+
+def _tensors(source: ImageSource, images: Preprocessing) -> tuple[Tensor, Tensor]:
+    """All images (N, 3, H, W) and labels (N,) of a split."""
+    batches = [batch.without_padding() for batch in eval_batches(source, images, batch=BATCH, workers=0)]
+    return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+
+def _say(seed: int, text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] seed {seed}: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
