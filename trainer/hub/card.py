@@ -16,7 +16,7 @@ from trainer.config.data import DataConfig
 from trainer.config.recipe import Recipe
 from trainer.report.data import RUNS, PhaseRecord
 from trainer.report.page import load_drawing
-from trainer.request.graph import artifact_name, own_teacher, preparation, taught_in
+from trainer.request.graph import artifact_name, own_teacher, preparation, taught_in, teacher_results
 from trainer.tracking.metrics import read_metrics
 
 PICTURE = "expert_load.png"
@@ -100,7 +100,7 @@ def _records(run_dir: Path, recipe: Recipe) -> dict[str, PhaseRecord]:
     if taught(recipe):
         if recipe.teacher.grown:
             names += [artifact_name("incubate", module) for module in range(recipe.modules)]
-        names += [*own_teacher(recipe), *preparation(recipe)]
+        names += [*teacher_results(recipe), *preparation(recipe)]
     start = recipe.train.start
     names += [artifact_name("train", start=start), artifact_name("evaluate", start=start)]
     return {name: _record(run_dir / name) for name in names}
@@ -231,11 +231,21 @@ def _teacher(recipe: Recipe, records: Mapping[str, PhaseRecord], teacher_license
         measured = f" Its accuracy on the same images: {accuracy:.4g}."
     if phases:
         return f"A small vision transformer trained in the same run (phase {phases[0]} of `recipe.yaml`).{measured}"
+    measured = _probe(records) + measured
     source = trained_with(records["meta"].folder.parent, recipe)
     if not hub_id(source):
         return f"{_link(source)}.{measured}"
     terms = f"licence {teacher_license}" if teacher_license else "its licence is on its page"
     return f"{_link(source)}; {terms}.{measured}"
+
+
+def _probe(records: Mapping[str, PhaseRecord]) -> str:
+    """That the teacher's classes come from a probe; empty where they come from its checkpoint."""
+    result = records["probe"].result if "probe" in records else None
+    if not result or result["head"]["kind"] != "probe":
+        return ""
+    tuned = f", and it was fine-tuned with it for {result['epochs']} epochs" if result["epochs"] else ""
+    return f" Its head is a linear classifier fitted to its features of the training images (phase probe){tuned}."
 
 
 def _link(source: str) -> str:
