@@ -24,7 +24,7 @@ from trainer.data.decode import UnreadableImageError
 from trainer.data.sources import DigitsSource
 from trainer.distributed.interrupt import Interrupted
 from trainer.phases import probe
-from trainer.teaching import features
+from trainer.teaching import feature_cache
 from trainer.teaching.teachers import before_the_probe
 
 IMAGES = 100
@@ -160,7 +160,7 @@ def compute(source, folder, world=1, batch=16, teachers=None):
     teachers = teachers or [Counting() for _ in range(world)]
 
     def work(dist):
-        return features.compute(
+        return feature_cache.compute(
             teachers[dist.rank],
             source,
             PREPROCESSING,
@@ -177,10 +177,10 @@ def compute(source, folder, world=1, batch=16, teachers=None):
 
 def test_shards_cover_every_image_whatever_their_number():
     for images in (1, 31, 32, 33, 2048, 2049, 10_000, 1_281_167):
-        made = features.shards(images)
+        made = feature_cache.shards(images)
         assert [place for shard in made[:2] for place in shard] == list(range(min(images, 2 * len(made[0]))))
         assert sum(map(len, made)) == images and made[-1].stop == images
-        assert len(made[0]) <= features.LARGEST
+        assert len(made[0]) <= feature_cache.LARGEST
 
 
 @pytest.mark.parametrize("world, batch", [(2, 16), (3, 16), (3, 7), (5, 100)])
@@ -188,7 +188,7 @@ def test_any_number_of_ranks_gives_the_same_features(tmp_path, world, batch):
     source = digits()
     assert compute(source, tmp_path / "one") == [IMAGES]
     assert compute(source, tmp_path / "many", world, batch) == [IMAGES] * world
-    one, many = (features.read(source, tmp_path / name) for name in ("one", "many"))
+    one, many = (feature_cache.read(source, tmp_path / name) for name in ("one", "many"))
     assert torch.equal(one.features, many.features) and torch.equal(one.labels, many.labels)
     assert one.labels.tolist() == source.targets.tolist() and one.features.shape == (IMAGES, 2)
 
@@ -197,7 +197,7 @@ def test_a_start_after_a_kill_computes_what_is_missing_alone(tmp_path):
     source = digits()
     killed = Counting(dies_at=70)
     with pytest.raises(KeyboardInterrupt):
-        features.compute(killed, source, PREPROCESSING, tmp_path, new_run(tmp_path, tmp_path).dist, dtype=torch.float32,
+        feature_cache.compute(killed, source, PREPROCESSING, tmp_path, new_run(tmp_path, tmp_path).dist, dtype=torch.float32,
                          batch=16, workers=0, description="probe")  # fmt: skip
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
     assert len(kept) == 2  # of 32 images each
@@ -209,7 +209,7 @@ def test_a_start_after_a_kill_computes_what_is_missing_alone(tmp_path):
     teachers = [Counting()]
     assert compute(source, tmp_path, teachers=teachers) == [0] and not teachers[0].shown
     compute(source, tmp_path / "whole")
-    assert torch.equal(features.read(source, tmp_path).features, features.read(source, tmp_path / "whole").features)
+    assert torch.equal(feature_cache.read(source, tmp_path).features, feature_cache.read(source, tmp_path / "whole").features)
 
 
 def test_a_warning_stops_all_ranks_and_whole_shards_stay(tmp_path, monkeypatch):
@@ -240,7 +240,7 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(DigitsSource, "_read", unreadable)
     compute(source, tmp_path, world=2)
-    found = features.read(source, tmp_path)
+    found = feature_cache.read(source, tmp_path)
     assert found.labels.tolist() == np.delete(source.targets, 40).tolist()
     assert len(found.features) == IMAGES - 1
 
@@ -251,7 +251,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     damaged = tmp_path / "00000032-00000064.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"00000032-00000064.*delete it and run --phase probe again"):
-        features.read(source, tmp_path)
+        feature_cache.read(source, tmp_path)
 
 
 # --- the head
@@ -307,7 +307,7 @@ def test_the_teacher_goes_on_as_an_ordinary_classifier(other_classes, tmp_path):
     assert result["flops"] > 0 and result["images_seen"] == 240
     logits = []
     for index in range(len(run.sources[1])):
-        kept = features.read(run.sources[1], run.out / "probe/features/val").features[index]
+        kept = feature_cache.read(run.sources[1], run.out / "probe/features/val").features[index]
         logits.append(kept @ saved["head.weight"].T + saved["head.bias"])
     correct = torch.stack(logits).argmax(1) == torch.from_numpy(np.asarray(run.sources[1].targets))
     assert result["metrics"]["accuracy"] == pytest.approx(float(correct.float().mean()))
@@ -400,7 +400,7 @@ def test_ranks_do_not_change_the_classifier(other_classes, tmp_path):
 
     def work(dist):
         for source, name in zip(run.sources, ("train", "val")):
-            features.compute(
+            feature_cache.compute(
                 lambda images: teacher.forward_head(teacher.forward_features(images), pre_logits=True),
                 source,
                 run.data_for(PREPROCESSING).preprocessing,
@@ -413,5 +413,5 @@ def test_ranks_do_not_change_the_classifier(other_classes, tmp_path):
             )
 
     run_ranks(3, work)
-    kept = features.read(whole.sources[0], whole.out / "probe/features/train")
-    torch.testing.assert_close(features.read(run.sources[0], tmp_path / "three/train").features, kept.features)
+    kept = feature_cache.read(whole.sources[0], whole.out / "probe/features/train")
+    torch.testing.assert_close(feature_cache.read(run.sources[0], tmp_path / "three/train").features, kept.features)

@@ -1,6 +1,6 @@
 """Phase probe: give a teacher whose head does not fit a linear classifier of the data's classes, and tune it if asked.
 
-The frozen teacher runs once over all images without augmentation (trainer/teaching/features.py); the classifier is
+The frozen teacher runs once over all images without augmentation (trainer/teaching/feature_cache.py); the classifier is
 fitted on what its head would read. Where teacher.head=auto finds that the teacher's own head fits, it says so and ends.
 """
 
@@ -29,9 +29,9 @@ from trainer.evaluation.linear import LinearFit, fit_linear
 from trainer.heads import Head
 from trainer.loop.fit import Outcome
 from trainer.objectives import Classify
-from trainer.teaching import features
+from trainer.teaching import feature_cache
 from trainer.teaching.estimate import Cost, Known, Rehearsed, of_training
-from trainer.teaching.features import Features
+from trainer.teaching.feature_cache import Features
 
 log = logging.getLogger(__name__)
 NOTHING = "nothing to fit: the teacher's own head has the data's classes, or there are none"
@@ -164,7 +164,7 @@ def _fit(run: Run, teacher: Teacher, folder: Any, settings: Any) -> tuple[Linear
     data = run.data_for(teacher.preprocessing)
     computed = 0
     for (name, place), source in zip(kept.items(), run.sources):
-        computed += features.compute(
+        computed += feature_cache.compute(
             forward,
             source,
             teacher.preprocessing,
@@ -180,8 +180,8 @@ def _fit(run: Run, teacher: Teacher, folder: Any, settings: Any) -> tuple[Linear
         if run.dist.main:
             images = sum(map(len, run.sources))
             log.info("features of %s images, %s of them computed now", f"{images:,}", f"{computed:,}")
-            train = features.read(run.sources[0], kept["train"])
-            val = features.read(run.sources[1], kept["val"])
+            train = feature_cache.read(run.sources[0], kept["train"])
+            val = feature_cache.read(run.sources[1], kept["val"])
             found = _fitted(train, val, len(run.labels), run.recipe.seed, _where(train, run.dist.device))
     fit, metrics = run.dist.gather(found)[0]
     if run.dist.main:
