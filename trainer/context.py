@@ -105,7 +105,8 @@ class Run:
     def _open_sources(self) -> tuple[ImageSource, ImageSource]:
         path = self.recipe.data.path
         data = replace(self.recipe.data, path=self.pinned(path))
-        train, val = (open_source(data, split) for split in ("train", "val"))
+        needs_labels = self.recipe.needs_labels()
+        train, val = (open_source(data, split, labels_needed=bool(needs_labels)) for split in ("train", "val"))
         self.resolved(path, train.origin.partition(", configuration ")[0])
         for doubt in doubts(train, val):
             log.warning(doubt)
@@ -137,8 +138,11 @@ class Run:
 
     @property
     def classifies(self) -> bool:
-        """Whether teacher and student tell classes; else they give features, and nothing is taught by labels."""
-        return self.teacher.num_classes > 0
+        """Whether teacher and student tell classes; else they give features, and nothing is taught by labels.
+
+        Asked before the teacher is loaded too: it follows from teacher.head, and with auto from the images.
+        """
+        return self.recipe.teacher.head != "none" and bool(self.labels)
 
     def fitted(self, dense: Teacher, policy: str, what: str = "teacher") -> Teacher:
         """A dense model whose head has the data's classes in the data's order.
