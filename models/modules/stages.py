@@ -40,13 +40,18 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, out: Out | None = None, states: Collection[int] = ()) -> Tensor:
         """Images (B, C, H, W) in when first, else tokens (B, T, D); logits (B, C) out when last, else tokens.
 
+        The last stage of a model without classes gives its normalised tokens (B, T, D), not pooled.
+
         Args:
             out, states: see run_blocks.
         """
         if self.first:
             x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         x = run_blocks(self.blocks, x, self.grad_checkpointing, out, states)
-        return self.forward_head(self.norm(x)) if self.last else x
+        if not self.last:
+            return x
+        x = self.norm(x)
+        return self.forward_head(x) if self.num_classes else x
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable

@@ -66,3 +66,8 @@ def save_timm(directory: Path, model: torch.nn.Module, **data_config) -> None:
 def edit_config(directory: Path, **changes) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def output(model, x):
+    """What the last stage of a model gives: logits, or without a head the normalised tokens."""
+    return model(x) if model.num_classes else model.forward_features(x)
