@@ -118,6 +118,11 @@ class Run:
         return self.sources[0].labels
 
     @property
+    def classes(self) -> list[str]:
+        """Class names that teacher and student tell; none where they give features."""
+        return self.labels if self.classifies else []
+
+    @property
     def teacher(self) -> Teacher:
         """The teacher of the recipe, on the CPU; made by phase teacher or assemble when the recipe names none.
 
@@ -132,7 +137,7 @@ class Run:
             source = str(artifacts.require(self.out, name, self.recipe, "a recipe without teacher.source")[0])
         teacher = load_teacher(self.pinned(source))
         self.resolved(source, teacher.source)
-        if self.recipe.teacher.head == "none":
+        if not self.classifies:
             return without_head(teacher)
         return self.fitted(teacher, self.recipe.teacher.classes)
 
@@ -205,7 +210,8 @@ class Run:
     def data_for(self, preprocessing: Any) -> Data:
         """The same with a given preprocessing, for the phase that makes the teacher."""
         d = self.recipe.data
-        return Data(*self.sources, preprocessing, self.recipe.augment, d.workers, len(self.labels), d.skip_unreadable)
+        classes = max(1, len(self.labels))  # images without labels are of one, for what mixes targets
+        return Data(*self.sources, preprocessing, self.recipe.augment, d.workers, classes, d.skip_unreadable)
 
     @property
     def tokens(self) -> int:
@@ -426,7 +432,7 @@ class Run:
                 **made_with,
             }
             if phase in REUSED:
-                result["classes"] = self.labels
+                result["classes"] = self.labels if phase == "teacher" else self.classes
             artifacts.write_result(folder, result)
         self.dist.barrier()
 

@@ -22,18 +22,36 @@ def student_config(run: Run, drop_path: float = 0.0, recipe: Recipe | None = Non
     Raises:
         ValueError: sizes that are open or do not fit.
     """
-    images, tokens = run.teacher.preprocessing, run.teacher.model.num_prefix_tokens
-    return config_for(recipe or run.recipe, len(run.labels), drop_path, images.image_size, images.in_chans, tokens)
+    images, model = run.teacher.preprocessing, run.teacher.model
+    return config_for(
+        recipe or run.recipe,
+        len(run.classes),
+        drop_path,
+        images.image_size,
+        images.in_chans,
+        model.num_prefix_tokens,
+        model.embed_dim,
+    )
 
 
 def config_for(
-    recipe: Recipe, num_classes: int, drop_path: float, image_size: int, in_chans: int, prefix_tokens: int
+    recipe: Recipe,
+    num_classes: int,
+    drop_path: float,
+    image_size: int,
+    in_chans: int,
+    prefix_tokens: int,
+    teacher_width: int,
 ) -> Any:
     """The configuration of a recipe's student for images and prefix tokens like the teacher's, or another model's.
+
+    Args:
+        num_classes: 0 = it gives features, and learns the final tokens of a teacher of `teacher_width`.
 
     Raises:
         ValueError: an unknown variant, or sizes that do not fit together.
     """
+    without_classes = {} if num_classes else {"teacher_width": teacher_width}
     return family_of(recipe).config(
         to_dict(recipe.student),
         num_classes=num_classes,
@@ -42,6 +60,7 @@ def config_for(
         in_chans=in_chans,
         prefix_tokens=prefix_tokens,
         seed=recipe.seed,
+        **without_classes,
     )
 
 

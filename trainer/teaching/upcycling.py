@@ -47,8 +47,15 @@ def dense_start(run: Run) -> Teacher:
 
 def _load_dense(run: Run) -> Teacher:
     init = run.recipe.student.init
+    if init == "teacher" and run.planned_teacher:
+        return run.planned_teacher
+    if not run.classifies:
+        source = run.teacher.source if init == "teacher" else run.pinned(init)
+        dense = without_head(load_teacher(source))
+        run.resolved(init, dense.source)
+        return dense
     if init == "teacher":
-        return run.planned_teacher or run.fitted(load_teacher(run.teacher.source), run.recipe.teacher.classes)
+        return run.fitted(load_teacher(run.teacher.source), run.recipe.teacher.classes)
     dense = load_teacher(run.pinned(init))
     run.resolved(init, dense.source)
     if dense.num_classes == len(run.labels):
@@ -145,7 +152,7 @@ def _make(run: Run, student: nn.Module, layers: list[int], folder: Path) -> None
         log.info("block %d: %s", number, clustered[number])
     beside = run.out / f"{FOLDER}.tmp" / f"{socket.gethostname()}.{os.getpid()}"
     beside.mkdir(parents=True, exist_ok=True)
-    student.save_pretrained(beside, preprocessing=run.teacher.preprocessing, labels=run.labels)
+    student.save_pretrained(beside, preprocessing=run.teacher.preprocessing, labels=run.classes)
     artifacts.write_result(beside, _result(run, len(images), layers, clustered, time.perf_counter() - begun))
     if not move_into_place(beside, folder, "result.json"):  # another job was faster
         shutil.rmtree(beside)
