@@ -337,6 +337,8 @@ def _initialise(model: VMoE, config: VMoEConfig) -> None:
         elif where.endswith(".qkv"):  # query, key and value are layers of their own in the official code
             for part, chunk in zip("qkv", parameter.chunk(3)):
                 draw(chunk, nn.init.xavier_uniform_, config.seed, name, part)
+        elif name == "feature_head.weight":  # small, so that it starts at an error of 1, as stitches do
+            draw(parameter, nn.init.normal_, config.seed, name, std=0.02)
         elif where in ("patch_embed.proj", "pre_logits"):
             draw(parameter, lecun_normal_, config.seed, name)
         else:

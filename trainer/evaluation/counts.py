@@ -21,7 +21,7 @@ class Counts(ABC):
 
     def __init__(self, dist: Dist) -> None:
         self.dist = dist
-        self.images = torch.zeros(2, dtype=torch.float64, device=dist.device)  # finite ones, all
+        self.images = self._zeros(2)  # finite ones, all
 
     def metrics(self) -> dict[str, float]:
         """The metrics over all ranks (collective).
@@ -30,18 +30,25 @@ class Counts(ABC):
             NonFiniteLoss: on all ranks, no image has a finite output.
             ValueError: on all ranks, no image could be read.
         """
-        finite, images = self.dist.sum(self.images).tolist()
+        *sums, finite, images = self.dist.sum(torch.cat([self._sums(), self.images])).tolist()
         if not images:
             raise ValueError("none of the validation images could be read: check data.path and data.val_split")
         if not finite:
             raise NonFiniteLoss(f"the model's output is not finite on any of the {int(images)} validation images")
-        metrics = self._means(finite, images) | {"images": int(images)}
+        metrics = self._means(sums, finite, images) | {"images": int(images)}
         if finite < images:
             metrics["nonfinite_images"] = int(images - finite)
         return metrics
 
+    def _zeros(self, count: int) -> Tensor:
+        return torch.zeros(count, dtype=torch.float64, device=self.dist.device)
+
     @abstractmethod
-    def _means(self, finite: float, images: float) -> dict[str, float]: ...
+    def _sums(self) -> Tensor:
+        """Of this rank, in one row."""
+
+    @abstractmethod
+    def _means(self, sums: list[float], finite: float, images: float) -> dict[str, float]: ...
 
 
 class Classified(Counts):
@@ -49,7 +56,7 @@ class Classified(Counts):
 
     def __init__(self, dist: Dist) -> None:
         super().__init__(dist)
-        self.sums = torch.zeros(2, dtype=torch.float64, device=dist.device)  # right ones, loss
+        self.sums = self._zeros(2)  # right ones, loss
 
     def add(self, logits: Tensor, labels: Tensor, mask: Tensor) -> None:
         """Count a batch: logits (B, C) in float32, labels (B,), mask (B,) False on what is no image."""
@@ -59,8 +66,11 @@ class Classified(Counts):
         self.sums += torch.stack([correct.sum(), loss[finite].sum()])
         self.images += torch.stack([finite.sum(), mask.sum()])
 
-    def _means(self, finite: float, images: float) -> dict[str, float]:
-        correct, loss = self.dist.sum(self.sums).tolist()
+    def _sums(self) -> Tensor:
+        return self.sums
+
+    def _means(self, sums: list[float], finite: float, images: float) -> dict[str, float]:
+        correct, loss = sums
         return {"accuracy": correct / images, "loss": loss / finite}
 
 
@@ -76,7 +86,7 @@ class Compared(Counts):
         self.sums: dict[str, Tensor] = {}  # per pair: |a - b|^2, |b|^2, cosine
 
     def add(self, pairs: Pairs, mask: Tensor) -> None:
-        """Count a batch of pairs of states (B, T, D); mask (B,) False on what is no image."""
+        """Count a batch of pairs of states (B, T, D), the same names in every batch; mask (B,) False on no image."""
         of_images = {}
         finite = mask
         for name, (state_BTD, teacher_BTD) in pairs.items():
@@ -88,14 +98,16 @@ class Compared(Counts):
             of_images[name] = torch.stack([error_B, size_B, cosine_B]).double()
             finite = finite & torch.isfinite(of_images[name]).all(0)
         for name, values in of_images.items():
-            zeros = torch.zeros(len(values), dtype=torch.float64, device=values.device)
-            self.sums[name] = self.sums.get(name, zeros) + values[:, finite].sum(1)
+            self.sums[name] = self.sums.get(name, self._zeros(3)) + values[:, finite].sum(1)
         self.images += torch.stack([finite.sum(), mask.sum()])
 
-    def _means(self, finite: float, images: float) -> dict[str, float]:
+    def _sums(self) -> Tensor:
+        return torch.cat(list(self.sums.values()))
+
+    def _means(self, sums: list[float], finite: float, images: float) -> dict[str, float]:
         metrics = {}
-        for name, sums in self.sums.items():
-            error, size, cosine = self.dist.sum(sums).tolist()
+        for place, name in enumerate(self.sums):
+            error, size, cosine = sums[3 * place : 3 * place + 3]
             metrics[f"relative_error{name}"] = error / max(size, 1e-12)
             metrics[f"cosine{name}"] = cosine / finite
         return metrics
