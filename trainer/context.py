@@ -111,7 +111,8 @@ class Run:
     def _open_sources(self) -> tuple[ImageSource, ImageSource]:
         path = self.recipe.data.path
         data = replace(self.recipe.data, path=self.pinned(path))
-        train, val = (open_source(data, split) for split in ("train", "val"))
+        needs_labels = self.recipe.needs_labels()
+        train, val = (open_source(data, split, labels_needed=bool(needs_labels)) for split in ("train", "val"))
         self.resolved(path, train.origin.partition(", configuration ")[0])
         for doubt in doubts(train, val):
             log.warning(doubt)
@@ -121,6 +122,11 @@ class Run:
     def labels(self) -> list[str]:
         """Class names of the data."""
         return self.sources[0].labels
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names that teacher and student tell; none where they give features."""
+        return self.labels if self.classifies else []
 
     @property
     def teacher(self) -> Teacher:
@@ -169,8 +175,11 @@ class Run:
 
     @property
     def classifies(self) -> bool:
-        """Whether teacher and student tell classes; else they give features, and nothing is taught by labels."""
-        return self.teacher.num_classes > 0
+        """Whether teacher and student tell classes; else they give features, and nothing is taught by labels.
+
+        Asked before the teacher is loaded too: it follows from teacher.head, and with auto from the images.
+        """
+        return self.recipe.teacher.head != "none" and bool(self.labels)
 
     def fitted(self, dense: Teacher, policy: str, what: str) -> Teacher:
         """Another dense model than the teacher, its head with the data's classes in the data's order.
@@ -228,7 +237,8 @@ class Run:
     def data_for(self, preprocessing: Any) -> Data:
         """The same with a given preprocessing, for the phase that makes the teacher."""
         d = self.recipe.data
-        return Data(*self.sources, preprocessing, self.recipe.augment, d.workers, len(self.labels), d.skip_unreadable)
+        classes = max(1, len(self.labels))  # images without labels are of one, for what mixes targets
+        return Data(*self.sources, preprocessing, self.recipe.augment, d.workers, classes, d.skip_unreadable)
 
     @property
     def tokens(self) -> int:
@@ -452,7 +462,7 @@ class Run:
                 **made_with,
             }
             if phase in REUSED:
-                result["classes"] = self.labels
+                result["classes"] = self.labels if phase == "teacher" else self.classes
             artifacts.write_result(folder, result)
         self.dist.barrier()
 

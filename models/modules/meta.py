@@ -79,6 +79,12 @@ class MetaModel(nn.Module):
         """N, the number of stages."""
         return len(self.stages)
 
+    @property
+    def classifies(self) -> bool:
+        """Whether the last stage gives logits (B, C); else what is called so below is normalised tokens (B, T, D)."""
+        last = self.stages[-1]
+        return not isinstance(last, Stage) or last.num_classes > 0
+
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) -> logits (B, C); of a teacher without classes, normalised tokens (B, T, D)."""
         for stage in self.stages:

@@ -1,8 +1,9 @@
 """Student modules: a stage of the student between stitch layers that speak the teacher's width.
 
 Student module i takes and gives the teacher's border states, (B, T, D_t), except that the first takes images and the
-last gives logits. At assembly the stitches are dropped (published default), kept, or folded into one linear map. D_t is
-the teacher's width, D_s the student's.
+last gives logits, or where there are no classes the teacher's final tokens, through the student's own feature head. At
+assembly the stitches are dropped (published default), kept, or folded into one linear map. D_t is the teacher's width,
+D_s the student's.
 """
 
 from __future__ import annotations
@@ -32,13 +33,15 @@ class StudentModule(nn.Module):
         self.post = post
 
     def forward(self, x: Tensor, out: Out | None = None) -> Tensor:
-        """Images (first) or (B, T, D_t) in; logits (last) or (B, T, D_t) out.
+        """Images (first) or (B, T, D_t) in; logits (last, with classes) or (B, T, D_t) out.
 
         What the stage tells beside is left in out["stage"].
         """
         if self.pre is not None:
             x = self.pre(x)
         x = self.stage(x, inside(out, "stage"))
+        if self.stage.last and not self.stage.num_classes:
+            return self.stage.feature_head(x)
         return x if self.post is None else self.post(x)
 
 

@@ -49,6 +49,7 @@ class VMoEConfig:
     class_token: bool = True
     reg_tokens: int = 0  # prefix tokens beside the class token, to match a teacher that has more than one
     representation_size: int = 0  # width of a tanh layer before the head, 0 = none
+    feature_width: int = 0  # without classes: width of the teacher whose final tokens it learned, 0 = its own width
     drop_rate: float = 0.0  # dropout on positions, after attention and in dense MLPs; experts have moe.dropout
     drop_path_rate: float = 0.0
     dynamic_img_size: bool = False  # takes images of any size; position embeddings are resampled to it
@@ -69,6 +70,10 @@ class VMoEConfig:
             raise ValueError(f"num_classes must be a whole number (0 = no head), got {self.num_classes!r}.")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}.")
+        if type(self.feature_width) is not int or not 0 <= self.feature_width <= 100_000:
+            raise ValueError(
+                f"feature_width must be a whole number up to 100,000 (0 = width), got {self.feature_width!r}."
+            )
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}.")
         if self.rope and self.width // self.heads % 4:

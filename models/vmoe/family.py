@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def config(
     in_chans: int,
     tokens: TokenLayout,
     seed: int,
+    teacher_width: int = 0,
 ) -> VMoEConfig:
     """The V-MoE that section student of a recipe asks for.
 
@@ -37,6 +39,7 @@ def config(
         section: plain values of the recipe's section student.
         tokens: of the teacher, or of the model that training starts from; the student's where the recipe leaves them
             open.
+        teacher_width: of the teacher whose final tokens a student without classes learns.
 
     Raises:
         ValueError: an unknown variant, or sizes that do not fit together.
@@ -69,7 +72,10 @@ def config(
         "drop_path_rate": drop_path,
         "seed": seed,
     }
-    return VMoEConfig(**(sizes | asked))  # the recipe's routing, also where a variant brings its own
+    student = VMoEConfig(**(sizes | asked))  # the recipe's routing, also where a variant brings its own
+    if num_classes or student.width == teacher_width:
+        return student
+    return replace(student, feature_width=teacher_width)
 
 
 def build(config: VMoEConfig) -> VMoE:

@@ -164,14 +164,14 @@ def _content(config: VMoEConfig, preprocessing: Preprocessing | None, labels: Se
     values = asdict(config)
     content = {
         "model_type": MODEL_TYPE,
-        "architectures": ["VMoEForImageClassification"],
+        "architectures": ["VMoEForImageClassification" if config.num_classes else "VMoEModel"],
         **values,
         "preprocessing": preprocessing and preprocessing.to_dict(),
-        "labels": labels and list(labels),
+        "labels": list(labels) if labels else None,
         "architecture": ARCHITECTURE,
         "num_features": config.width,
         "global_pool": POOLS[config.pool],
-        "label_names": labels and list(labels),
+        "label_names": list(labels) if labels else None,
         "model_args": _timm_arguments(values),
         "pretrained_cfg": _timm_pretrained_cfg(config, preprocessing),
     }

@@ -61,6 +61,9 @@ class VMoEBlock(Block):
 class VMoE(VisionTransformer, ModelHubMixin):
     """timm's VisionTransformer with MoE blocks; images (B, C, H, W) -> logits (B, classes).
 
+    Without classes (num_classes 0) it gives pooled features (B, D) of its own. `feature_head` then takes its normalised
+    tokens to those of the teacher it learned from, where that has another width.
+
     Attributes:
         config: what it is, kept true by reset_classifier and set_input_size.
         preprocessing, labels: what its images must look like and what its classes are called; None when not known.
@@ -103,22 +106,34 @@ class VMoE(VisionTransformer, ModelHubMixin):
         if config.representation_size:
             self.pre_logits = nn.Linear(config.width, config.representation_size)
         self.num_classes = config.num_classes
+        self.feature_head = nn.Identity()
         if config.num_classes:
             self.head = nn.Linear(self.head_hidden_size, config.num_classes)
+        elif config.feature_width:
+            self.feature_head = nn.Linear(config.width, config.feature_width)
         _initialise(self, config)
 
-    def forward(self, x: Tensor, out: Out | None = None, states: Collection[int] = (), **masks: Any) -> Tensor:
-        """Images (B, C, H, W) -> logits (B, classes).
+    def forward(
+        self,
+        x: Tensor,
+        out: Out | None = None,
+        states: Collection[int] = (),
+        as_teacher: bool = False,
+        **masks: Any,
+    ) -> Tensor:
+        """Images (B, C, H, W) -> logits (B, classes), or without classes pooled features (B, D).
 
         Args:
             out: takes what the MoE layers tell of their routing, for auxiliary_loss and routing_metrics (models.moe).
             states: numbers of the blocks whose output is left in `out` as well; see run_blocks.
+            as_teacher: give the tokens that learn from the teacher's final ones, (B, T, feature_width or D).
             masks: timm's attn_mask and is_causal.
 
         Learned positions are added to the tokens where queries and keys are rotated (config.rope) too: a dense model
         to start from may have both, and where it has not they start at zero.
         """
-        return self.forward_head(self.forward_features(x, out, states, **masks))
+        x = self.forward_features(x, out, states, **masks)
+        return self.feature_head(x) if as_teacher else self.forward_head(x)
 
     def forward_features(self, x: Tensor, out: Out | None = None, states: Collection[int] = (), **masks: Any) -> Tensor:
         """Images (B, C, H, W) -> normalised tokens (B, T, D); arguments as in forward."""
@@ -167,6 +182,8 @@ class VMoE(VisionTransformer, ModelHubMixin):
         self.num_classes = num_classes
         self.labels = None
         if num_classes:
+            self.feature_head = nn.Identity()
+            self.config = replace(self.config, feature_width=0)
             like = self.norm.weight
             self.head = nn.Linear(self.head_hidden_size, num_classes, device=like.device, dtype=like.dtype)
             reset_head(self.head)
@@ -357,6 +374,8 @@ def _initialise(model: VMoE, config: VMoEConfig) -> None:
         elif where.endswith(".qkv"):  # query, key and value are layers of their own in the official code
             for part, chunk in zip("qkv", parameter.chunk(3)):
                 draw(chunk, nn.init.xavier_uniform_, config.seed, name, part)
+        elif name == "feature_head.weight":  # small, so that it starts at an error of 1, as stitches do
+            draw(parameter, nn.init.normal_, config.seed, name, std=0.02)
         elif where in ("patch_embed.proj", "pre_logits"):
             draw(parameter, lecun_normal_, config.seed, name)
         else:

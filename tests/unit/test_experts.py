@@ -136,6 +136,7 @@ class Meta(nn.Module):
     """Two stages that change nothing; what comes after module 0 is read off the first two numbers of a mean token."""
 
     num_modules = 2
+    classifies = True
 
     def __init__(self):
         super().__init__()

@@ -30,7 +30,9 @@ def run_with(out, *overrides, rank=0):
 def opened(monkeypatch):
     """The splits opened so far."""
     splits, real = [], context.open_source
-    monkeypatch.setattr(context, "open_source", lambda data, split: splits.append(split) or real(data, split))
+    monkeypatch.setattr(
+        context, "open_source", lambda data, split, **options: splits.append(split) or real(data, split, **options)
+    )
     return splits
 
 

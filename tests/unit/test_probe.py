@@ -209,7 +209,9 @@ def test_a_start_after_a_kill_computes_what_is_missing_alone(tmp_path):
     teachers = [Counting()]
     assert compute(source, tmp_path, teachers=teachers) == [0] and not teachers[0].shown
     compute(source, tmp_path / "whole")
-    assert torch.equal(feature_cache.read(source, tmp_path).features, feature_cache.read(source, tmp_path / "whole").features)
+    assert torch.equal(
+        feature_cache.read(source, tmp_path).features, feature_cache.read(source, tmp_path / "whole").features
+    )
 
 
 def test_a_warning_stops_all_ranks_and_whole_shards_stay(tmp_path, monkeypatch):

@@ -68,7 +68,7 @@ def _open_all(recipe: Recipe) -> None:
             files.find(file)
         files.weights()
     for split in ("train", "val"):
-        open_source(recipe.data, split)
+        open_source(recipe.data, split, labels_needed=bool(recipe.needs_labels()))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from trainer.chain.submit import Row, rows
 from trainer.config.load import load_recipe
 from trainer.request.stages import chain
 from trainer.tracking.console import table
+from trainer.tracking.measures import measure_of
 from trainer.tracking.metrics import read_metrics
 
 HEAD = ("stage", "job", "state", "progress", "node", "detail")
@@ -51,7 +52,7 @@ def show(settings: Settings) -> int:
 
 
 def progress(run: Path, artifact: str, log: Path | None = None) -> str:
-    """Epoch, accuracy of the last evaluation and ETA of a stage, as far as known; `log` is that of its rank 0."""
+    """Epoch, measure of the last evaluation and ETA of a stage, as far as known; `log` is that of its rank 0."""
     folder = run / artifact
     if (folder / "result.json").is_file():
         return _outcome(json.loads((folder / "result.json").read_text()))
@@ -62,9 +63,9 @@ def progress(run: Path, artifact: str, log: Path | None = None) -> str:
         parts += [position, f"eta {eta}"]
     if (folder / "metrics.jsonl").is_file():
         evaluations = [line for line in read_metrics(folder / "metrics.jsonl") if line["kind"] == "eval"]
-        accuracies = [line["accuracy"] for line in evaluations if line["accuracy"] is not None]
-        if accuracies:
-            parts.append(f"accuracy {accuracies[-1]:.1%}")
+        measured = [line for line in evaluations if line.get(measure_of(line).key) is not None]
+        if measured:
+            parts.append(_measured(measured[-1]))
     if (folder / "checkpoints/latest.json").is_file():
         latest = json.loads((folder / "checkpoints/latest.json").read_text())
         step = int(latest["tag"].removeprefix("step_"))
@@ -75,8 +76,13 @@ def progress(run: Path, artifact: str, log: Path | None = None) -> str:
 def _outcome(result: dict[str, Any]) -> str:
     if "repo" in result:
         return f"{result['repo']}@{result['revision']}, commit {result['commit'][:7]}"
-    accuracy = result.get("metrics", {}).get("accuracy")
-    return "complete" if accuracy is None else f"accuracy {accuracy:.1%}"
+    metrics = result.get("metrics", {})
+    return "complete" if metrics.get(measure_of(metrics).key) is None else _measured(metrics)
+
+
+def _measured(metrics: dict[str, Any]) -> str:
+    measure = measure_of(metrics)
+    return f"{measure.name} {measure.shown(metrics[measure.key])}"
 
 
 def _cells(

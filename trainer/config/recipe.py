@@ -47,6 +47,8 @@ class Recipe:
         self._check_borders()
         if self.teacher.grown:
             self._check_grown()
+        if self.teacher.head == "none":
+            self._check_features()
         starts = (self.train.start, *self.train.baselines)
         if "upcycled" in starts and not self.student.init:
             raise ValueError(
@@ -59,6 +61,27 @@ class Recipe:
                     f"{name}.depths has {len(depths)} entries {depths} but modules is {self.modules}: give one depth "
                     "per module"
                 )
+
+    def needs_labels(self) -> str:
+        """The first setting that nothing but labelled images can serve, as "key=value"; empty = images suffice."""
+        if not self.teacher.source:
+            return "teacher.source='' (a teacher is trained on labels)"
+        if self.teacher.head in ("own", "probe"):
+            return f"teacher.head={self.teacher.head}"
+        if self.meta.objective == "labels" and not self.meta.source:
+            return "meta.objective=labels"
+        return ""
+
+    def _check_features(self) -> None:
+        """Without a head there are neither labels nor logits to learn from, only the teacher's states."""
+        expected = "false with teacher.head=none: a teacher is grown on labels"
+        require(not self.teacher.grown, "teacher.grown", True, expected)
+        expected = "theseus or matching with teacher.head=none, where the meta model learns the teacher's states"
+        require(self.meta.objective != "labels", "meta.objective", "labels", expected)
+        expected = "a positive weight with teacher.head=none, where it is that of the teacher's final tokens"
+        require(self.meta.kl_weight > 0, "meta.kl_weight", self.meta.kl_weight, expected)
+        expected = "a positive weight with teacher.head=none, where the border is all a module learns from"
+        require(self.distill.border_weight > 0, "distill.border_weight", self.distill.border_weight, expected)
 
     def _check_borders(self) -> None:
         """A student of distilled modules has its states in the teacher's basis only where tied stitches put them."""

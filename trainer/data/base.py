@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 class ImageSource(ABC):
     """The images of one split. `rows` are the numbers of the images used, `targets` their labels.
 
+    Images without labels have `labels == []`, and every target is 0.
+
     Args:
         named: False when nobody gave the classes a name: they are called by their numbers, 0, 1, 2 ...
 
@@ -34,7 +36,7 @@ class ImageSource(ABC):
     def __init__(self, name: str, labels: Sequence[str], targets: np.ndarray, data: DataConfig, *, named: bool = True):
         if not len(targets):
             raise ValueError(f"{name} has no images: check data.path and the names of its splits.")
-        if len(labels) < 2:
+        if len(labels) == 1:
             raise ValueError(f"{name} has one class ({listed(labels)}): give images of two or more to tell apart.")
         self.name = name
         self.max_pixels = data.max_pixels
@@ -44,7 +46,8 @@ class ImageSource(ABC):
         self.skipped: set[int] = set()  # indices found unreadable so far; only filled when skip_unreadable is on
         self.rows = np.arange(len(targets))
         self.targets = targets
-        self.counts = np.bincount(targets, minlength=len(labels))  # images per class, before data.limit
+        # images per class, before data.limit; of images without labels their number
+        self.counts = np.bincount(targets, minlength=len(labels))
         if 0 < data.limit < len(targets):
             self.rows = spread_over(len(targets), data.limit)
             self.targets = targets[self.rows]

@@ -228,6 +228,8 @@ def describe(train: Counted, val: Counted) -> str:
     Of the images used, after data.limit. Of more than LISTED classes only the smallest, the median and the largest
     count, and which classes are smallest.
     """
+    if not train.labels:
+        return "without labels"
     if len(train.labels) <= LISTED:
         rows = zip(train.labels, _used(train).tolist(), _used(val).tolist())
         each = ", ".join(f"{printable(name)} {t:,} + {v:,}" for name, t, v in rows)
@@ -247,6 +249,8 @@ def doubts(train: Counted, val: Counted) -> list[str]:
     Raises:
         ValueError: a class without a training image whose name is nearly that of another: one class, spelt twice.
     """
+    if not train.labels:
+        return []
     found = []
     spelt = {folded(name): name for name, count in zip(train.labels, train.counts) if count}
     for c in np.flatnonzero(train.counts == 0):

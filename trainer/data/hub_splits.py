@@ -17,6 +17,7 @@ from trainer.data.decode import printable
 if TYPE_CHECKING:
     import datasets
 
+LABEL_KEY = DataConfig.label_key  # its default: a set without this column may be one without labels
 NAMES_SHOWN = 10  # of a long list in an error message
 REASON_SHOWN = 300  # characters of what a library says
 EXPECTED = "Expected a hub id, id@revision, a save_to_disk folder, or a folder of images or parquet files."
@@ -27,6 +28,9 @@ CACHED_CONFIGURATIONS = re.compile(r"(?s)Couldn't find cache for .*Available con
 COMMIT = re.compile(r"[0-9a-f]{40}")
 CLASSES_HINT = " If these are the classes: data.val_share=0.1 takes them all for training but for a tenth."
 HELD_OUT_HINT = " Or set data.val_share=0.1 to hold out a tenth of the training images."
+UNLABELLED_HINT = (
+    "Images without labels can be taught from a given teacher alone: set teacher.source and teacher.head=none."
+)
 HUB_FILE = re.compile(r"hf://datasets/[^@]+@([0-9a-f]{40})/")
 
 
@@ -121,12 +125,22 @@ def _configuration_of(loaded: Any) -> str:
     return next((name for name in names if name), "default")
 
 
-def check_columns(split: "datasets.Dataset", data: DataConfig) -> None:
-    """Raise a ValueError that lists the columns when the image or the label column is not among them."""
+def check_columns(split: "datasets.Dataset", data: DataConfig, *, labels_needed: bool = True) -> None:
+    """Raise a ValueError that lists the columns when the image or the label column is not among them.
+
+    Args:
+        labels_needed: whether the label column has to be there; one that was named has to be there anyhow.
+    """
     for key, column in (("data.image_key", data.image_key), ("data.label_key", data.label_key)):
-        if column not in split.features:
-            columns = listed(split.features)
-            raise ValueError(f"{key} {column!r} is not a column of {data.path}; columns there: {columns}.")
+        if column in split.features:
+            continue
+        is_label = key == "data.label_key"
+        if is_label and not labels_needed and column == LABEL_KEY:
+            continue
+        hint = f" {UNLABELLED_HINT}" if is_label and labels_needed else ""
+        raise ValueError(
+            f"{key} {column!r} is not a column of {data.path}; columns there: {listed(split.features)}.{hint}"
+        )
 
 
 def refuse_outside(images: "datasets.Dataset", key: str, path: str) -> None:

@@ -20,15 +20,28 @@ from trainer.data.base import ImageSource
 from trainer.data.classes import checked_names, held_out, labels_and_targets, refuse_differing_folders
 from trainer.data.decode import EXTENSIONS, SKIP_HINT, UnreadableImageError, decode, opened
 from trainer.data.hub_splits import HELD_OUT_HINT, check_columns, listed, load_splits, refuse_outside
-from trainer.data.walk import SPLIT_NAMES, Tally, class_folders, is_picture_folder, pictures, split_folder
+from trainer.data.walk import (
+    SPLIT_NAMES,
+    Tally,
+    class_folders,
+    flat_pictures,
+    is_flat,
+    is_picture_folder,
+    pictures,
+    split_folder,
+)
 
 logger = logging.getLogger(__name__)
 DIGITS_FILE = Path(__file__).with_name("digits.npz")  # see DIGITS.md
 SPLITS = ("train", "val")
 
 
-def open_source(data: DataConfig, split: str) -> ImageSource:
+def open_source(data: DataConfig, split: str, *, labels_needed: bool = True) -> ImageSource:
     """Open the images of `split` ("train" or "val") of the configured data.
+
+    Args:
+        labels_needed: refuse images without labels; else those of a folder without class folders, or of a hub set
+            without the label column, are taken (`labels == []`).
 
     Raises:
         ValueError: a split, column, folder or label is missing or unusable; the message lists what is there.
@@ -37,8 +50,8 @@ def open_source(data: DataConfig, split: str) -> ImageSource:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}.")
     data = replace(data, path=expanded(data.path))
     if data.val_share:
-        return _held_out(data, split)
-    return _SOURCES[data.source](data, split)
+        return _held_out(data, split, labels_needed)
+    return _SOURCES[data.source](data, split, labels_needed)
 
 
 class DigitsSource(ImageSource):
@@ -65,26 +78,28 @@ class DigitsSource(ImageSource):
 
 
 class FolderSource(ImageSource):
-    """PATH/<split>/<class>/*.jpg, as torchvision's ImageFolder reads it; what is left out is counted (walk.py)."""
+    """PATH/<split>/<class>/*.jpg, as torchvision's ImageFolder reads it; what is left out is counted (walk.py).
 
-    def __init__(self, data: DataConfig, split: str):
+    Where no labels are needed, PATH/<split>/*.jpg is images without labels.
+    """
+
+    def __init__(self, data: DataConfig, split: str, labels_needed: bool = True):
         root = Path(data.path).expanduser()
         train_name = split_folder(root, data.train_split, "data.train_split")
         name = split_folder(root, _name_of(split, data), f"data.{split}_split")
-        train_classes = class_folders(root / train_name, Tally())
         tally = Tally()
-        folders = class_folders(root / name, tally)
-        both = f"the class folders of {root / train_name} and {root / name}"
-        refuse_differing_folders(list(map(tidy, train_classes)), list(map(tidy, folders)), train_name, name, both)
-        checked_names(folders, f"folder {root / name}")
-        folders.sort(key=tidy)  # the same order where one split was written on a Mac and the other was not
-        paths_of = pictures(root / name, folders, tally)
+        if not labels_needed and is_flat(root / train_name):
+            paths_of = {"": _without_labels(root / train_name, root / name, tally)}
+            folders = []
+        else:
+            folders = _classes_of(root, train_name, name, tally)
+            paths_of = pictures(root / name, folders, tally)
         if not any(paths_of.values()):
             expected = f"expected {', '.join(EXTENSIONS)} in class folders"
             raise ValueError(f"no images under {root / name}; {expected} ({tally}).")
         # one array, not a million str objects: reference counts would copy those into every worker process
         self._paths = np.array(list(itertools.chain.from_iterable(paths_of.values())))
-        targets = np.repeat(np.arange(len(folders)), list(map(len, paths_of.values())))
+        targets = np.repeat(np.arange(len(paths_of)), list(map(len, paths_of.values())))
         self.origin = str(root)
         self._folder = os.fsencode(root / name)
         super().__init__(f"folder {root / name}", folders, targets, data)
@@ -113,7 +128,7 @@ class FolderSource(ImageSource):
 class HubSource(ImageSource):
     """A split of a hub data set (id or id@revision), a `save_to_disk` folder, or a folder of images or parquet."""
 
-    def __init__(self, data: DataConfig, split: str):
+    def __init__(self, data: DataConfig, split: str, labels_needed: bool = True):
         import datasets
 
         splits, self.origin = load_splits(data.path, data.config)
@@ -124,10 +139,15 @@ class HubSource(ImageSource):
                 raise ValueError(
                     f"{key} {split_name!r} is not in {data.path}; splits there: {listed(splits)}.{held_out_hint}"
                 )
-            check_columns(splits[split_name], data)
+            check_columns(splits[split_name], data, labels_needed=labels_needed)
         if data.val_share and data.val_split in splits:
             raise ValueError(f"data.val_share is {data.val_share:g}, but {data.path} has {_unused_split(data)}")
-        labels, targets, named, remark = labels_and_targets(splits[data.train_split], splits[name], data, name)
+        if data.label_key in splits[data.train_split].features:
+            check_columns(splits[name], data)  # the same in both splits
+            labels, targets, named, remark = labels_and_targets(splits[data.train_split], splits[name], data, name)
+        else:
+            targets = np.zeros(len(splits[name]), dtype=np.int64)
+            labels, named, remark = [], False, ""
         # undecoded, so that every source decodes alike and an error can name the file
         images = splits[name].with_format(None).select_columns([data.image_key])
         try:
@@ -163,22 +183,52 @@ class HubSource(ImageSource):
         return decode(path if content is None else content, description, self.max_pixels)
 
 
-def _hub(data: DataConfig, split: str) -> ImageSource:
+def _classes_of(root: Path, train_name: str, name: str, tally: Tally) -> list[str]:
+    """The class folders of a split, which have to be those of the training split.
+
+    Raises:
+        ValueError: they are not, or there are none.
+    """
+    train_classes = class_folders(root / train_name, Tally())
+    folders = class_folders(root / name, tally)
+    both = f"the class folders of {root / train_name} and {root / name}"
+    refuse_differing_folders(list(map(tidy, train_classes)), list(map(tidy, folders)), train_name, name, both)
+    checked_names(folders, f"folder {root / name}")
+    return sorted(folders, key=tidy)  # the same order where one split was written on a Mac and the other was not
+
+
+def _without_labels(train: Path, folder: Path, tally: Tally) -> list[bytes]:
+    """The pictures of a split beside a training split without class folders.
+
+    Raises:
+        ValueError: this one has folders.
+    """
+    if not is_flat(folder):
+        raise ValueError(
+            f"{train} holds pictures without class folders, but {folder} does not: give both class folders, or neither."
+        )
+    return flat_pictures(folder, tally)
+
+
+def _hub(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
     """A local folder of pictures is read by the one reader of such folders: classes, order and pixels are the same."""
     if not is_picture_folder(Path(data.path).expanduser(), data.train_split):
-        return HubSource(data, split)
+        return HubSource(data, split, labels_needed)
     for key, column, name in (("image_key", data.image_key, "image"), ("label_key", data.label_key, "label")):
         if column != name:
             raise ValueError(f"data.{key} {column!r} is not a column of {data.path}; columns there: image, label.")
-    return FolderSource(data, split)
+    return FolderSource(data, split, labels_needed)
 
 
-def _held_out(data: DataConfig, split: str) -> ImageSource:
-    """One side of the training split, of which data.val_share of each class is validation; then data.limit."""
+def _held_out(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
+    """One side of the training split, of which data.val_share of each class is validation; then data.limit.
+
+    Images without labels are held out as one class.
+    """
     if data.source == "folder" or Path(data.path).expanduser().is_dir():
-        data = _without_split_folders(data)
-    whole = _SOURCES[data.source](replace(data, limit=0), "train")
-    is_val = held_out(whole.targets, whole.labels, data.val_share)
+        data = _without_split_folders(data, labels_needed)
+    whole = _SOURCES[data.source](replace(data, limit=0), "train", labels_needed)
+    is_val = held_out(whole.targets, whole.labels or [""], data.val_share)
     side = is_val if split == "val" else ~is_val
     source = whole.subset(np.flatnonzero(side))
     source.counts = np.bincount(source.targets, minlength=len(source.labels))
@@ -186,8 +236,10 @@ def _held_out(data: DataConfig, split: str) -> ImageSource:
     return source.spread(data.limit) if data.limit else source
 
 
-def _without_split_folders(data: DataConfig) -> DataConfig:
+def _without_split_folders(data: DataConfig, labels_needed: bool) -> DataConfig:
     """The same data, read as PATH/<class>/ where PATH has class folders in place of the training split's folder.
+
+    Or as PATH/*.jpg, where it has none and no labels are needed.
 
     Raises:
         ValueError: there is a validation split, so none has to be held out.
@@ -195,6 +247,8 @@ def _without_split_folders(data: DataConfig) -> DataConfig:
     root = Path(data.path).expanduser()
     if not root.is_dir() or (root / "dataset_dict.json").is_file():
         return data
+    if not labels_needed and is_flat(root):
+        return replace(data, train_split="")
     folders = [entry.name for entry in root.iterdir() if entry.is_dir()]
     if data.val_split in folders:
         raise ValueError(f"data.val_share is {data.val_share:g}, but {root} has {_unused_split(data)}")
@@ -213,13 +267,17 @@ def _unused_split(data: DataConfig) -> str:
     return f"a split {data.val_split!r}: set data.val_share=0 to use it, or {unused} to leave it unused."
 
 
-def _fractals(data: DataConfig, split: str) -> ImageSource:
+def _digits(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
+    return DigitsSource(data, split)
+
+
+def _fractals(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
     from trainer.data.fractals import FractalSource  # late: it builds on this file
 
     return FractalSource(data, split)
 
 
-_SOURCES = {"digits": DigitsSource, "fractals": _fractals, "folder": FolderSource, "hub": _hub}
+_SOURCES = {"digits": _digits, "fractals": _fractals, "folder": FolderSource, "hub": _hub}
 
 
 def _beginning(path: str, limit: int) -> bytes:

@@ -1,8 +1,9 @@
 """The walk through PATH/<split>/<class>/: which files are pictures of which class, and what is left out and why.
 
 A folder in the folder of a split is a class, and a picture anywhere below it is one of that class, in ImageFolder's
-order; links are followed. What is passed over is counted: hidden names (HIDDEN, and whatever begins with a dot),
-extensions of no format that decode.py reads, links that lead nowhere, files beside the class folders.
+order; links are followed. Pictures in a split without folders have no labels. What is passed over is counted: hidden
+names (HIDDEN, and whatever begins with a dot), extensions of no format that decode.py reads, links that lead nowhere,
+files beside the class folders.
 """
 
 import itertools
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trainer.data.decode import EXTENSIONS, printable
-from trainer.data.hub_splits import CLASSES_HINT, HELD_OUT_HINT, listed
+from trainer.data.hub_splits import CLASSES_HINT, HELD_OUT_HINT, UNLABELLED_HINT, listed
 
 # names by which `datasets` knows a split: where the folder asked for is not, the one with another name of its row is
 # taken, in any case
@@ -112,11 +113,33 @@ def class_folders(folder: Path, tally: Tally) -> list[str]:
             tally.beside[_extension(entry.name)] += 1
     if not classes:
         remarks = f" ({tally})" if str(tally) else ""
-        raise ValueError(f"no class folders in {folder}; expected images in {folder}/<class>/{remarks}.")
+        raise ValueError(
+            f"no class folders in {folder}; expected images in {folder}/<class>/{remarks}. {UNLABELLED_HINT}"
+        )
     for name in classes:
         if not name.isprintable():  # it becomes a label in JSON files and reports
             raise ValueError(f"the class folder {name!a} of {folder} has a name that is no text: give it another.")
     return sorted(classes)
+
+
+def is_flat(folder: Path) -> bool:
+    """Whether a folder holds pictures and no folder: images without labels."""
+    found = False
+    for entry in _entries(folder):
+        if _is_hidden(entry.name) or _leads_nowhere(entry):
+            continue
+        if _is_folder(entry):
+            return False
+        found |= entry.name.lower().endswith(EXTENSIONS)
+    return found
+
+
+def flat_pictures(folder: Path, tally: Tally) -> list[bytes]:
+    """Paths of the pictures of a flat folder, sorted; what is passed over is counted in `tally`."""
+    paths = []
+    for path, names in _walk(folder, folder.name, tally, set()):
+        paths += [os.fsencode(os.path.join(path, name)) for name in names]
+    return paths
 
 
 def pictures(folder: Path, classes: list[str], tally: Tally) -> dict[str, list[bytes]]:

@@ -1,8 +1,11 @@
-"""The one evaluation: accuracy and loss over every validation image, each counted once, on any number of ranks."""
+"""The one evaluation, of every validation image, each counted once, on any number of ranks: accuracy and loss, or where
+there are no classes relative error and cosine beside the teacher.
+"""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -10,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.moe.layer import routed_layers
@@ -20,18 +22,20 @@ from trainer.config.runtime import RunConfig
 from trainer.data.loader import Batch, Data, eval_batches
 from trainer.distributed.interrupt import HEARTBEAT
 from trainer.distributed.ranks import Dist
-from trainer.tracking.health import NonFiniteLoss
+from trainer.evaluation.counts import Classified, Compared
+from trainer.objectives import Pairs
+from trainer.tracking.measures import BESIDE
 
 log = logging.getLogger(__name__)
 
 
 def of_published(evaluation: dict[str, float]) -> dict[str, float]:
-    """An evaluation whose accuracy and loss are those of the average, which is published, where it has them.
+    """An evaluation whose figures are those of the average, which is published, where it has them.
 
     Those of the last weights are then called accuracy_raw and loss_raw.
     """
     published = dict(evaluation)
-    for name in ("accuracy", "loss"):
+    for name in itertools.chain(*BESIDE.items()):
         if f"{name}_ema" in published:
             published[f"{name}_raw"] = published[name]
             published[name] = published.pop(f"{name}_ema")
@@ -48,6 +52,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Accuracy (0..1) and mean cross-entropy of objective.predict over every validation image, each counted once.
 
+    Of an objective without classes, relative error and cosine of what objective.compare gives (counts.py).
+
     The same whatever the ranks and the batch are, also where experts have a capacity: what competes for it are always
     the same images (together_in), and no padding.
     An image whose loss is not finite counts as wrong, is left out of the mean loss, and is counted as
@@ -55,8 +61,8 @@ def evaluate(
 
     Args:
         batch: images per rank and forward; rounded up to whole groups of images that are routed together.
-        observe: is shown every batch of this rank with its logits (B, classes) and what predict's forward told beside
-            them (models/moe/out.py).
+        observe: is shown every batch of this rank with its logits (B, classes), or final tokens (B, T, D), and what
+            the forward told beside them (models/moe/out.py).
 
     Raises:
         NonFiniteLoss: on all ranks, no image has a finite loss.
@@ -67,7 +73,7 @@ def evaluate(
     for module in modules:
         module.eval()
     tells = observe is not None and bool(routed_layers(objective.module))  # other models need not take `out`
-    totals = torch.zeros(4, dtype=torch.float64, device=dist.device)
+    counts = Classified(dist) if objective.classifies else Compared(dist)
     group = together_in(modules)
     if batch % group:
         batch = _whole_groups(batch, group, dist.main)
@@ -86,27 +92,20 @@ def evaluate(
             b = padded.without_padding()
             images = b.images.to(dist.device, dtype)
             out: Out = {}
-            logits = objective.predict(images, out) if tells else objective.predict(images)
-            logits = logits.float()
-            if observe is not None:
-                observe(b, logits, out)
-            labels = b.labels.to(dist.device)
+            told = (out,) if tells else ()
             mask = b.mask.to(dist.device)
-            loss = F.cross_entropy(logits, labels, reduction="none")
-            finite = mask & torch.isfinite(loss)
-            correct = (logits.argmax(-1) == labels) & finite
-            totals += torch.stack([correct.sum(), loss[finite].sum(), finite.sum(), mask.sum()]).to(totals.dtype)
+            if objective.classifies:
+                output = objective.predict(images, *told).float()
+                counts.add(output, b.labels.to(dist.device), mask)
+            else:
+                pairs = objective.compare(images, *told)
+                output = pairs[""][0]
+                counts.add(pairs, mask)
+            if observe is not None:
+                observe(b, output, out)
     for module, mode in zip(modules, modes):
         module.train(mode)
-    correct, loss, finite, images = dist.sum(totals).tolist()
-    if not images:
-        raise ValueError("none of the validation images could be read: check data.path and data.val_split")
-    if not finite:
-        raise NonFiniteLoss(f"the model's output is not finite on any of the {int(images)} validation images")
-    evaluation = {"accuracy": correct / images, "loss": loss / finite, "images": int(images)}
-    if finite < images:
-        evaluation["nonfinite_images"] = int(images - finite)
-    return evaluation
+    return counts.metrics()
 
 
 def together_in(modules: Sequence[nn.Module]) -> int:
@@ -147,9 +146,16 @@ def eval_batch(run: RunConfig, settings: Settings) -> int:
 class Predictor:
     """The part of an objective that evaluation needs, for models that are not being trained.
 
-    `predict` takes images, and where MoE layers are observed `out` as well.
+    `predict` takes images, and where MoE layers are observed `out` as well; so does `compare`, which is given where
+    there are no classes (see Objective.compare).
     """
 
     module: nn.Module
     predict: Callable[..., Tensor]
     frozen: tuple[nn.Module, ...] = ()
+    compare: Callable[..., Pairs] | None = None
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it is evaluated by its logits."""
+        return self.compare is None

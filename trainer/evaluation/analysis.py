@@ -40,10 +40,20 @@ class Analysis:
         student: the plain model.
         source: the validation images.
         preprocessing: how the images were normalised, to turn them back into pictures.
+        classifies: whether it tells classes; else nothing is said of any.
     """
 
-    def __init__(self, student: nn.Module, source: ImageSource, preprocessing: Preprocessing, dist: Dist) -> None:
+    def __init__(
+        self,
+        student: nn.Module,
+        source: ImageSource,
+        preprocessing: Preprocessing,
+        dist: Dist,
+        *,
+        classifies: bool = True,
+    ) -> None:
         self.student = student
+        self.classifies = classifies
         self.source = source
         self.preprocessing = preprocessing
         self.dist = dist
@@ -54,8 +64,8 @@ class Analysis:
         self.drawn = {place * len(source) // PICTURES for place in range(PICTURES)}  # indices of images
 
     def observe(self, batch: Batch, logits: Tensor, out: Out) -> None:
-        """Count one batch of this rank; logits (B, classes)."""
-        predicted = logits.argmax(-1).cpu()
+        """Count one batch of this rank; logits (B, classes), or without classes final tokens (B, T, D)."""
+        predicted = logits.argmax(-1).cpu() if self.classifies else torch.zeros_like(batch.labels)
         rows = torch.stack([batch.index, batch.labels, predicted], dim=1)[batch.mask]
         self.rows.append(rows.numpy())
         routed = routings(out)
@@ -71,7 +81,8 @@ class Analysis:
             images, skipped (unreadable ones), labels, classes (per class: images, correct, predicted, and what it is
             taken for most, -1 = nothing, how often), confusion (classes x classes, rows = truth; None above
             MATRIX_CLASSES), confusions ([truth, predicted, count], most frequent first), grid ([rows, columns] of
-            patches), layers (per MoE layer, as from Choices.summary), pictures.
+            patches), layers (per MoE layer, as from Choices.summary), pictures. Without classes none of what is said of
+            them, nor of what a picture shows.
         """
         rows = np.concatenate(list(itertools.chain.from_iterable(self.dist.gather(self.rows))))
         index, truth, predicted = rows.T
@@ -82,7 +93,7 @@ class Analysis:
         return {
             "images": len(index),
             "skipped": len(self.source) - len(index),
-            **_classes(truth, predicted, self.source.labels),
+            **(_classes(truth, predicted, self.source.labels) if self.classifies else {}),
             "grid": list(self.student.patch_embed.grid_size),
             "layers": self.choices.summary(self.dist),
             "pictures": [pictures[image] for image in sorted(pictures)],
@@ -99,15 +110,16 @@ class Analysis:
             first_T1 = kept_TK.int().argmax(-1, keepdim=True)  # the best choice that found a slot
             first_T = expert_TK.gather(1, first_T1).squeeze(1)
             experts[name] = torch.where(kept_TK.any(-1), first_T, -1).tolist()
-        confidence, predicted = logits.softmax(-1).max(-1)
-        return {
+        picture = {
             "index": int(batch.index[place]),
-            "label": int(batch.labels[place]),
-            "predicted": int(predicted),
-            "confidence": float(confidence),
             "png": _png(batch.images[place], self.preprocessing),
             "experts": experts,
         }
+        if not self.classifies:
+            return picture
+        confidence, predicted = logits.softmax(-1).max(-1)
+        label = int(batch.labels[place])
+        return picture | {"label": label, "predicted": int(predicted), "confidence": float(confidence)}
 
 
 def _classes(truth: np.ndarray, predicted: np.ndarray, labels: list[str]) -> dict[str, Any]:

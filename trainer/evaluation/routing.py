@@ -97,7 +97,7 @@ class RoutingWatch:
         self._begin()
 
     def observe(self, batch: Batch, logits: Tensor, out: Out) -> None:
-        """Look at the routing of one batch; logits (B, classes)."""
+        """Look at the routing of one batch; logits (B, classes), or whatever has a row for every image."""
         if not self.num_experts:
             return
         routed = routings(out)

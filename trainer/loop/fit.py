@@ -20,6 +20,7 @@ from trainer.evaluation.accuracy import eval_batch, evaluate, of_published
 from trainer.evaluation.routing import Measures, RoutingWatch
 from trainer.loop.step import Task, TrainStep, data_workers
 from trainer.tracking.health import Finding, Health, NonFiniteLoss
+from trainer.tracking.measures import BESIDE, headline, measure_of, score_of
 from trainer.tracking.metrics import MetricsLog, Progress
 
 
@@ -159,7 +160,7 @@ class _Loop:
         self.monitor.warn(self.done, *findings)
 
     def _evaluate(self) -> dict[str, float]:
-        """Of the weights, and with train.ema of their average as well, as accuracy_ema and loss_ema."""
+        """Of the weights, and with train.ema of their average as well, as accuracy_ema, loss_ema and the like."""
         dtype = self.engine.dtype
         batch = eval_batch(self.task.run, self.engine.settings)
         evaluation = evaluate(self.objective, self.data, dtype, batch, self.dist, observe=self.routing.observe)
@@ -168,8 +169,9 @@ class _Loop:
         if self.engine.average is not None:
             with self.engine.published():
                 of_average = evaluate(self.objective, self.data, dtype, batch, self.dist)
-            evaluation["accuracy_ema"] = of_average["accuracy"]
-            evaluation["loss_ema"] = of_average["loss"]
+            measure = measure_of(evaluation).key
+            for name in (measure, BESIDE[measure]):
+                evaluation[f"{name}_ema"] = of_average[name]
         return evaluation
 
     def _save(self, wait: bool) -> None:
@@ -181,7 +183,7 @@ class _Loop:
             "health": self.health.state(),
         }
         evaluated = self.evaluated == self.done  # else it is that of older weights
-        score = of_published(self.evaluation)["accuracy"] if evaluated else None
+        score = score_of(of_published(self.evaluation)) if evaluated else None
         own = self.step.running() | {"routing": self.routing.state()}
         self.saver.save(self.done, state=state, own=own, score=score, wait=wait)
 
@@ -253,10 +255,11 @@ class _Monitor:
             self.log.write(self._head("eval", done) | evaluation | {"time": time.time()})
             if done == self.task.epochs * self.per_epoch:
                 published = of_published(evaluation)
+                measure = measure_of(published)
                 raw = ""
-                if "accuracy_raw" in published:
-                    raw = f" (without averaging {published['accuracy_raw']:.1%})"
-                self.progress.note(f"accuracy {published['accuracy']:.1%}{raw} on {published['images']} images")
+                if f"{measure.key}_raw" in published:
+                    raw = f" (without averaging {measure.shown(published[f'{measure.key}_raw'])})"
+                self.progress.note(f"{headline(published)}{raw} on {published['images']} images")
 
     def warn(self, done: int, *findings: Finding) -> None:
         if self.main:

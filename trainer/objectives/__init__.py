@@ -1,8 +1,8 @@
 """One object per kind of training step: what is trained, what is frozen, and how the losses are computed."""
 
-from trainer.objectives.base import Objective, relative_mse, soft_kl
+from trainer.objectives.base import Objective, Pairs, relative_mse, soft_kl
 from trainer.objectives.distill import Distill
-from trainer.objectives.end_to_end import Borders, Classify, LearnFromTeacher
+from trainer.objectives.end_to_end import Borders, Classify, LearnFeatures, LearnFromTeacher
 from trainer.objectives.incubate import Incubate
 from trainer.objectives.meta import MatchTeacher, Theseus, meta_objective
 from trainer.objectives.together import Together
@@ -12,9 +12,11 @@ __all__ = [
     "Classify",
     "Distill",
     "Incubate",
+    "LearnFeatures",
     "LearnFromTeacher",
     "MatchTeacher",
     "Objective",
+    "Pairs",
     "Theseus",
     "Together",
     "meta_objective",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from models.moe.out import Out
 from trainer.objectives.cost import Pass, flops_per_image
 
 Step = tuple[Tensor, dict[str, Tensor]]
+Pairs = dict[str, tuple[Tensor, Tensor]]  # ending of a metric's name -> (state, the teacher's), each (B, T, D)
 Forward = Callable[..., Any]  # the engine in a run, the bare module in a unit test
 
 
@@ -26,11 +27,13 @@ class Objective(ABC):
         module: all that is trained.
         frozen: what runs beside it.
         tokens: length of the token sequence T, which the cost depends on.
+        classifies: whether `predict` gives logits, which are evaluated; else it is evaluated by `compare`.
     """
 
     module: nn.Module
     frozen: list[nn.Module]
     tokens: int
+    classifies: bool = True
 
     def __call__(
         self, forward: Forward, images: Tensor, target: Tensor, progress: float = 0.0, out: Out | None = None
@@ -55,7 +58,11 @@ class Objective(ABC):
 
     @abstractmethod
     def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
-        """Logits (B, classes) that are evaluated; `out` as in a step."""
+        """Logits (B, classes) that are evaluated, or without classes final tokens (B, T, D); `out` as in a step."""
+
+    def compare(self, images: Tensor, out: Out | None = None) -> Pairs:
+        """Without classes: what is evaluated beside the teacher's; see border_pairs for the names."""
+        raise NotImplementedError(f"{type(self).__name__} is evaluated by its logits")
 
     @abstractmethod
     def passes(self) -> list[Pass]:
@@ -80,6 +87,12 @@ def relative_mse(state: Tensor, reference: Tensor) -> Tensor:
     state = state.float()
     reference = reference.float()
     return (state - reference).square().sum() / reference.square().sum().clamp_min(1e-12)
+
+
+def border_pairs(states: Sequence[Tensor], references: Sequence[Tensor]) -> Pairs:
+    """Two chains of modules border by border: "/0", "/1", ...; the last one, the final tokens, also as ""."""
+    pairs = {f"/{i}": pair for i, pair in enumerate(zip(states, references, strict=True))}
+    return {"": (states[-1], references[-1])} | pairs
 
 
 def label_loss(logits: Tensor, target: Tensor, label_smoothing: float) -> Tensor:

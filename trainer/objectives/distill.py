@@ -15,7 +15,7 @@ from models.modules.meta import MetaModel
 from models.modules.stages import Stage
 from models.moe.out import Out, auxiliary_loss
 from trainer.config.phases import DistillConfig
-from trainer.objectives.base import Forward, Objective, Step, label_loss, relative_mse, soft_kl
+from trainer.objectives.base import Forward, Objective, Pairs, Step, label_loss, relative_mse, soft_kl
 from trainer.objectives.cost import Pass, forward_only, relaying, trained
 
 
@@ -24,7 +24,7 @@ class Lesson:
     """What the teacher's side gives a step of one pair; empty where nothing needs it."""
 
     h: Tensor | None = None  # what the teacher module is fed, (B, T, D_t), or the images for the first one
-    state: Tensor | None = None  # what it puts out, (B, T, D_t), or logits for the last one
+    state: Tensor | None = None  # what it puts out, (B, T, D_t), or logits for the last one where there are classes
     logits: Tensor | None = None  # (B, C), of the meta model with the teacher module in its place
     targets: Mapping[int, Tensor] = field(default_factory=dict)  # of the guide, see Guide.targets
 
@@ -39,6 +39,12 @@ class Distill(Objective):
     linearly, `predecessors`, the student modules before this one, whose output the student is fed in place of h
     (second round), and `guide`, teacher-guided routing. With `config.logit_weight` 0 the border is the only target, and
     no suffix of the meta model is run; the last module has no border but its logits, so there they count in full.
+
+    Without classes every module has a border, the last one the teacher's final tokens, and it is the only target
+    (relative MSE, unless `config.border` says cosine).
+
+    Args:
+        teacher: without classes, the whole of it, which hybrids are compared with.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class Distill(Objective):
         label_smoothing: float = 0.0,
         predecessors: Sequence[nn.Module] = (),
         guide: Guide | None = None,
+        teacher: MetaModel | None = None,
     ):
         self.module = student
         self.teacher_stage = teacher_stage
@@ -62,10 +69,17 @@ class Distill(Objective):
         self.label_smoothing = label_smoothing
         self.predecessors = predecessors
         self.guide = guide
+        self.teacher = teacher
         self.frozen = [teacher_stage, meta, *predecessors]
+        self.classifies = meta.classifies
         self.border = config.border
         self.logit_weight = config.logit_weight
-        if index == meta.num_modules - 1:
+        if not self.classifies:
+            assert teacher is not None, "without classes a hybrid is compared with the whole teacher"
+            self.frozen.append(teacher)
+            self.border = "mse" if config.border == "none" else config.border
+            self.logit_weight = 0.0
+        elif index == meta.num_modules - 1:
             self.border = "none"
             self.logit_weight = 1.0
         # by the teacher's logits
@@ -84,7 +98,7 @@ class Distill(Objective):
         """The step, once the student module has put out `state`; parts: balance, routing, border, label, distill.
 
         Args:
-            state: (B, T, D_t), or logits (B, C) of the last module.
+            state: (B, T, D_t), or logits (B, C) of the last module where there are classes.
             progress: share of the phase's steps that are done, 0..1.
             out: what the student module's forward told.
         """
@@ -122,6 +136,14 @@ class Distill(Objective):
         """Logits (B, C) of the hybrid: the meta model with the student module in place i (and its predecessors)."""
         fed = self._chained(images) if self.predecessors else self.meta.front(images, self.index)
         return self.meta.back(self.module(fed, out), self.index)
+
+    def compare(self, images: Tensor, out: Out | None = None) -> Pairs:
+        """The hybrid's final tokens beside the teacher's; and at its border the module beside the teacher's module."""
+        h = self.meta.front(images, self.index)
+        fed = self._chained(images) if self.predecessors else h
+        state = self.module(fed, out)
+        final = self.meta.back(state, self.index)
+        return {"": (final, self.teacher(images)), f"/{self.index}": (state, self.teacher_stage(h))}
 
     def passes(self) -> list[Pass]:
         """The pair, what leads to its input, and the stages behind it for the teacher."""

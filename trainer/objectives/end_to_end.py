@@ -14,7 +14,7 @@ from models.modules.meta import MetaModel
 from models.moe.layer import routed_layers
 from models.moe.out import Out, auxiliary_loss
 from trainer.config.phases import TrainConfig
-from trainer.objectives.base import Forward, Objective, Step, label_loss, relative_mse, soft_kl
+from trainer.objectives.base import Forward, Objective, Pairs, Step, label_loss, relative_mse, soft_kl
 from trainer.objectives.cost import Pass, forward_only, trained
 
 
@@ -109,21 +109,16 @@ class LearnFromTeacher(Classify):
         if fade:
             guide = self.guide
             borders = self.borders
-        if config.kd_weight or fade:
-            teacher_states, teacher_logits, targets = self._teach(images, guide)
+        teacher_output = None
+        if self.taught or fade:
+            teacher_states, teacher_output, targets = self._teach(images, guide)
         compared = () if borders is None else borders.last_blocks
 
-        logits = self._run(forward, images, out, compared).float()
-        label = label_loss(logits, target, self.label_smoothing)
+        output = self._run(forward, images, out, compared).float()
+        loss, parts = self._output_loss(output, target, teacher_output)
         balance = auxiliary_loss(out)
-        # (1 - w) CE + balance
-        loss = (1 - config.kd_weight) * label + balance
-        parts = {"label": label.detach(), "balance": balance.detach()}
-        if config.kd_weight:
-            # + w tau^2 KL(teacher || student)
-            kd = soft_kl(teacher_logits, logits, config.kd_tau)
-            loss = loss + config.kd_weight * kd
-            parts["kd"] = kd.detach()
+        loss = loss + balance
+        parts["balance"] = balance.detach()
         if guide is not None:
             # + fade x weight x mean KL(teacher's router || router)
             routing = guide.loss(out, targets)
@@ -132,20 +127,45 @@ class LearnFromTeacher(Classify):
         if borders is not None:
             # + border_weight x fade x sum over borders of |z - U^T (h - mean)|^2 / |U^T (h - mean)|^2
             border = 0
-            for block, project, h in zip(compared, borders.projections, teacher_states):
-                z = out["blocks"][str(block)]["state"]
-                border = border + relative_mse(z, project(h))
+            for z, h in self._border_states(out, teacher_states):
+                border = border + relative_mse(z, h)
             loss = loss + config.border_weight * fade * border
             parts["border"] = border.detach()
         return loss, parts
 
     def passes(self) -> list[Pass]:
         """The student, and in a share of the steps the teacher and its routers."""
-        teaching = 1.0 if self.config.kd_weight else self.fading
+        teaching = 1.0 if self.taught else self.fading
         passes = super().passes() + forward_only(self.teacher, share=teaching)
         if self.guide is not None:
             passes += forward_only(self.guide.routers, share=self.fading)
         return passes
+
+    @property
+    def taught(self) -> bool:
+        """Whether the teacher's output is a target in every step."""
+        return self.config.kd_weight > 0
+
+    def _output_loss(self, logits: Tensor, target: Tensor, teacher_logits: Tensor | None) -> Step:
+        """What the student's logits (B, C) cost; parts: label, kd."""
+        w = self.config.kd_weight
+        label = label_loss(logits, target, self.label_smoothing)
+        # (1 - w) CE
+        loss = (1 - w) * label
+        parts = {"label": label.detach()}
+        if self.taught:
+            # + w tau^2 KL(teacher || student)
+            kd = soft_kl(teacher_logits, logits, self.config.kd_tau)
+            loss = loss + w * kd
+            parts["kd"] = kd.detach()
+        return loss, parts
+
+    def _border_states(self, out: Out, teacher_states: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """Per inner border the student's state and the teacher's in the border's basis, (B, T, D_s) each."""
+        pairs = []
+        for block, project, h in zip(self.borders.last_blocks, self.borders.projections, teacher_states):
+            pairs.append((out["blocks"][str(block)]["state"], project(h)))
+        return pairs
 
     def _fade(self, progress: float) -> float:
         """max(0, 1 - progress / fading): what borders and guide count, from 1 to 0."""
@@ -162,3 +182,43 @@ class LearnFromTeacher(Classify):
         beside: Out = {}
         *states, logits = self.teacher.hidden_states(images, out=beside, states=guide.sources)
         return states, logits, guide.targets(beside)
+
+
+class LearnFeatures(LearnFromTeacher):
+    """End to end without classes (not in the paper): the teacher's final tokens in place of labels and logits.
+
+    loss = relative MSE(feature head(student's normalised tokens), teacher's normalised tokens) + balance losses
+         + the terms of LearnFromTeacher at routers and inner borders.
+    """
+
+    classifies = False
+
+    def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
+        """The student's tokens (B, T, D_t) that learn from the teacher's final ones."""
+        return self._run(self.module, images, out)
+
+    def compare(self, images: Tensor, out: Out | None = None) -> Pairs:
+        """The student beside the teacher: final tokens, and inner borders where they are in the teacher's basis."""
+        if out is None:
+            out = {}
+        compared = () if self.borders is None else self.borders.last_blocks
+        tokens = self._run(self.module, images, out, compared)
+        *teacher_states, teacher_tokens = self.teacher.hidden_states(images)
+        pairs = {"": (tokens, teacher_tokens)}
+        if self.borders is not None:
+            for border, pair in enumerate(self._border_states(out, teacher_states)):
+                pairs[f"/{border}"] = pair
+        return pairs | {f"/{self.teacher.num_modules - 1}": pairs[""]}
+
+    @property
+    def taught(self) -> bool:
+        """Always: there is nothing else to learn from."""
+        return True
+
+    def _output_loss(self, tokens: Tensor, target: Tensor, teacher_tokens: Tensor | None) -> Step:
+        """How far the student's final tokens are from the teacher's, (B, T, D_t) both; parts: tokens."""
+        error = relative_mse(tokens, teacher_tokens)
+        return error, {"tokens": error.detach()}
+
+    def _run(self, forward: Forward, images: Tensor, out: Out | None, states: Collection[int] = ()) -> Tensor:
+        return forward(images, out, states, as_teacher=True)

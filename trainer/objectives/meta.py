@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,16 @@ from models.modules.meta import MetaModel
 from models.modules.stages import Stage
 from models.moe.out import Out
 from trainer.config.phases import MetaConfig
-from trainer.objectives.base import Forward, Objective, Step, label_loss, relative_mse, soft_kl
+from trainer.objectives.base import (
+    Forward,
+    Objective,
+    Pairs,
+    Step,
+    border_pairs,
+    label_loss,
+    relative_mse,
+    soft_kl,
+)
 from trainer.objectives.cost import Pass, flops_per_image, forward_only, rate_at, replacing_flops, trained
 from trainer.objectives.end_to_end import Classify
 
@@ -29,12 +39,20 @@ def meta_objective(
     return MatchTeacher(meta, stages, config, tokens, label_smoothing)
 
 
+def output_error(classifies: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """(the teacher's output, another) -> how far it is: KL of logits (B, C), or relative MSE of tokens (B, T, D)."""
+    if classifies:
+        return soft_kl
+    return lambda teacher_tokens, tokens: relative_mse(tokens, teacher_tokens)
+
+
 class MatchTeacher(Objective):
     """The meta model learns the teacher's hidden states at the module borders and its logits (not in the paper).
 
     loss = free_weight x relative MSE at the borders of the free-running meta model
          + forced_weight x the same where each stage is fed the teacher's border state
          + kl_weight x (KL(teacher || free-running) + KL(teacher || last stage, forced)) + label_weight x CE.
+    Without classes the relative MSE of the final tokens stands in for the KL, and there is no CE.
     Relative MSE = |a - b|^2 / |b|^2. Free and forced are the same at the first border, which counts once, with the
     larger weight. A weight of 0 leaves out the passes that only it needs. A hub teacher was not grown inside the meta
     model, so its modules only work there when the borders carry what it expects.
@@ -46,6 +64,7 @@ class MatchTeacher(Objective):
         assert len(stages) == meta.num_modules, "one stage of the teacher per stage of the meta model"
         self.module = MetaWithForcedStages(meta)
         self.teacher = MetaModel(stages)  # the teacher as a chain of its own modules
+        self.classifies = self.teacher.classifies
         self.config = config
         self.tokens = tokens
         self.label_smoothing = label_smoothing
@@ -66,13 +85,13 @@ class MatchTeacher(Objective):
         self.forced_stages = range(1, self.teacher_runs) if forced else range(0)
 
     def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
-        """See Objective.__call__; parts: match, kl, label."""
+        """See Objective.__call__; parts: match, kl, label; or match, tokens."""
         with torch.no_grad():
             teacher_states = self.teacher.hidden_states(images, self.teacher_runs)
-        free, logits, forced = forward(images, teacher_states[: len(self.forced_stages)])
+        free, output, forced = forward(images, teacher_states[: len(self.forced_stages)])
         num_borders = len(free)
         borders = teacher_states[:num_borders]
-        teacher_logits = teacher_states[num_borders:]  # none where nobody asks for them
+        teacher_output = teacher_states[num_borders:]  # none where nobody asks for it
 
         # sum over free and forced borders of weight |a - b|^2 / |b|^2
         errors = []
@@ -80,23 +99,30 @@ class MatchTeacher(Objective):
         for weight, (state, border) in zip(self.weights, pairs):
             if weight:
                 errors.append(weight * relative_mse(state, border))
-        match = sum(errors, start=logits.new_zeros((), dtype=torch.float32))  # a single module has no border
+        match = sum(errors, start=output.new_zeros((), dtype=torch.float32))  # a single module has no border
         loss = match
         parts = {"match": match.detach()}
-        if teacher_logits:
+        if teacher_output:
             # + kl_weight (KL(teacher || free-running) + KL(teacher || last stage on the teacher's state))
-            forced_logits = forced[num_borders - 1 :]
-            kl = sum(soft_kl(teacher_logits[0], each) for each in [logits, *forced_logits])
-            loss = loss + self.config.kl_weight * kl
-            parts["kl"] = kl.detach()
+            forced_output = forced[num_borders - 1 :]
+            error = output_error(self.classifies)
+            last = sum(error(teacher_output[0], each) for each in [output, *forced_output])
+            loss = loss + self.config.kl_weight * last
+            parts["kl" if self.classifies else "tokens"] = last.detach()
+        if not self.classifies:
+            return loss, parts
         # + label_weight CE
-        label = label_loss(logits.float(), target, self.label_smoothing)
+        label = label_loss(output.float(), target, self.label_smoothing)
         parts["label"] = label.detach()
         return loss + self.config.label_weight * label, parts
 
     def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
-        """Logits (B, C) of the free-running meta model."""
+        """Logits (B, C) of the free-running meta model, or without classes its final tokens."""
         return self.module.meta(images)
+
+    def compare(self, images: Tensor, out: Out | None = None) -> Pairs:
+        """The free-running meta model beside the teacher at every border."""
+        return border_pairs(self.module.meta.hidden_states(images), self.teacher.hidden_states(images))
 
     def passes(self) -> list[Pass]:
         """The teacher as far as it runs, the meta model, and its forced stages once more."""
@@ -125,7 +151,7 @@ class Theseus(Objective):
     In every step each stage stands in for its teacher module with probability p, which rises linearly from
     replace_rate to 1 over the first half of the steps (the paper's curriculum); elsewhere the frozen teacher module
     runs and passes the gradient on. loss = kl_weight x KL(teacher || mixed model) + label_weight x CE; the paper has
-    the labels alone.
+    the labels alone. Without classes: kl_weight x relative MSE of the final tokens.
     """
 
     def __init__(
@@ -140,6 +166,7 @@ class Theseus(Objective):
         assert len(stages) == meta.num_modules, "one stage of the teacher per stage of the meta model"
         self.module = MixedStages(meta)
         self.teacher = MetaModel(stages)
+        self.classifies = self.teacher.classifies
         self.config = config
         self.tokens = tokens
         self.label_smoothing = label_smoothing
@@ -147,22 +174,25 @@ class Theseus(Objective):
         self.frozen = [self.teacher]
 
     def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
-        """See Objective.__call__; parts: label, kl."""
+        """See Objective.__call__; parts: label, kl; or tokens."""
         stand_ins = []
         for replaced, teacher_stage in zip(self.draw(progress), self.teacher.stages):
             stand_ins.append(None if replaced else teacher_stage)
-        logits = forward(images, stand_ins).float()
-        # label_weight CE
-        label = label_loss(logits, target, self.label_smoothing)
-        loss = self.config.label_weight * label
-        parts = {"label": label.detach()}
+        output = forward(images, stand_ins).float()
+        loss = output.new_zeros(())
+        parts = {}
+        if self.classifies:
+            # label_weight CE
+            label = label_loss(output, target, self.label_smoothing)
+            loss = self.config.label_weight * label
+            parts["label"] = label.detach()
         if self.config.kl_weight:
             # + kl_weight KL(teacher || mixed model)
             with torch.no_grad():
-                teacher_logits = self.teacher(images)
-            kl = soft_kl(teacher_logits, logits)
-            loss = loss + self.config.kl_weight * kl
-            parts["kl"] = kl.detach()
+                teacher_output = self.teacher(images)
+            error = output_error(self.classifies)(teacher_output, output)
+            loss = loss + self.config.kl_weight * error
+            parts["kl" if self.classifies else "tokens"] = error.detach()
         return loss, parts
 
     def replace_rate(self, progress: float) -> float:
@@ -185,8 +215,12 @@ class Theseus(Objective):
         return replaced
 
     def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
-        """Logits (B, C) of the meta model alone."""
+        """Logits (B, C) of the meta model alone, or without classes its final tokens."""
         return self.module.meta(images)
+
+    def compare(self, images: Tensor, out: Out | None = None) -> Pairs:
+        """The meta model alone beside the teacher at every border."""
+        return border_pairs(self.module.meta.hidden_states(images), self.teacher.hidden_states(images))
 
     @functools.cached_property
     def flops_per_image(self) -> int:

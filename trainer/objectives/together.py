@@ -14,7 +14,7 @@ from models.modules.meta import MetaModel
 from models.modules.stages import Stage
 from models.moe.out import Out, inside
 from trainer.config.phases import DistillConfig
-from trainer.objectives.base import Forward, Objective, Step
+from trainer.objectives.base import Forward, Objective, Pairs, Step, border_pairs
 from trainer.objectives.cost import Pass, flops_per_image, forward_only
 from trainer.objectives.distill import Distill, Lesson
 
@@ -46,9 +46,12 @@ class Together(Objective):
     ):
         assert len(students) == len(teacher_stages) == meta.num_modules, "one pair per stage of the meta model"
         self.pairs: list[Distill] = []
+        self.classifies = meta.classifies
+        self.teacher = None if self.classifies else MetaModel(teacher_stages)
         for i, (student, stage) in enumerate(zip(students, teacher_stages)):
             guide = guides[i] if guides else None
-            self.pairs.append(Distill(student, stage, meta, i, config, tokens, label_smoothing, students[:i], guide))
+            pair = Distill(student, stage, meta, i, config, tokens, label_smoothing, students[:i], guide, self.teacher)
+            self.pairs.append(pair)
         self.meta = meta
         self.meta_is_teacher = meta_is_teacher
         self.tokens = tokens
@@ -71,8 +74,12 @@ class Together(Objective):
         return total, parts
 
     def predict(self, images: Tensor, out: Out | None = None) -> Tensor:
-        """Logits (B, C) of the student's modules in a chain."""
+        """Logits (B, C) of the student's modules in a chain, or without classes their final tokens."""
         return self.module(images, out)[-1]
+
+    def compare(self, images: Tensor, out: Out | None = None) -> Pairs:
+        """The student's modules in a chain beside the teacher's at every border."""
+        return border_pairs(self.module(images, out), self.teacher.hidden_states(images))
 
     def passes(self) -> list[Pass]:
         """Those of all modules."""

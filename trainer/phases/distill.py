@@ -19,6 +19,7 @@ from trainer.teaching.experts import Assembly, assembly_flops
 from trainer.teaching.guidance import module_guide
 from trainer.teaching.meta import new_meta, trained_meta
 from trainer.teaching.students import student_modules
+from trainer.tracking.measures import measure_of
 
 
 def run(run: Run, module: int) -> None:
@@ -45,14 +46,15 @@ def run(run: Run, module: int) -> None:
     else:
         trained = run.left_as_it_is(taught, settings)
     outcome = trained.outcome
+    measure = measure_of(outcome.evaluation).key
     metrics = outcome.evaluation | {
-        "hybrid_accuracy": outcome.evaluation["accuracy"],
-        "teacher_hybrid_accuracy": meta_result["metrics"][f"hybrid_accuracy/{module}"],
+        f"hybrid_{measure}": outcome.evaluation[measure],
+        f"teacher_hybrid_{measure}": meta_result["metrics"][f"hybrid_{measure}/{module}"],
     }
     if assembly:
         spent += assembly.flops
         metrics |= assembly.metrics(trained.weights)
-        metrics["start_accuracy"] = (outcome.start or outcome.evaluation)["accuracy"]
+        metrics[f"start_{measure}"] = (outcome.start or outcome.evaluation)[measure]
     run.finish(
         folder,
         "distill",
@@ -78,10 +80,13 @@ def objective(
         The objective, and the FLOPs it took to make those routers.
     """
     recipe = run.recipe
-    stage = run.teacher_stages()[module]
+    stages = run.teacher_stages()
+    stage = stages[module]
     guide, spent = module_guide(run, student, stage) if guided else (None, 0)
     smoothing = recipe.augment.label_smoothing
-    return Distill(student, stage, meta, module, recipe.distill, run.tokens, smoothing, guide=guide), spent
+    whole = None if run.classifies else MetaModel(stages)
+    pair = (student, stage, meta, module, recipe.distill, run.tokens, smoothing)
+    return Distill(*pair, guide=guide, teacher=whole), spent
 
 
 def check(run: Run) -> None:

@@ -63,12 +63,14 @@ def run(run: Run, module: int, expert: int) -> None:
 def objective(run: Run, rule: Clusters, module: int, expert: int, student: StudentModule, meta: MetaModel) -> Distill:
     """How an expert is taught: as a module is, but where tokens are shared out, at the border on its own ones only."""
     config = replace(run.recipe.distill, routing_weight=0.0)  # there is no router yet
-    pair = (student, run.teacher_stages()[module], meta, module, config)
+    stages = run.teacher_stages()
+    pair = (student, stages[module], meta, module, config)
     smoothing = run.recipe.augment.label_smoothing
+    whole = None if run.classifies else MetaModel(stages)
     if rule.train is not None:
-        return Distill(*pair, run.tokens, smoothing)
+        return Distill(*pair, run.tokens, smoothing, teacher=whole)
     is_own = experts.belongs_to(rule, meta, module, expert)
-    return DistillTokens(is_own, *pair, tokens=run.tokens, label_smoothing=smoothing)
+    return DistillTokens(is_own, *pair, tokens=run.tokens, label_smoothing=smoothing, teacher=whole)
 
 
 def check(run: Run) -> None:

@@ -26,6 +26,7 @@ from trainer.teaching.estimate import Cost, Known, Rehearsed, blank_images, of_t
 from trainer.teaching.guidance import module_guide
 from trainer.teaching.meta import new_meta, trained_meta
 from trainer.teaching.students import student_modules
+from trainer.tracking.measures import measure_of
 
 
 def run(run: Run, module: int | None) -> None:
@@ -47,7 +48,7 @@ def run(run: Run, module: int | None) -> None:
         what = f"refine {module + 1}/{recipe.modules}"
         trained = run.train(taught, run.data, schedule, settings, folder, what)
         evaluation = trained.outcome.evaluation
-        metrics = {"hybrid_accuracy": evaluation["accuracy"], **evaluation}
+        metrics = _with_hybrid(evaluation)
     else:
         metrics = first_round["metrics"]
         outcome = Outcome(metrics, seconds=0.0, steps=0, images_seen=0)
@@ -79,10 +80,13 @@ def objective(
     """
     recipe = run.recipe
     *predecessors, student = modules
-    stage = run.teacher_stages()[module]
+    stages = run.teacher_stages()
+    stage = stages[module]
     guide, spent = module_guide(run, student, stage) if guided else (None, 0)
     smoothing = recipe.augment.label_smoothing
-    return Distill(student, stage, meta, module, recipe.distill, run.tokens, smoothing, predecessors, guide), spent
+    whole = None if run.classifies else MetaModel(stages)
+    pair = (student, stage, meta, module, recipe.distill, run.tokens, smoothing)
+    return Distill(*pair, predecessors, guide, whole), spent
 
 
 def objective_together(
@@ -137,11 +141,17 @@ def _run_together(run: Run) -> None:
             module,
             replace(trained, outcome=share, flops_per_image=flops),
             settings,
-            metrics={"hybrid_accuracy": outcome.evaluation["accuracy"], **outcome.evaluation},
+            metrics=_with_hybrid(outcome.evaluation),
             weights=weights,
             extra_flops=spent[module],
             made_with=made_with,
         )
+
+
+def _with_hybrid(evaluation: dict[str, float]) -> dict[str, float]:
+    """An evaluation of a hybrid, with its measure also by that name."""
+    measure = measure_of(evaluation).key
+    return {f"hybrid_{measure}": evaluation[measure], **evaluation}
 
 
 def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:

@@ -7,7 +7,7 @@ training cost together in FLOPs.
 from __future__ import annotations
 
 import copy
-import itertools
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from models.experts.guided_routing import Guide
 from models.flops import num_tokens
-from models.modules.basis import Project
 from models.modules.meta import MetaModel
 from models.modules.stitch import STITCHES, StudentModule
 from models.moe.parallel import expert_parallel, load_full_state_dict
@@ -31,14 +30,14 @@ from trainer.data.loader import eval_batches
 from trainer.disk import write_json
 from trainer.distributed.engine import working_type
 from trainer.evaluation.accuracy import Predictor, evaluate
-from trainer.objectives import Borders, Classify, LearnFromTeacher, Objective
+from trainer.objectives import Borders, Classify, LearnFeatures, LearnFromTeacher, Objective
 from trainer.request.graph import artifact_name, last_round, preparation
-from trainer.teaching import reuse, upcycling
+from trainer.teaching import features, reuse, upcycling
 from trainer.teaching.estimate import Cost, Known, Rehearsed, blank_images, of_training
 from trainer.teaching.families import family_of
 from trainer.teaching.guidance import routers_of
-from trainer.teaching.meta import border_bases
-from trainer.teaching.students import new_student, scratch_student, student_depths, student_modules
+from trainer.teaching.students import new_student, scratch_student, student_modules
+from trainer.tracking.measures import measure_of
 
 FOLD_IMAGES = 256  # training images a fold is fitted on
 
@@ -69,7 +68,7 @@ def run(run: Run, start: str) -> None:
         schedule = replace(schedule, epochs=schedule.epochs + _epochs_of_preparation(run, taught.flops_per_image))
     name = "train" if start == "distilled" else start.replace("_equal_cost", ", equal cost")
     if run.dist.main:
-        family.write_config(folder, config, data.preprocessing, run.labels)  # makes a model of an exported checkpoint
+        family.write_config(folder, config, data.preprocessing, run.classes)  # makes a model of an exported checkpoint
     trained = run.train(
         taught,
         data,
@@ -84,22 +83,23 @@ def run(run: Run, start: str) -> None:
     if run.dist.main:
         plain = family.build(config)
         load_full_state_dict(plain, trained.weights)
-        plain.save_pretrained(folder, preprocessing=data.preprocessing, labels=run.labels)
+        plain.save_pretrained(folder, preprocessing=data.preprocessing, labels=run.classes)
     outcome = trained.outcome
+    measure = measure_of(outcome.evaluation).key
     run.finish(
         folder,
         "train",
         None,
         trained,
         settings,
-        metrics=outcome.evaluation | {"start_accuracy": outcome.start["accuracy"]} | begun.assembled,
+        metrics=outcome.evaluation | {f"start_{measure}": outcome.start[measure]} | begun.assembled,
         extra_flops=begun.spent + spent,
         made_with=begun.made_with,
     )
 
 
 def objective(run: Run, student: nn.Module, borders: Borders | None, *, guided: bool = False) -> tuple[Objective, int]:
-    """Labels alone, or with the teacher beside them.
+    """Labels alone, or with the teacher beside them; without classes the teacher alone.
 
     Args:
         borders: where states are compared, for train.border_weight.
@@ -113,19 +113,23 @@ def objective(run: Run, student: nn.Module, borders: Borders | None, *, guided: 
     """
     recipe, schedule, tokens = run.recipe, run.recipe.train, num_tokens(student)
     smoothing = recipe.augment.label_smoothing
-    if not schedule.kd_weight and not schedule.border_weight and not schedule.routing_weight:
+    beside = schedule.kd_weight or schedule.border_weight or schedule.routing_weight
+    if run.classifies and not beside:
         return Classify(student, tokens, smoothing), 0
     if student.preprocessing not in (None, run.teacher.preprocessing):
+        step = "set them to 0" if run.classifies else "take a student that was taught by this teacher"
         raise ValueError(
-            "train.kd_weight, border_weight, routing_weight show teacher and student the same images, but train.init "
-            f"{schedule.init} wants {student.preprocessing} and the teacher {run.teacher.preprocessing}: set them to 0"
+            "train.kd_weight, border_weight, routing_weight and teacher.head=none show teacher and student the same "
+            f"images, but train.init {schedule.init} wants {student.preprocessing} and the teacher "
+            f"{run.teacher.preprocessing}: {step}"
         )
     teacher = MetaModel(run.teacher_stages())
     guide, spent = None, 0
     if guided and schedule.routing_weight:
         routers, spent = routers_of(run, student)
         guide = Guide(routers, teacher, schedule.routing_weight)
-    return LearnFromTeacher(student, teacher, schedule, tokens, smoothing, borders, guide), spent
+    kind = LearnFromTeacher if run.classifies else LearnFeatures
+    return kind(student, teacher, schedule, tokens, smoothing, borders, guide), spent
 
 
 def check(run: Run) -> None:
@@ -192,11 +196,10 @@ def _borders(run: Run, student: nn.Module) -> Borders | None:
     """
     if not run.recipe.train.border_weight:
         return None
-    bases = border_bases(run)
-    if bases is None:
+    borders = features.borders_of(run, student)
+    if borders is None:
         raise ValueError(f"train.border_weight needs the bases of {run.out / 'meta'}: run --phase meta first")
-    first_blocks = list(itertools.accumulate(student_depths(run, len(student.blocks))))[:-1]
-    return Borders(first_blocks, [Project(*basis.leading(student.embed_dim)) for basis in bases])
+    return borders
 
 
 @torch.no_grad()
@@ -229,11 +232,20 @@ def _ways_to_assemble(run: Run, modules: Sequence[StudentModule], settings: Sett
         if settings.ep_size > 1:
             expert_parallel(student, settings.ep_size)
         student.to(run.dist.device, dtype)
-        measured = evaluate(Predictor(student, student), run.data, dtype, run.eval_batch(settings), run.dist)
-        accuracies[f"start_accuracy/{way}"] = measured["accuracy"]
+        measured = evaluate(_alone(run, student, dtype), run.data, dtype, run.eval_batch(settings), run.dist)
+        measure = measure_of(measured).key
+        accuracies[f"start_{measure}/{way}"] = measured[measure]
     if run.dist.main:
         write_json(path, accuracies)
     return accuracies
+
+
+def _alone(run: Run, student: nn.Module, dtype: torch.dtype) -> Predictor:
+    """How a student is measured that is not in training."""
+    if run.classifies:
+        return Predictor(student, student)
+    teacher = MetaModel(run.teacher_stages()).to(run.dist.device, dtype)
+    return features.predictor(student, teacher, functools.partial(student, as_teacher=True))
 
 
 def _epochs_of_preparation(run: Run, flops_per_image: int) -> int:

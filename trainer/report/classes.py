@@ -57,11 +57,9 @@ def _picture_row(
     place: int, picture: Mapping[str, Any], analysis: Mapping[str, Any], layers: Sequence[str], colours: Sequence[RGB]
 ) -> str:
     """One image: what it is and was taken for, and its map of experts in each of the layers."""
-    truth = escape(_short(analysis["labels"][picture["label"]]))
-    guess = escape(_short(analysis["labels"][picture["predicted"]]))
-    verdict = f'<span class="open">taken for {guess}</span>'
-    if picture["label"] == picture["predicted"]:
-        verdict = '<span class="done">right</span>'
+    said = ""
+    if "label" in picture:
+        said = _what_it_was_taken_for(picture, analysis["labels"])
     maps = ""
     for layer in layers:
         drawn = ""
@@ -69,10 +67,17 @@ def _picture_row(
             overlay = _overlay(picture["experts"][layer], analysis["grid"], colours)
             drawn = f'<div class="map photo{place}"><img alt="" class="pixels" src="{overlay}"></div>'
         maps += f"<td>{drawn}</td>"
-    return (
-        f'<tr><td><div class="map photo{place}"></div>{truth}, {verdict}<br>'
-        f"{percent(picture['confidence'])} sure</td>{maps}</tr>"
-    )
+    return f'<tr><td><div class="map photo{place}"></div>{said}</td>{maps}</tr>'
+
+
+def _what_it_was_taken_for(picture: Mapping[str, Any], labels: Sequence[Any]) -> str:
+    """An image's class, and what the student says it is."""
+    truth = escape(_short(labels[picture["label"]]))
+    guess = escape(_short(labels[picture["predicted"]]))
+    verdict = f'<span class="open">taken for {guess}</span>'
+    if picture["label"] == picture["predicted"]:
+        verdict = '<span class="done">right</span>'
+    return f"{truth}, {verdict}<br>{percent(picture['confidence'])} sure"
 
 
 def _expert_legend(pictures: Sequence[Mapping[str, Any]], colours: Sequence[RGB]) -> str:
@@ -84,7 +89,7 @@ def _expert_legend(pictures: Sequence[Mapping[str, Any]], colours: Sequence[RGB]
 
 def classes_section(analysis: Mapping[str, Any] | None) -> str:
     """Accuracy per class, what each is mistaken for, and the confusion matrix where the classes are few."""
-    if not analysis:
+    if not analysis or "classes" not in analysis:
         return ""
     labels = [str(label) for label in analysis["labels"]]
     images = analysis["classes"]["images"]

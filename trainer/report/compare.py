@@ -17,13 +17,15 @@ from trainer.report.data import (
     peak_memory,
     read_analysis,
     read_phases,
+    run_measure,
     speed,
-    student_accuracy,
+    student_reached,
     teacher_accuracy,
     total,
 )
-from trainer.report.page import duration, figure, figures, flops, gigabytes, page, percent, percent_tick, table
+from trainer.report.page import duration, figure, figures, flops, gigabytes, page, percent, reading, table, tick
 from trainer.report.warnings import expected, warnings
+from trainer.tracking.measures import ACCURACY, Measure
 
 Phases = Mapping[str, PhaseRecord]
 
@@ -56,31 +58,43 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _verdict(runs: Mapping[str, Phases]) -> str:
-    accuracies = {name: student_accuracy(phases) for name, phases in runs.items()}
-    known = [(accuracy, name) for name, accuracy in accuracies.items() if accuracy is not None]
+    measure = _common_measure(runs)
+    if measure is None:
+        return "Some students tell classes and others give features: no one measure says which is best."
+    reached = {name: student_reached(phases) for name, phases in runs.items()}
+    known = [(measure.score(value), name) for name, value in reached.items() if value is not None]
     ranked = sorted(known, reverse=True)
     if not ranked:
         return "No student is trained to the end yet."
     best, best_name = ranked[0]
-    text = f"The best student is that of <b>{escape(best_name)}</b> with {percent(best)}"
+    text = f"The best student is that of <b>{escape(best_name)}</b> with {measure.shown(reached[best_name])}"
     if len(ranked) == 1:
         return f"{text}."
     second, _ = ranked[1]
-    return f"{text}, {100 * (best - second):.1f} points above the next."
+    if measure is ACCURACY:
+        return f"{text}, {100 * (best - second):.1f} points above the next."
+    return f"{text} relative error, {best - second:.3g} below the next."
+
+
+def _common_measure(runs: Mapping[str, Phases]) -> Measure | None:
+    """What all of these runs are judged by; None where they differ."""
+    measures = {run_measure(phases) for phases in runs.values()}
+    return measures.pop() if len(measures) == 1 else None
 
 
 def _figures(runs: Mapping[str, Phases]) -> str:
     columns = list(runs.values())
+    measure = _common_measure(runs)
+    what = measure.name if measure else "accuracy or relative error"
     rows = [
-        ["student's accuracy", *(percent(student_accuracy(phases)) for phases in columns)],
+        [f"student's {what}", *(reading(run_measure(phases), student_reached(phases)) for phases in columns)],
         ["teacher's accuracy", *(percent(teacher_accuracy(phases)) for phases in columns)],
-        ["meta model's accuracy", *(percent(phases["meta"].metric("accuracy")) for phases in columns)],
+        [f"meta model's {what}", *(_record_reading(phases["meta"]) for phases in columns)],
     ]
     for run, name in RUNS.items():
         records = [phases.get(run) for phases in columns]
         if run != "train" and any(records):
-            accuracies = [record and record.metric("accuracy") for record in records]
-            rows.append([f"student from {name}", *map(percent, accuracies)])
+            rows.append([f"student from {name}", *map(_record_reading, records)])
     ends = [phases["train"] for phases in columns]
     rows.append(["epochs end to end", *(_shown(end.value("epochs")) for end in ends)])
     rows.append(["global batch", *(_shown(end.value("global_batch")) for end in ends)])
@@ -95,6 +109,10 @@ def _figures(runs: Mapping[str, Phases]) -> str:
     return table(["", *map(escape, runs)], rows)
 
 
+def _record_reading(record: PhaseRecord | None) -> str:
+    return "–" if record is None else reading(record.measure, record.reached)
+
+
 def _ranks(end: PhaseRecord) -> str:
     return f"{_shown(end.value('world_size'))} ({_shown(end.value('ep_size'))})"
 
@@ -106,7 +124,10 @@ def _complete(phases: Phases) -> str:
 
 
 def _curves(runs: Mapping[str, Phases]) -> str:
-    """Of the runs whose student has an accuracy; a run keeps its colour in every picture."""
+    """Of the runs whose student is measured; a run keeps its colour in every picture."""
+    measure = _common_measure(runs)
+    if measure is None:
+        return ""
     by_epochs = []
     by_cost = []
     losses = []
@@ -122,11 +143,11 @@ def _curves(runs: Mapping[str, Phases]) -> str:
             by_cost.append(Line(name, priced, colour, marks=True))
     pictures = []
     if by_epochs:
-        chart = LineChart("Student's accuracy by epochs", by_epochs, "epochs", "accuracy", percent_tick)
+        chart = LineChart(f"Student's {measure.name} by epochs", by_epochs, "epochs", measure.name, tick(measure))
         pictures.append(figure(chart, "End-to-end training of the m2mKD student of each run."))
     if by_cost:
         lines, _, unit = in_flop_units(by_cost)
-        chart = LineChart("Student's accuracy by total cost", lines, unit, "accuracy", percent_tick)
+        chart = LineChart(f"Student's {measure.name} by total cost", lines, unit, measure.name, tick(measure))
         pictures.append(figure(chart, "Meta model and modules count; the teacher's own training does not."))
     if any(line.points for line in losses):
         chart = LineChart("Training loss", losses, "optimiser step", "loss", from_zero=False)
@@ -135,6 +156,9 @@ def _curves(runs: Mapping[str, Phases]) -> str:
 
 
 def _modules(runs: Mapping[str, Phases]) -> str:
+    measure = _common_measure(runs)
+    if measure is None:
+        return ""
     accuracies_of: list[list[float | None]] = []  # run -> module -> its student's
     for phases in runs.values():
         accuracies_of.append([student for _, _, student in hybrids(phases)])
@@ -144,8 +168,10 @@ def _modules(runs: Mapping[str, Phases]) -> str:
     if all(accuracy is None for _, accuracies in groups for accuracy in accuracies):
         return ""
     names = [(name, colour) for colour, name in enumerate(runs)]
-    chart = BarChart("Student modules inside their meta model", groups, names, "module", "accuracy", percent_tick)
-    return figures([figure(chart, "Accuracy of the meta model with one module replaced by the student's.")])
+    title = "Student modules inside their meta model"
+    chart = BarChart(title, groups, names, "module", measure.name, tick(measure))
+    caption = f"{measure.name.capitalize()} of the meta model with one module replaced by the student's."
+    return figures([figure(chart, caption)])
 
 
 def _differences(runs: Mapping[str, Phases]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from trainer.request.graph import TABLE
+from trainer.tracking.measures import ACCURACY, RELATIVE_ERROR, Measure, measure_of
 from trainer.tracking.metrics import relative_load
 
 # end-to-end runs: folder -> name
@@ -63,19 +64,32 @@ class PhaseRecord:
         """A number of result.json's metrics."""
         return number((self.result or {}).get("metrics", {}).get(key))
 
+    @property
+    def measure(self) -> Measure:
+        """What this phase is judged by."""
+        evaluations = [row for row in self.rows if row["kind"] == "eval"]
+        evaluations.append((self.result or {}).get("metrics", {}))
+        return next((found for found in map(measure_of, evaluations) if found is not ACCURACY), ACCURACY)
+
+    @property
+    def reached(self) -> float | None:
+        """Its measure in result.json."""
+        return self.metric(self.measure.key)
+
     def series(self, key: str, kind: str = "train") -> list[tuple[int, float]]:
         """(step, value) of every row of a kind that has the key."""
         logged = ((row["step"], number(row.get(key))) for row in self.rows if row["kind"] == kind)
         return [(step, value) for step, value in logged if value is not None]
 
     def curve(self) -> dict[float, float]:
-        """Accuracy by epochs done; the result stands in where the last epoch has no evaluation row."""
-        curve = {row["epoch"]: number(row.get("accuracy")) for row in self.rows if row["kind"] == "eval"}
+        """Accuracy (or relative error) by epochs; the result stands in where the last epoch has no evaluation row."""
+        key = self.measure.key
+        curve = {row["epoch"]: number(row.get(key)) for row in self.rows if row["kind"] == "eval"}
         epochs = self.value("epochs")
-        final = self.metric("accuracy")
+        final = self.reached
         if final is not None and epochs is not None:
             curve.setdefault(epochs, final)
-        return {epoch: accuracy for epoch, accuracy in sorted(curve.items()) if accuracy is not None}
+        return {epoch: value for epoch, value in sorted(curve.items()) if value is not None}
 
     def loads(self) -> dict[str, list[tuple[int, list[float]]]]:
         """Per MoE layer, in network order: (step, load per expert as share of uniform) of each logged step."""
@@ -112,7 +126,8 @@ def read_phases(run_dir: Path) -> dict[str, PhaseRecord]:
         records.setdefault("teacher", records["probe"])
     modules = [int(name.removeprefix("distill_")) for name in records if re.fullmatch(r"distill_\d{1,4}", name)]
     if "meta" in records and records["meta"].result:
-        measured = (re.fullmatch(r"hybrid_accuracy/(\d{1,4})", key) for key in records["meta"].result["metrics"])
+        names = records["meta"].result["metrics"]
+        measured = (re.fullmatch(r"hybrid_(?:accuracy|relative_error)/(\d{1,4})", name) for name in names)
         modules += [int(match[1]) for match in measured if match]
     distilled = [f"distill_{module}" for module in range(max(modules, default=-1) + 1)]
     before, after = PREPARING[1 : PREPARING.index("distill")], PREPARING[PREPARING.index("distill") + 1 :]
@@ -164,26 +179,42 @@ def read_analysis(phases: Mapping[str, PhaseRecord]) -> dict[str, Any] | None:
 
 def _is_analysis(analysis: Any) -> bool:
     """Whether it holds what the pages use, in the sizes they rely on; other errors mean that it does not."""
-    classes = len(analysis["labels"])
     rows, columns = analysis["grid"]
-    counts = analysis["classes"]
-    good = all(_are_numbers(counts[key], classes) for key in CLASS_COUNTS)
-    good &= all(isinstance(value, int) and value < classes for value in counts["taken_for"])  # -1: for nothing
+    good = _is_of_classes(analysis) if "classes" in analysis else True
     good &= _are_numbers([analysis["images"], analysis["skipped"]])
     for layer in analysis["layers"].values():
         first = layer.get("first", layer["load"])  # runs of an older version lack it
         good &= _are_numbers(layer["load"]) and _are_numbers(first) and number(layer["kept"]) is not None
-    good &= all(_are_numbers(row, classes) for row in analysis["confusion"] or ())
-    good &= all(_are_numbers(pair, 3) and _are_places(pair[:2], classes) for pair in analysis["confusions"])
     for picture in analysis["pictures"]:
-        good &= _are_numbers([picture["confidence"], picture["index"]]) and isinstance(picture["png"], str)
-        good &= _are_places([picture["label"], picture["predicted"]], classes)
+        good &= _are_numbers([picture["index"]]) and isinstance(picture["png"], str)
         good &= all(_are_numbers(experts, rows * columns) for experts in picture["experts"].values())
     return good
 
 
+def _is_of_classes(analysis: Any) -> bool:
+    """The same of what it says of classes, which an evaluation without any leaves out."""
+    classes = len(analysis["labels"])
+    counts = analysis["classes"]
+    good = all(_are_numbers(counts[key], classes) for key in CLASS_COUNTS)
+    good &= all(isinstance(value, int) and value < classes for value in counts["taken_for"])  # -1: for nothing
+    good &= all(_are_numbers(row, classes) for row in analysis["confusion"] or ())
+    good &= all(_are_numbers(pair, 3) and _are_places(pair[:2], classes) for pair in analysis["confusions"])
+    for picture in analysis["pictures"]:
+        good &= _are_numbers([picture["confidence"]])
+        good &= _are_places([picture["label"], picture["predicted"]], classes)
+    return good
+
+
+def run_measure(phases: Mapping[str, PhaseRecord]) -> Measure:
+    """What the models of a run are judged by, but for a teacher that was trained on labels."""
+    measures = [record.measure for name, record in phases.items() if name != "teacher"]
+    return RELATIVE_ERROR if RELATIVE_ERROR in measures else ACCURACY
+
+
 def teacher_accuracy(phases: Mapping[str, PhaseRecord]) -> float | None:
-    """Of the teacher's own phase, else as measured by meta."""
+    """Of the teacher's own phase, else as measured by meta; None where the run is not judged by accuracy."""
+    if run_measure(phases) is not ACCURACY:
+        return None
     accuracy = phases["teacher"].metric("accuracy")
     if accuracy is None:
         accuracy = phases["meta"].metric("teacher_accuracy")
@@ -214,20 +245,22 @@ def teacher_head(phases: Mapping[str, PhaseRecord]) -> str:
 
 
 def hybrids(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, float | None, float | None]]:
-    """Per module: its name, accuracy of teacher module i and of student module i, each in place of meta module i.
+    """Per module: its name, accuracy (or relative error) of teacher module i and of student module i, each in place of
+    meta module i.
 
     Where the first round of teaching was left out (distill.epochs=0), the student's is that of the second round, in
     which the student modules before it stand in place as well.
     """
     rows = []
+    key = run_measure(phases).key
     for module, distill in enumerate(distills(phases)):
-        teacher = phases["meta"].metric(f"hybrid_accuracy/{module}")
+        teacher = phases["meta"].metric(f"hybrid_{key}/{module}")
         if teacher is None:
-            teacher = distill.metric("teacher_hybrid_accuracy")
+            teacher = distill.metric(f"teacher_hybrid_{key}")
         last_round = distill
         if distill.value("epochs") == 0:
             last_round = phases.get(f"refine_{module}", distill)
-        rows.append((f"module {module}", teacher, last_round.metric("hybrid_accuracy")))
+        rows.append((f"module {module}", teacher, last_round.metric(f"hybrid_{key}")))
     return rows
 
 
@@ -267,7 +300,7 @@ def total(phases: Mapping[str, PhaseRecord], run: str, key: str) -> float | None
 
 
 def cost_curve(phases: Mapping[str, PhaseRecord], run: str) -> list[tuple[float, float]]:
-    """(FLOPs spent so far, accuracy) of an end-to-end run, preparation included; empty when a cost is not known."""
+    """(FLOPs spent so far, its measure) of an end-to-end run, preparation included; empty when a cost is not known."""
     record = phases[run]
     before = preparation(phases, run, "flops")
     flops = record.value("flops")
@@ -290,12 +323,12 @@ def speed(record: PhaseRecord) -> float | None:
     return values[len(values) // 2] if values else None
 
 
-def student_accuracy(phases: Mapping[str, PhaseRecord]) -> float | None:
-    """Of the published student where it was evaluated, else at the end of its training."""
-    accuracy = phases["evaluate"].metric("accuracy")
-    if accuracy is None:
-        accuracy = phases["train"].metric("accuracy")
-    return accuracy
+def student_reached(phases: Mapping[str, PhaseRecord]) -> float | None:
+    """The measure of the published student where it was evaluated, else at the end of its training."""
+    value = phases["evaluate"].reached
+    if value is None:
+        value = phases["train"].reached
+    return value
 
 
 def at_end(steps: Sequence[tuple[int, Sequence[float]]]) -> list[float]:

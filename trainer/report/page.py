@@ -5,12 +5,13 @@ A page is one file without scripts or anything from elsewhere, and forbids itsel
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from types import ModuleType
 
 from trainer.report.charts import SERIES, Chart, flop_unit, legend
+from trainer.tracking.measures import Measure
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = Path(__file__).with_name("report.css")
@@ -90,6 +91,16 @@ def figures(pictures: Sequence[str]) -> str:
 def percent(value: float | None) -> str:
     """0.125 -> 12.5%."""
     return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def reading(measure: Measure, value: float | None) -> str:
+    """A value of a measure for people: 12.5%, or 0.0871."""
+    return "–" if value is None else measure.shown(value)
+
+
+def tick(measure: Measure) -> Callable[[float], str]:
+    """How the values of a measure stand on an axis."""
+    return percent_tick if measure.higher_is_better else "{:.3g}".format
 
 
 def percent_tick(value: float) -> str:

@@ -21,22 +21,23 @@ from trainer.report.data import (
     preparation,
     read_analysis,
     routing_measures,
+    run_measure,
     runs_of,
     speed,
-    student_accuracy,
+    student_reached,
     teacher_accuracy,
     teacher_head,
     total,
 )
-from trainer.report.page import duration, figure, figures, flops, gigabytes, page, percent, percent_tick, table
+from trainer.report.page import duration, figure, figures, flops, gigabytes, page, percent, reading, table, tick
 from trainer.report.warnings import block, expected, notes, versions, warnings
+from trainer.tracking.measures import ACCURACY, Measure
 
 CHAIN = (
     "m2mKD teaches a modular student, a vision transformer with mixtures of experts, in four steps: a teacher; a small "
     "meta model cut into modules like it; each student module distilled inside the meta model; then the assembled "
     "student trained end to end."
 )
-ACCURACY = "accuracy on the validation images"
 STEP = "optimiser step"
 # baseline -> title of its card, what it is, how it compares in the verdict
 RIVALS = {
@@ -74,7 +75,9 @@ def run_page(name: str, phases: Mapping[str, PhaseRecord]) -> str:
 
 
 def accuracy_charts(phases: Mapping[str, PhaseRecord]) -> list[LineChart]:
-    """Accuracy of the end-to-end runs by epochs and, where the FLOPs are known, by total cost."""
+    """Accuracy (or relative error) of the end-to-end runs by epochs and, where the FLOPs are known, by total cost."""
+    measure = run_measure(phases)
+    what = measure.name.capitalize()
     teacher = teacher_accuracy(phases)
     levels = []
     if teacher is not None:
@@ -95,41 +98,51 @@ def accuracy_charts(phases: Mapping[str, PhaseRecord]) -> list[LineChart]:
                 beginning = Beginning("meta model and modules", before, colour)
     if not by_epochs:
         return []
-    title = "Accuracy by epochs of end-to-end training"
-    charts = [LineChart(title, by_epochs, "epochs", ACCURACY, percent_tick, levels)]
+    title = f"{what} by epochs of end-to-end training"
+    charts = [LineChart(title, by_epochs, "epochs", _axis(measure), tick(measure), levels)]
     if by_cost:
         lines, unit, unit_name = in_flop_units(by_cost)
         if beginning:
             beginning = Beginning(beginning.name, beginning.end / unit, beginning.colour)
-        title = "Accuracy by total training cost"
-        charts.append(LineChart(title, lines, unit_name, ACCURACY, percent_tick, levels, beginning))
+        title = f"{what} by total training cost"
+        charts.append(LineChart(title, lines, unit_name, _axis(measure), tick(measure), levels, beginning))
     return charts
 
 
+def _axis(measure: Measure) -> str:
+    return f"{measure.name} on the validation images"
+
+
 def hybrid_chart(phases: Mapping[str, PhaseRecord]) -> BarChart | None:
-    """Accuracy of the meta model with one module replaced; None where nothing is known."""
+    """Accuracy (or relative error) of the meta model with one module replaced; None where nothing is known."""
+    measure = run_measure(phases)
     rows = hybrids(phases)
     if all(row[1:] == (None, None) for row in rows):
         return None
     levels = []
-    for name, accuracy in (("teacher", teacher_accuracy(phases)), ("meta model", phases["meta"].metric("accuracy"))):
-        if accuracy is not None:
-            levels.append((f"{name} alone, {percent(accuracy)}", accuracy))
+    for name, value in (("teacher", teacher_accuracy(phases)), ("meta model", phases["meta"].reached)):
+        if value is not None:
+            levels.append((f"{name} alone, {reading(measure, value)}", value))
     groups = [(name.removeprefix("module "), accuracies) for name, *accuracies in rows]
     names = (("with the teacher's module", 6), ("with the student's module", 0))
     title = "Meta model with one module replaced"
-    return BarChart(title, groups, names, "module", ACCURACY, percent_tick, levels)
+    return BarChart(title, groups, names, "module", _axis(measure), tick(measure), levels)
 
 
 def _summary(phases: Mapping[str, PhaseRecord]) -> str:
-    cards = [
-        ("Student", percent(student_accuracy(phases)), "accuracy of the modular student"),
-        ("Teacher", percent(teacher_accuracy(phases)), "accuracy of the model it learns from"),
-    ]
+    measure = run_measure(phases)
+    student = reading(measure, student_reached(phases))
+    if measure is ACCURACY:
+        cards = [
+            ("Student", student, "accuracy of the modular student"),
+            ("Teacher", percent(teacher_accuracy(phases)), "accuracy of the model it learns from"),
+        ]
+    else:
+        cards = [("Student", student, "relative error of its final tokens beside the teacher's"), *_of_labels(phases)]
     for run, (title, text, _) in RIVALS.items():
-        accuracy = phases[run].metric("accuracy")
-        if accuracy is not None:
-            cards.append((title, percent(accuracy), text))
+        value = phases[run].reached
+        if value is not None:
+            cards.append((title, reading(measure, value), text))
     cards.append(("Cost", flops(total(phases, "train", "flops")), "to train meta model, modules and student"))
     seconds = total(phases, "train", "seconds")
     ranks = phases["train"].value("world_size")
@@ -147,6 +160,17 @@ def _summary(phases: Mapping[str, PhaseRecord]) -> str:
     return f'<p class="verdict">{_verdict(phases)}</p><div class="cards">{shown}</div><p class="muted">{told}</p>'
 
 
+def _of_labels(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, str, str]]:
+    """Cards of what the pooled features tell of labels, where the images have them."""
+    cards = []
+    for key, title in (("knn_accuracy", "k-NN"), ("probe_accuracy", "Linear probe")):
+        student, teacher = (phases["evaluate"].metric(name) for name in (key, f"teacher_{key}"))
+        if student is not None:
+            text = f"accuracy on the student's features; {percent(teacher)} on the teacher's"
+            cards.append((title, percent(student), text))
+    return cards
+
+
 def _hours(seconds: float) -> str:
     """Two digits, and whole hours above a hundred."""
     hours = seconds / 3600
@@ -156,21 +180,25 @@ def _hours(seconds: float) -> str:
 def _verdict(phases: Mapping[str, PhaseRecord]) -> str:
     """One or two sentences: what was taught by what on which data, and how it came out."""
     about = _about(phases)
-    student = student_accuracy(phases)
+    measure = run_measure(phases)
+    student = student_reached(phases)
     teacher = teacher_accuracy(phases)
     if student is None:
         return f"{about}. The student is not trained to the end yet."
-    text = f"{about} reaches <b>{percent(student)}</b> accuracy"
+    if measure is ACCURACY:
+        text = f"{about} reaches <b>{percent(student)}</b> accuracy"
+    else:
+        text = f"{about}, without classes, comes to a relative error of <b>{measure.shown(student)}</b>"
     if teacher:
         text += f", {student / teacher:.0%} of its teacher's {percent(teacher)}."
     else:
         text += "."
     comparisons = []
     for run, (_, _, at_what) in RIVALS.items():
-        rival = phases[run].metric("accuracy")
+        rival = phases[run].reached
         if rival is not None:
             named = "it" if comparisons else "the same student trained from scratch"
-            comparisons.append(f"{_apart(student - rival)} {named} {at_what}")
+            comparisons.append(f"{_apart(measure, student - rival)} {named} {at_what}")
     if comparisons:
         text += f" That is {', and '.join(comparisons)}."
     return text
@@ -196,8 +224,10 @@ def _about(phases: Mapping[str, PhaseRecord]) -> str:
     return f"A V-MoE ({escape(str(variant))}, {experts} experts, {k} per token) taught on {data} by {teacher}"
 
 
-def _apart(difference: float) -> str:
-    """A difference of accuracies in words."""
+def _apart(measure: Measure, difference: float) -> str:
+    """A difference of accuracies or of relative errors in words."""
+    if measure is not ACCURACY:
+        return f"{measure.shown(abs(difference))} {'above' if difference > 0 else 'below'}"
     points = 100 * difference
     if round(points, 1) == 0:
         return "level with"
@@ -231,7 +261,7 @@ def _phases(phases: Mapping[str, PhaseRecord]) -> str:
         cells = [
             escape(name),
             f'<span class="{kind}">{escape(status)}</span>',
-            percent(_accuracy(record)),
+            reading(record.measure, _reached(record)),
             _shown(record.value("epochs")),
             flops(record.value("flops") or None),
             duration(record.value("seconds")),
@@ -240,24 +270,25 @@ def _phases(phases: Mapping[str, PhaseRecord]) -> str:
             _shown(record.value("world_size")),
         ]
         rows.append(cells)
-    head = ["phase", "status", "accuracy", "epochs", "FLOPs", "time", "images/s", "peak memory", "ranks"]
+    measure = run_measure(phases)
+    head = ["phase", "status", measure.name, "epochs", "FLOPs", "time", "images/s", "peak memory", "ranks"]
     caption = (
-        "Accuracy is measured on the validation images: of a distill phase, that of the meta model with this student "
-        "module in its place. FLOPs count forward and backward of every image trained on. Images/s is the median over "
-        "training, all ranks together; peak memory is that of the rank that held most."
+        f"{measure.name.capitalize()} is measured on the validation images: of a distill phase, that of the meta model "
+        "with this student module in its place. FLOPs count forward and backward of every image trained on. Images/s "
+        "is the median over training, all ranks together; peak memory is that of the rank that held most."
     )
     return table(head, rows, text=(1,)) + f'<p class="muted">{caption}</p>'
 
 
-def _accuracy(record: PhaseRecord) -> float | None:
-    """Of a finished phase, else of its last evaluation; of a distill phase that of the hybrid."""
-    accuracy = record.metric("accuracy")
+def _reached(record: PhaseRecord) -> float | None:
+    """The measure of a finished phase, else of its last evaluation; of a distill phase that of the hybrid."""
+    value = record.reached
     curve = record.curve()
     if not record.result and curve:
-        accuracy = curve[max(curve)]
-    if accuracy is None:
-        accuracy = record.metric("hybrid_accuracy")
-    return accuracy
+        value = curve[max(curve)]
+    if value is None:
+        value = record.metric(f"hybrid_{record.measure.key}")
+    return value
 
 
 def _shown(value: float | None, form: str = "g") -> str:
@@ -265,8 +296,10 @@ def _shown(value: float | None, form: str = "g") -> str:
 
 
 def _curves(phases: Mapping[str, PhaseRecord]) -> str:
+    better = "Higher" if run_measure(phases).higher_is_better else "Lower"
     captions = (
-        "Higher and further left is better: the same student, started from distilled modules (m2mKD) or from scratch.",
+        f"{better} and further left is better: the same student, started from distilled modules (m2mKD) or from "
+        "scratch.",
         "The honest comparison: the shaded part is what m2mKD spends on meta model and modules before its student "
         "starts. The teacher's own training is not counted.",
     )
@@ -281,7 +314,10 @@ def _modules(phases: Mapping[str, PhaseRecord]) -> str:
         "How well each module works in the others' company (module 0 is next to the input). A student's bar close to "
         "its teacher's means that this module was taught well."
     )
-    cells = [[escape(name), percent(teacher), percent(student)] for name, teacher, student in hybrids(phases)]
+    measure = run_measure(phases)
+    cells = []
+    for name, teacher, student in hybrids(phases):
+        cells.append([escape(name), reading(measure, teacher), reading(measure, student)])
     return figures([figure(chart, caption), table(["module replaced", "teacher's", "student's"], cells)])
 
 

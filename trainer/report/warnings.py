@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer.report.data import PhaseRecord, at_end, hybrids, number, teacher_accuracy
+from trainer.report.data import PhaseRecord, at_end, hybrids, number, run_measure, teacher_accuracy
 from trainer.tracking.health import collapse
+from trainer.tracking.measures import RELATIVE_ERROR
 
 DEAD = 0.05  # share of an even load below which an expert counts as dead
 FAR_BELOW = 0.9  # share of the teacher's accuracy below which a teacher module teaches little inside the meta model
+NOTHING_LEFT = 1.0  # relative error of a hybrid that is no better than zeros
 KEPT = 0.95  # share of the choices that should find a slot
 SHOWN = 6  # of a long list
 
@@ -85,7 +87,7 @@ def _unfinished(phases: Mapping[str, PhaseRecord]) -> Iterator[str]:
             last = ""
             if curve:
                 epoch = max(curve)
-                last = f", last accuracy {100 * curve[epoch]:.1f}% after epoch {epoch}"
+                last = f", last {record.measure.name} {record.measure.shown(curve[epoch])} after epoch {epoch}"
             yield f"Not finished: {name} {where}{last}. The same command goes on from its last checkpoint."
     missing = [name for name in names if phases[name].status == "missing"]
     if missing:
@@ -159,7 +161,14 @@ def _teachers(phases: Mapping[str, PhaseRecord]) -> Iterator[str]:
     if doubt:
         yield f"No better than chance: {doubt}."
     teacher = teacher_accuracy(phases)
+    without_classes = run_measure(phases) is RELATIVE_ERROR
     for name, hybrid, _ in hybrids(phases):
+        if without_classes and hybrid is not None and hybrid >= NOTHING_LEFT:
+            yield (
+                f"With teacher {name} in the meta model the final tokens have a relative error of {hybrid:.3g}, no "
+                "better than zeros: its student is judged by a broken meta model. Use meta.objective=theseus, "
+                "meta.init=teacher, more epochs."
+            )
         if teacher and hybrid is not None and hybrid < FAR_BELOW * teacher:
             yield (
                 f"Teacher {name} reaches only {hybrid:.1%} inside the meta model (the whole teacher {teacher:.1%}): "

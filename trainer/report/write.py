@@ -17,6 +17,7 @@ from trainer.report.data import (
     read_analysis,
     read_phases,
     routing_measures,
+    run_measure,
     runs_of,
     teacher_accuracy,
     teacher_head,
@@ -25,7 +26,15 @@ from trainer.report.data import (
 from trainer.report.page import NO_PICTURES, load_drawing
 from trainer.report.run_page import accuracy_charts, hybrid_chart, run_page
 from trainer.report.warnings import expected, experts, told, versions
+from trainer.tracking.measures import ACCURACY, Measure
 
+# what features tell of labels, in percent
+LABELS_TELL = {
+    "knn_accuracy": "student, k-NN accuracy in %",
+    "teacher_knn_accuracy": "teacher, k-NN accuracy in %",
+    "probe_accuracy": "student, linear-probe accuracy in %",
+    "teacher_probe_accuracy": "teacher, linear-probe accuracy in %",
+}
 FRACTIONS = (0.25, 0.5, 1.0)  # of a run's end-to-end epochs, at which the table gives its accuracy
 
 
@@ -77,29 +86,35 @@ def _at_fraction(record: PhaseRecord, fraction: float) -> tuple[float, float] | 
 
 
 def _summary(phases: dict[str, PhaseRecord]) -> str:
-    rows = [
-        ["teacher", _percent(teacher_accuracy(phases))],
-        ["meta model", _percent(phases["meta"].metric("accuracy"))],
-    ]
-    if phases["evaluate"].metric("accuracy") is not None:
-        rows.append(["student (phase evaluate)", _percent(phases["evaluate"].metric("accuracy"))])
-    return _table(["accuracy in %", ""], rows)
+    measure = run_measure(phases)
+    rows = [["meta model", _reading(measure, phases["meta"].reached)]]
+    if measure is ACCURACY:
+        rows.insert(0, ["teacher", _percent(teacher_accuracy(phases))])
+    if phases["evaluate"].reached is not None:
+        rows.append(["student (phase evaluate)", _reading(measure, phases["evaluate"].reached)])
+    for key, name in LABELS_TELL.items():
+        value = phases["evaluate"].metric(key)
+        if value is not None:
+            rows.append([name, _percent(value)])
+    return _table([_of(measure), ""], rows)
 
 
 def _hybrid_table(phases: dict[str, PhaseRecord]) -> str:
+    measure = run_measure(phases)
     modules = hybrids(phases) or [("module 0", None, None)]
-    head = ["hybrid accuracy in %"]
+    head = [f"hybrid {_of(measure)}"]
     teachers = ["teacher module in the meta model"]
     students = ["student module in the meta model"]
     for name, teacher, student in modules:
         head.append(name)
-        teachers.append(_percent(teacher))
-        students.append(_percent(student))
+        teachers.append(_reading(measure, teacher))
+        students.append(_reading(measure, student))
     return _table(head, [teachers, students])
 
 
 def _run_table(phases: dict[str, PhaseRecord]) -> str:
-    head = ["accuracy in % after", *(f"{fraction:.0%}" for fraction in FRACTIONS), "epochs"]
+    measure = run_measure(phases)
+    head = [f"{_of(measure)} after", *(f"{fraction:.0%}" for fraction in FRACTIONS), "epochs"]
     head += ["FLOPs end to end", "FLOPs total", "seconds end to end", "seconds total"]
     rows = []
     for run, name in runs_of(phases).items():
@@ -107,7 +122,7 @@ def _run_table(phases: dict[str, PhaseRecord]) -> str:
         cells = [name]
         for fraction in FRACTIONS:
             point = _at_fraction(record, fraction)
-            cells.append(_percent(point[1]) if point else "-")
+            cells.append(_reading(measure, point[1]) if point else "-")
         cells.append(_number(record.value("epochs"), "g"))
         for key, form in (("flops", ".2e"), ("seconds", ".0f")):
             cells += [_number(record.value(key), form), _number(total(phases, run, key), form)]
@@ -139,7 +154,8 @@ def _notes(phases: dict[str, PhaseRecord]) -> list[str]:
         for fraction in FRACTIONS:
             epoch, _ = _at_fraction(phases[run], fraction) or (None, None)
             if epoch is not None and epoch != fraction * epochs:
-                notes.append(f"{name}: at {fraction:.0%} of {epochs} epochs stands the accuracy after epoch {epoch}.")
+                what = phases[run].measure.name
+                notes.append(f"{name}: at {fraction:.0%} of {epochs} epochs stands the {what} after epoch {epoch}.")
     known = any(record.config.get("recipe") for record in phases.values())
     names = expected(phases) if known else list(phases)
     absent = [name for name in names if phases[name].status == "missing"]
@@ -153,7 +169,7 @@ def _notes(phases: dict[str, PhaseRecord]) -> list[str]:
             last = ""
             if curve:
                 epoch = max(curve)
-                last = f", last accuracy {_percent(curve[epoch])}% after epoch {epoch}"
+                last = f", last {record.measure.name} {record.measure.shown(curve[epoch])} after epoch {epoch}"
             notes.append(f"Not finished: {name}, {record.status}{last}.")
     notes += [*experts(phases, read_analysis(phases)), *told(phases)]
     notes += [f"Damaged: {problem}." for record in phases.values() for problem in record.problems]
@@ -168,11 +184,13 @@ def _draw(run_dir: Path, phases: dict[str, PhaseRecord]) -> dict[str, str]:
     charts = accuracy_charts(phases)
     if charts:
         (run_dir / "learning_curves.png").write_bytes(drawing.png(charts))
-        captions["learning_curves.png"] = "Accuracy against end-to-end epochs and total training cost"
+        what = run_measure(phases).name.capitalize()
+        captions["learning_curves.png"] = f"{what} against end-to-end epochs and total training cost"
     chart = hybrid_chart(phases)
     if chart:
         (run_dir / "hybrid_accuracy.png").write_bytes(drawing.png([chart]))
-        captions["hybrid_accuracy.png"] = "Accuracy of the meta model with one module replaced"
+        what = run_measure(phases).name.capitalize()
+        captions["hybrid_accuracy.png"] = f"{what} of the meta model with one module replaced"
     loads = {name: phases[run].loads() for run, name in runs_of(phases).items()}
     loads = {name: layers for name, layers in loads.items() if layers}
     if loads:
@@ -206,6 +224,18 @@ def _origin(phases: dict[str, PhaseRecord]) -> str:
     )
     recorded = ", ".join(named) or "not recorded"
     return "\n\n".join([*lines, _table(head, rows), repeat, f"Versions: {recorded}."])
+
+
+def _of(measure: Measure) -> str:
+    """A measure as the head of a table: accuracies stand there in percent."""
+    return "accuracy in %" if measure is ACCURACY else measure.name
+
+
+def _reading(measure: Measure, value: float | None) -> str:
+    """A value below such a head."""
+    if measure is ACCURACY:
+        return _percent(value)
+    return "-" if value is None else measure.shown(value)
 
 
 def _percent(value: float | None) -> str:

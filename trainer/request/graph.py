@@ -70,7 +70,7 @@ def last_round(recipe: Recipe) -> str:
 def learns_from_teacher(recipe: Recipe, start: str) -> bool:
     """Whether end-to-end training from `start` needs the teacher; a student that is given (train.init) may not."""
     t = recipe.train
-    beside_it = t.kd_weight or t.border_weight or t.routing_weight
+    beside_it = t.kd_weight or t.border_weight or t.routing_weight or recipe.teacher.head == "none"
     return start != "distilled" or not t.init or bool(beside_it)
 
 

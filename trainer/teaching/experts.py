@@ -39,6 +39,7 @@ from trainer.teaching import clusters
 from trainer.teaching.clusters import Clusters
 from trainer.teaching.meta import trained_meta
 from trainer.teaching.students import student_modules
+from trainer.tracking.measures import measure_of
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def check(run: Run) -> None:
             "distill.level=expert assigns images by the state at a module border, but modules is 1, which has none: "
             "use two modules or more, or distill.level=module"
         )
-    if recipe.expert.assign == "token" and recipe.distill.border == "none":
+    if recipe.expert.assign == "token" and recipe.distill.border == "none" and run.classifies:
         raise ValueError(
             "expert.assign=token teaches an expert at the border, on the tokens of its cluster, but distill.border is "
             "none, so all experts would be the same: set distill.border=mse or cosine, or expert.assign=image"
@@ -156,21 +157,20 @@ class Assembly:
             state: plain names -> weights of the tuned module.
 
         Returns:
-            share of the images or tokens and accuracy of each expert alone, and how often a token's first choice is
-            the expert of its cluster, over all MoE blocks, before and after tuning.
+            share of the images or tokens and accuracy (or relative error) of each expert alone, and how often a token's
+            first choice is the expert of its cluster, over all MoE blocks, before and after tuning.
         """
         tuned = student_modules(_plain(self.run))[self.module]
         load_full_state_dict(tuned, state)
         metrics = {f"share/{e}": share for e, share in enumerate(self.clusters.shares)}
-        metrics |= {f"expert_accuracy/{e}": accuracy for e, accuracy in self.accuracy.items()}
-        return metrics | {"agreement_before": self.before, "agreement_after": self._agreement(tuned)}
+        return metrics | self.measured | {"agreement_before": self.before, "agreement_after": self._agreement(tuned)}
 
     def _dense(self, needed_by: str, experts: int) -> list[dict[str, Tensor] | None]:
         """The weights of every dense module, None where a cluster had no images."""
         run = self.run
         states: list[dict[str, Tensor] | None] = []
         expected = dense_modules(run)[self.module].state_dict()
-        self.accuracy: dict[int, float] = {}
+        self.measured: dict[str, float] = {}  # of each expert alone
         with run.dist.together():
             for e in range(experts):
                 name = graph.artifact_name("expert", self.module, expert=e)
@@ -178,7 +178,8 @@ class Assembly:
                 trained = result["metrics"]["images"] > 0
                 states.append(artifacts.load_weights(folder, expected) if trained else None)
                 if trained:
-                    self.accuracy[e] = result["metrics"]["accuracy"]
+                    measure = measure_of(result["metrics"]).key
+                    self.measured[f"expert_{measure}/{e}"] = result["metrics"][measure]
         return states
 
     def _start_routers(self, experts: int) -> None:

@@ -28,6 +28,9 @@ class Family(Protocol):
     `config`, `preprocessing`, `source` and `save_pretrained(folder, preprocessing=, labels=)`. Its config is a frozen
     dataclass with `depth`, `drop_path_rate`, `tokens` (a TokenLayout) and `on_weights_of(saved, source)`. A student
     with MoE layers, or one whose states are compared at borders, takes `out` and `states` as VMoE.forward does.
+    dataclass with `depth`, `drop_path_rate` and `on_weights_of(saved, source)`. A student with MoE layers, or one whose
+    states are compared at borders, takes `out` and `states` as VMoE.forward does. One that is built for 0 classes has
+    `feature_head`, from its normalised tokens to the teacher's width, and takes `as_teacher`, as VMoE.forward does.
     """
 
     def config(
@@ -40,8 +43,13 @@ class Family(Protocol):
         in_chans: int,
         tokens: TokenLayout,
         seed: int,
+        teacher_width: int = 0,
     ) -> Any:
-        """The configuration that section student of a recipe asks for, on images and tokens like the teacher's."""
+        """The configuration that section student of a recipe asks for, on images and tokens like the teacher's.
+
+        Args:
+            num_classes: 0 = a student that gives features, and learns the final tokens of a teacher of `teacher_width`.
+        """
 
     def build(self, config: Any) -> nn.Module:
         """A student before training."""

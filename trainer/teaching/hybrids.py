@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from models.modules.meta import MetaModel
 from trainer.config.ds_config import Settings
 from trainer.context import Run
 from trainer.distributed.engine import working_type
 from trainer.evaluation.accuracy import Predictor, evaluate
-from trainer.tracking.health import against_chance
+from trainer.teaching import features
+from trainer.tracking.health import NonFiniteLoss, against_chance
 
 log = logging.getLogger(__name__)
 FAR_BELOW = 0.9  # a hybrid under this share of the teacher's accuracy teaches little
+NOTHING_LEFT = 1.0  # relative error of a hybrid that is no better than zeros
 
 
 @dataclass(frozen=True)
@@ -23,10 +27,11 @@ class TeacherCheck:
     """What the teacher reaches on the validation images by itself.
 
     Attributes:
+        accuracy: None where it tells no classes.
         doubt: empty, or one line: it is not above chance.
     """
 
-    accuracy: float
+    accuracy: float | None
     doubt: str = ""
 
 
@@ -34,10 +39,14 @@ def check_teacher(run: Run, settings: Settings) -> TeacherCheck:
     """Measure the teacher before anything learns from it (collective).
 
     Raises:
-        ValueError: on all ranks, a teacher.source that is far below chance, unless teacher.allow_chance.
+        ValueError: on all ranks, a teacher.source that is far below chance, unless teacher.allow_chance; or one whose
+            features are no numbers.
     """
     dtype = working_type(settings)
     teacher = run.teacher.model.to(run.dist.device, dtype)
+    if not run.classifies:
+        _refuse_nonfinite(run, settings, dtype)
+        return TeacherCheck(None)
     evaluation = evaluate(Predictor(teacher, teacher), run.data, dtype, run.eval_batch(settings), run.dist)
     accuracy, images, classes = evaluation["accuracy"], evaluation["images"], len(run.labels)
     verdict = against_chance(accuracy, images, classes)
@@ -58,10 +67,27 @@ def check_teacher(run: Run, settings: Settings) -> TeacherCheck:
     return TeacherCheck(accuracy, doubt)
 
 
+def _refuse_nonfinite(run: Run, settings: Settings, dtype: torch.dtype) -> None:
+    """Raise a ValueError where the teacher's features are not finite on some validation image (collective)."""
+    whole = MetaModel(run.teacher_stages())
+    try:
+        evaluation = evaluate(features.predictor(whole, whole), run.data, dtype, run.eval_batch(settings), run.dist)
+        count = evaluation.get("nonfinite_images", 0)
+    except NonFiniteLoss:
+        count = "all"
+    if count:
+        raise ValueError(
+            f"the features of teacher {run.teacher.source} are not finite on {count} of the validation images (in "
+            f"{str(dtype).removeprefix('torch.')}): check its weights and the images, or work in fp32"
+        )
+
+
 def measure(
     run: Run, meta: MetaModel, stages: list[nn.Module], settings: Settings, teacher_accuracy: float | None = None
 ) -> dict[str, float]:
     """Accuracy of the teacher, and of the meta model with each teacher module in its place (collective).
+
+    Without classes: relative error of the final tokens of the same hybrids beside the teacher's.
 
     Args:
         teacher_accuracy: where it is known already.
@@ -69,6 +95,13 @@ def measure(
     dtype, batch = working_type(settings), run.eval_batch(settings)
     meta.to(run.dist.device, dtype)
     teacher = run.teacher.model.to(run.dist.device, dtype)
+    if not run.classifies:
+        whole = MetaModel(stages)
+        errors = {}
+        for i, stage in enumerate(stages):
+            hybrid = features.predictor(meta, whole, _through(meta, stage, i))
+            errors[f"hybrid_relative_error/{i}"] = evaluate(hybrid, run.data, dtype, batch, run.dist)["relative_error"]
+        return errors
     accuracies = {}
     predictors = {}
     if teacher_accuracy is None:
@@ -84,11 +117,19 @@ def measure(
 
 def _hybrid(meta: MetaModel, stage: nn.Module, i: int) -> Predictor:
     """The meta model with the teacher's module in place i."""
-    return Predictor(meta, lambda x: meta.back(stage(meta.front(x, i)), i), (stage,))
+    return Predictor(meta, _through(meta, stage, i), (stage,))
+
+
+def _through(meta: MetaModel, stage: nn.Module, i: int) -> Callable[[Tensor], Tensor]:
+    """Images through the meta model with a module in place i."""
+    return lambda x: meta.back(stage(meta.front(x, i)), i)
 
 
 def report(metrics: dict[str, float], modules: int) -> None:
     """Log what `measure` found, and warn of a module that is broken inside the meta model."""
+    if "teacher_accuracy" not in metrics:
+        _report_errors([metrics[f"hybrid_relative_error/{i}"] for i in range(modules)])
+        return
     teacher = metrics["teacher_accuracy"]
     hybrids = [metrics[f"hybrid_accuracy/{i}"] for i in range(modules)]
     shown = ", ".join(f"{i}: {100 * h:.1f}%" for i, h in enumerate(hybrids))
@@ -102,4 +143,19 @@ def report(metrics: dict[str, float], modules: int) -> None:
                 i,
                 100 * hybrid,
                 100 * teacher,
+            )
+
+
+def _report_errors(hybrids: list[float]) -> None:
+    """The same without classes: relative errors of the hybrids' final tokens, 1 for a model that gives zeros."""
+    shown = ", ".join(f"{i}: {error:.3g}" for i, error in enumerate(hybrids))
+    log.info("relative error of the hybrids %s", shown)
+    for i, error in enumerate(hybrids):
+        if error >= NOTHING_LEFT:
+            log.warning(
+                "with teacher module %d in the meta model the final tokens have a relative error of %.3g, no better "
+                "than zeros: its student is judged by a broken meta model. Use meta.objective=theseus, "
+                "meta.init=teacher, more meta.epochs, or meta.blocks_per_module=0",
+                i,
+                error,
             )

@@ -27,6 +27,7 @@ from trainer.teaching import bases
 from trainer.teaching.families import family_of
 from trainer.teaching.meta import new_meta
 from trainer.teaching.students import config_for, student_config, student_modules
+from trainer.tracking.measures import measure_of
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +95,9 @@ def initial_student(run: Run, ep_size: int) -> nn.Module:
         init = run.pinned(run.recipe.train.init)
         student = family_of(run.recipe).load(init, ep_size=ep_size, ep_rank=run.dist.rank % ep_size, config=config)
     student = student.float()
+    if match is None:  # it gives features
+        student.classes_note = ""
+        return student.train()
     run.say(match)
     if match.rows != tuple(range(len(run.labels))):
         put_in_order(student.head, match.rows)
@@ -101,16 +105,22 @@ def initial_student(run: Run, ep_size: int) -> nn.Module:
     return student.train()
 
 
-def _initial_config(run: Run) -> tuple[Any, Match]:
-    """The recipe's student on the images of train.init, checked against it, and where the data's classes are in it."""
+def _initial_config(run: Run) -> tuple[Any, Match | None]:
+    """The recipe's student on the images of train.init, checked against it, and where the data's classes are in it.
+
+    Without classes there is nothing to be found.
+    """
     files = CheckpointFiles(run.pinned(run.recipe.train.init))
     saved, preprocessing, labels = family_of(run.recipe).read_config(files)
     run.resolved(run.recipe.train.init, str(files))
     if preprocessing is None:
         raise ValueError(f"{files} does not say what its images must look like: save it with its preprocessing")
     drop_path = run.recipe.train.drop_path
-    wanted = config_for(run.recipe, len(run.labels), drop_path, saved.image_size, saved.in_chans, saved.tokens)
+    width = 0 if run.classifies else run.teacher.model.embed_dim
+    wanted = config_for(run.recipe, len(run.classes), drop_path, saved.image_size, saved.in_chans, saved.tokens, width)
     config = wanted.on_weights_of(saved, f"train.init {files}")
+    if not run.classifies:
+        return config, None
     source = run.sources[0]
     match = match_classes(
         run.labels, labels, saved.num_classes, data_named=source.named, what=f"train.init {files}", where=source.name
@@ -186,7 +196,8 @@ class _Artifact:
         phase, _, module = self.name.partition("_")
         if result["phase"] != phase or result["module"] != (int(module) if module else None):
             return False
-        needed = ["accuracy"] if module else [f"hybrid_accuracy/{i}" for i in range(self.recipe.modules)]
+        measure = measure_of(result["metrics"]).key
+        needed = [measure] if module else [f"hybrid_{measure}/{i}" for i in range(self.recipe.modules)]
         numbers = [result["flops"], result["seconds"], *(result["metrics"][key] for key in needed)]
         return all(math.isfinite(number) for number in numbers) and isinstance(result["files"], dict)
 
@@ -230,6 +241,9 @@ class _Artifact:
     def _compare_classes(self) -> None:
         """By name: what was taught gives its outputs in the order of its own data."""
         names = self.result.get("classes")
+        if not self.run.classifies or names == []:
+            self._same("taught on classes", names != [], self.run.classifies)
+            return
         note = refuse_other_classes(
             self.run.labels,
             names if isinstance(names, list) else None,

@@ -28,17 +28,35 @@ def student_config(run: Run, drop_path: float = 0.0, recipe: Recipe | None = Non
     if run.recipe.student.init not in ("", "teacher"):  # what its blocks start from says whether they rotate
         start = token_layout(upcycling.dense_start(run).model)
         tokens = replace(tokens, rope=start.rope, rotary=start.rotary)
-    return config_for(recipe or run.recipe, len(run.labels), drop_path, images.image_size, images.in_chans, tokens)
+    return config_for(
+        recipe or run.recipe,
+        len(run.classes),
+        drop_path,
+        images.image_size,
+        images.in_chans,
+        tokens,
+        run.teacher.model.embed_dim,
+    )
 
 
 def config_for(
-    recipe: Recipe, num_classes: int, drop_path: float, image_size: int, in_chans: int, tokens: TokenLayout
+    recipe: Recipe,
+    num_classes: int,
+    drop_path: float,
+    image_size: int,
+    in_chans: int,
+    tokens: TokenLayout,
+    teacher_width: int,
 ) -> Any:
     """The configuration of a recipe's student for images and tokens like the teacher's, or another model's.
+
+    Args:
+        num_classes: 0 = it gives features, and learns the final tokens of a teacher of `teacher_width`.
 
     Raises:
         ValueError: an unknown variant, or sizes that do not fit together.
     """
+    without_classes = {} if num_classes else {"teacher_width": teacher_width}
     return family_of(recipe).config(
         to_dict(recipe.student),
         num_classes=num_classes,
@@ -47,6 +65,7 @@ def config_for(
         in_chans=in_chans,
         tokens=tokens,
         seed=recipe.seed,
+        **without_classes,
     )
 
 

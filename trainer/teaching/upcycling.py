@@ -51,6 +51,8 @@ def _load_dense(run: Run) -> Teacher:
         return run.planned_teacher or run.load_teacher()
     dense = load_teacher(run.pinned(init))
     run.resolved(init, dense.source)
+    if not run.classifies:
+        return without_head(dense)
     if dense.num_classes == len(run.labels):
         try:
             return run.fitted(dense, "names", "student.init")
@@ -145,7 +147,7 @@ def _make(run: Run, student: nn.Module, layers: list[int], folder: Path) -> None
         log.info("block %d: %s", number, clustered[number])
     beside = run.out / f"{FOLDER}.tmp" / f"{socket.gethostname()}.{os.getpid()}"
     beside.mkdir(parents=True, exist_ok=True)
-    student.save_pretrained(beside, preprocessing=run.teacher.preprocessing, labels=run.labels)
+    student.save_pretrained(beside, preprocessing=run.teacher.preprocessing, labels=run.classes)
     artifacts.write_result(beside, _result(run, len(images), layers, clustered, time.perf_counter() - begun))
     if not move_into_place(beside, folder, "result.json"):  # another job was faster
         shutil.rmtree(beside)

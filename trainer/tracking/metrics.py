@@ -5,8 +5,9 @@ Rank 0 only; no torch here. A row is a flat dict with at least "kind" ("train" |
 Training rows hold loss, lr, images_per_s, memory (peak so far, bytes), time (unix) and, where they apply,
 "loss/<part>", grad_norm, accuracy and per MoE layer "load/<layer>" (share of the choices per expert), "kept/<layer>"
 and "gate_sum/<layer>". Evaluation rows hold accuracy (0..1), loss and images and, with MoE layers, routing_change and
-expert_similarity, mean and "/<layer>" (trainer/evaluation/routing.py). events.jsonl beside it has a row for what
-happened to the run: {"event": "resumed", "step": 8, "time": ...}.
+expert_similarity, mean and "/<layer>" (trainer/evaluation/routing.py); without classes relative_error and cosine, also
+with "/<border>", in place of accuracy and loss. events.jsonl beside it has a row for what happened to the run:
+{"event": "resumed", "step": 8, "time": ...}.
 """
 
 import json
