@@ -147,7 +147,7 @@ class Agreement:
 
 @pytest.fixture(autouse=True)
 def agreement(monkeypatch):
-    monkeypatch.setattr(features, "Interruption", Agreement)
+    monkeypatch.setattr(feature_cache, "Interruption", Agreement)
     monkeypatch.setattr(Agreement, "warned", False)
 
 
@@ -197,8 +197,18 @@ def test_a_start_after_a_kill_computes_what_is_missing_alone(tmp_path):
     source = digits()
     killed = Counting(dies_at=70)
     with pytest.raises(KeyboardInterrupt):
-        feature_cache.compute(killed, source, PREPROCESSING, tmp_path, new_run(tmp_path, tmp_path).dist, dtype=torch.float32,
-                         batch=16, workers=0, description="probe")  # fmt: skip
+        dist = new_run(tmp_path, tmp_path).dist
+        feature_cache.compute(
+            killed,
+            source,
+            PREPROCESSING,
+            tmp_path,
+            dist,
+            dtype=torch.float32,
+            batch=16,
+            workers=0,
+            description="probe",
+        )
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
     assert len(kept) == 2  # of 32 images each
     (tmp_path / "00000064-00000096.safetensors.tmp").write_bytes(b"half of a shard")
@@ -317,7 +327,7 @@ def test_the_teacher_goes_on_as_an_ordinary_classifier(other_classes, tmp_path):
 
 def test_a_complete_probe_is_not_made_again(other_classes, tmp_path, monkeypatch):
     run = probed_run(tmp_path / "run", other_classes)
-    monkeypatch.setattr(features, "compute", lambda *_, **__: pytest.fail("computed twice"))
+    monkeypatch.setattr(feature_cache, "compute", lambda *_, **__: pytest.fail("computed twice"))
     monkeypatch.setattr(probe, "fit_linear", lambda *_, **__: pytest.fail("fitted twice"))
     probe.run(run)
 
