@@ -358,6 +358,7 @@ def test_a_start_from_another_rotary_model_rotates_like_it(monkeypatch):
         recipe=load_recipe(RECIPE, ["student.init=somewhere"]),
         teacher=Teacher(plain, IMAGES, "a vit", None, 5),
         labels=list("abcde"),
+        classes=list("abcde"),
     )
     monkeypatch.setattr(upcycling, "dense_start", lambda run: start)
     assert student_config(run).rope == token_layout(start.model).rope
