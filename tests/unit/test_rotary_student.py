@@ -334,19 +334,19 @@ def test_what_may_change_on_trained_weights():
 ])  # fmt: skip
 def test_what_a_recipe_leaves_open_is_the_teachers(name, overrides, expected):
     layout = token_layout(teacher(name, depth=1).model)
-    config = config_for(load_recipe(RECIPE, overrides), 5, 0.0, IMAGE_SIZE, 3, layout)
+    config = config_for(load_recipe(RECIPE, overrides), 5, 0.0, IMAGE_SIZE, 3, layout, 0)
     rope_type = config.rope and config.rope.rope_type
     assert (rope_type, config.class_token, config.reg_tokens, config.pool) == expected
     if config.rope and layout.rope:
         assert config.rope == layout.rope
     # the saved student's own, where training starts from it
-    again = config_for(load_recipe(RECIPE, overrides), 5, 0.0, IMAGE_SIZE, 3, config.tokens)
+    again = config_for(load_recipe(RECIPE, overrides), 5, 0.0, IMAGE_SIZE, 3, config.tokens, 0)
     assert again == config
 
 
 def test_a_student_of_a_teacher_with_learned_frequencies_rotates_by_fixed_ones():
     mixed = timm.create_model("vit_small_patch16_rope_mixed_224", **TINY)
-    config = config_for(load_recipe(RECIPE), 5, 0.0, IMAGE_SIZE, 3, token_layout(mixed))
+    config = config_for(load_recipe(RECIPE), 5, 0.0, IMAGE_SIZE, 3, token_layout(mixed), 0)
     assert config.rope == Rope()
 
 
