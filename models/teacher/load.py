@@ -144,7 +144,7 @@ def _load_transformers(
         teacher = Teacher(model, preprocessing, str(files), labels, model.num_classes, wrapped=weights.renamed)
         if size != own_size and image_size is None:
             log.info("%s: images of %d pixels, as its image processor makes them (not %d)", files, size, own_size)
-        size = image_size or size
+        size = size if image_size is None else image_size
         if size != own_size:
             _resize(teacher, size)
             _check_at_new_size(original, model, layout)

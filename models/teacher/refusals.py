@@ -80,8 +80,12 @@ def refusal(files: Any, what: str, family: str) -> str:
         what: how config.json names it.
         family: a key of REFUSED, or anything else.
     """
-    source = f"{files} ({what}) cannot be split into modules"
     if family not in REFUSED:
-        return f"{source}: it is not a vision transformer of this list. {SUPPORTED}"
+        return (
+            f"{files} ({what}) cannot be split into modules: it is not a vision transformer of this list. {SUPPORTED}"
+        )
     name, reason, nearest = REFUSED[family]
-    return f"{source}. {name}: {reason}. The nearest that works: {nearest}. {SUPPORTED}"
+    return (
+        f"{files} ({what}) cannot be split into modules. {name}: {reason}. The nearest that works: {nearest}. "
+        f"{SUPPORTED}"
+    )

@@ -1,5 +1,7 @@
 """Another image size for a model: its positions follow, as in timm."""
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,9 @@ def set_image_size(model: nn.Module, image_size: int) -> dict[str, Tensor]:
     if (image_size, image_size) == tuple(model.patch_embed.img_size):
         return {}
     before = dict(model.state_dict())
-    model.set_input_size(img_size=(image_size, image_size))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch's, of how timm indexes the tables of relative positions
+        model.set_input_size(img_size=(image_size, image_size))
     return {name: before[name] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
 
 
