@@ -50,6 +50,7 @@ TRANSFORMERS_SIZES = {
     "image_size": "image_size",
     "patch_size": "patch_size",
     "in_chans": "num_channels",
+    "num_classes": "num_labels",
 }
 TIMM_SIZES = {
     "depth": "depth",
@@ -132,7 +133,7 @@ def _load_transformers(
             f"processor it was trained with beside it (ViTImageProcessor(...).save_pretrained(directory))."
         )
     _check_one_processor(files, read_object(processor_path, files))
-    weights = checked_weights(files, *_sizes(files, config), left_out=layout.left_out)
+    weights = checked_weights(files, _of_vision(files, config), TRANSFORMERS_SIZES, layout.left_out)
     original, report, processor = _originals(files, directory, layout, weights)
     _check_loaded(files, config, report, layout)
     try:
@@ -155,12 +156,12 @@ def _load_transformers(
     return teacher
 
 
-def _sizes(files: CheckpointFiles, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings of the vision part, and what they call each size."""
+def _of_vision(files: CheckpointFiles, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings, of an image-text model those of its vision part."""
     settings = config.get("vision_config", config)
     if not isinstance(settings, dict):
         raise ValueError(f"config.json of {files} has vision_config={settings!r}, expected an object of settings.")
-    return settings, TRANSFORMERS_SIZES
+    return {**settings, "num_labels": config.get("num_labels")}
 
 
 def _originals(
