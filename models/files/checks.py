@@ -7,7 +7,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from .hub import CheckpointFiles, NotCached, Weights
 
 BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?)\.(\d+)\.")
 DAMAGED = "Download it again, or save it anew with the library it comes from."
+NOTHING = r"(?!)"  # matches no name
 REASON_SHOWN = 300  # characters of what a library says
 
 
@@ -38,12 +39,15 @@ def read_object(path: Path, files: CheckpointFiles) -> dict[str, Any]:
     return values
 
 
-def checked_weights(files: CheckpointFiles, config: Mapping[str, Any], keys: Mapping[str, str]) -> Weights:
+def checked_weights(
+    files: CheckpointFiles, config: Mapping[str, Any], keys: Mapping[str, str], left_out: str = NOTHING
+) -> Weights:
     """The weights, once they are known to be as many as `config` asks for, floats, and finite; names without wrappers.
 
     Args:
         config: settings of a config.json.
         keys: what it calls depth, width, mlp_dim, heads, image_size, patch_size, in_chans and num_classes.
+        left_out: regular expression of tensors that nobody uses: they may be anything.
 
     Raises:
         ValueError: naming the setting or the tensor that is wrong.
@@ -64,8 +68,9 @@ def checked_weights(files: CheckpointFiles, config: Mapping[str, Any], keys: Map
             raise ValueError(
                 f"config.json of {files} has {keys[name]}={reprlib.repr(value)}, expected a whole number of at least 1."
             )
-    _check_counts(files, sizes, keys, weights)
-    for name in weights.names():
+    used = [name for name in weights.names() if not re.search(left_out, name)]
+    _check_counts(files, sizes, keys, weights, used)
+    for name in used:
         try:
             tensor = weights.read(name)
         except ValueError as error:  # values that are not finite
@@ -99,8 +104,10 @@ def _opened(files: CheckpointFiles) -> Weights:
         raise ValueError(f"{error} {DAMAGED}") from None
 
 
-def _check_counts(files: CheckpointFiles, sizes: Mapping[str, int], keys: Mapping[str, str], weights: Weights) -> None:
-    """Refuse sizes that take more weights than there are; what is not given counts as 1, or not at all."""
+def _check_counts(
+    files: CheckpointFiles, sizes: Mapping[str, int], keys: Mapping[str, str], weights: Weights, used: Sequence[str]
+) -> None:
+    """Refuse sizes that take more weights than there are in `used`; what is not given counts as 1, or not at all."""
     width = sizes.get("width", 1)
     patch = sizes.get("patch_size", 1)
     # numbers that a model of this size holds at the very least
@@ -116,8 +123,8 @@ def _check_counts(files: CheckpointFiles, sizes: Mapping[str, int], keys: Mappin
         # position embeddings, D for each of (image / patch)^2 patches
         "image_size": (sizes.get("image_size", 0) // patch) ** 2 * width,
     }
-    held = sum(math.prod(weights.shape(name)) for name in weights.names())
-    numbered = (BLOCK.search(name) for name in weights.names())
+    held = sum(math.prod(weights.shape(name)) for name in used)
+    numbered = (BLOCK.search(name) for name in used)
     blocks = len({int(match[1]) for match in numbered if match})
     too_large = [name for name, count in at_least.items() if name in sizes and count > held]
     if blocks and sizes.get("depth", blocks) != blocks:

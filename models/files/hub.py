@@ -35,6 +35,12 @@ SAVE_PLAIN = (
     "Save the state dict of the model itself: of a wrapped one that is model.module (DistributedDataParallel, an "
     "average of weights) or model._orig_mod (torch.compile)."
 )
+# torch reads tensors only, and runs nothing, with weights_only
+CONVERT = (
+    """python -c "import torch; from safetensors.torch import save_file; """
+    """state = torch.load('pytorch_model.bin', weights_only=True); """
+    """save_file({k: v.clone() for k, v in state.items()}, 'model.safetensors', {'format': 'pt'})" """
+).strip()
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of the types weights may have
 
 
@@ -176,7 +182,7 @@ class CheckpointFiles:
             )
         raise ValueError(
             f"{self} has no model.safetensors. Only safetensors weights are read: pickle files (.bin, .pth) can run "
-            f"code. Convert it with transformers' save_pretrained or timm.models.save_for_hf(safe_serialization=True)."
+            f"code. Convert it once, in a folder of its files (hf download {self.name} --local-dir FOLDER): {CONVERT}"
         )
 
     def _if_known(self, filename: str) -> tuple[Path | None, NotCached | None]:

@@ -1,75 +1,39 @@
-"""transformers ViT and DeiT -> timm VisionTransformer; a ViT also back."""
+"""A vision transformer of transformers as a timm model that gives the same; a ViT also back.
+
+What differs between model types stands in layouts.py. Every import is checked: normalised tokens, and pooled features
+and logits where both models have them, on one batch of images of the model's own size.
+"""
 
 import re
-from functools import partial
 
 import timm
 import torch
-from timm.layers import LayerNorm
-from timm.models.deit import VisionTransformerDistilled
+from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-# transformers renamed the parts of these models in memory (the second spelling is the older one, and the one on disk)
-RENAMES = (
-    (r"^(vit|deit)\.", ""),
-    (r"^(layers|encoder\.layer)\.", "blocks."),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^layernorm\.", "norm."),
-    (r"^(cls_)?classifier\.", "head."),
-    (r"^distillation_classifier\.", "head_dist."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.attention\.(o_proj|output\.dense)\.", ".attn.proj."),
-    (r"\.attention\.(attention\.)?(q|k|v)(_proj|uery|ey|alue)\.", r".attn.\2."),
-    (r"(?<=\d)\.(mlp\.fc1|intermediate\.dense)\.", ".mlp.fc1."),
-    (r"(?<=\d)\.(mlp\.fc2|output\.dense)\.", ".mlp.fc2."),
-)
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
-TOLERANCE = 1e-5  # of the logits, relative above 1
+from .layouts import LAYOUTS, VIT_NAMES, Layout, Names, predicts_words
+
+TOLERANCE = 1e-5  # of what both models give, relative above 1
+Outputs = dict[str, Tensor]  # "tokens" (B, T, D), "pooled" (B, F), "logits" (B, C), as far as a model has them
 
 
-def to_timm(original: nn.Module) -> VisionTransformer:
-    """A transformers ViT or DeiT classifier as a timm model with the same logits.
+def to_timm(original: nn.Module) -> nn.Module:
+    """A vision transformer of transformers as a timm model with the same tokens and logits.
 
     Args:
-        original: ViTForImageClassification, DeiTForImageClassification (its distillation token, which no head reads,
-            becomes a register token) or DeiTForImageClassificationWithTeacher (two heads, averaged).
+        original: of a model type in LAYOUTS, an encoder or a classifier. A plain DeiT's distillation token, which no
+            head reads, becomes a register token; DeiTForImageClassificationWithTeacher has two heads, averaged.
 
     Raises:
-        ValueError: an activation or image shape that has no counterpart, or logits that are not finite.
-        RuntimeError: the logits of both differ, so the conversion is wrong for this release of transformers or timm.
+        ValueError: a setting that has no counterpart, or outputs that are not finite.
+        RuntimeError: both models differ, so the conversion is wrong for this release of transformers or timm.
     """
-    config = original.config
-    if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"activation {config.hidden_act!r} is not one of {', '.join(ACTIVATIONS)}.")
-    if not (isinstance(config.image_size, int) and isinstance(config.patch_size, int)):
-        raise ValueError(f"images and patches must be square, got {config.image_size} and {config.patch_size}.")
-    distilled = hasattr(original, "distillation_classifier")
-    model_class = VisionTransformerDistilled if distilled else VisionTransformer
-    model = model_class(
-        img_size=config.image_size,
-        patch_size=config.patch_size,
-        in_chans=config.num_channels,
-        num_classes=config.num_labels,
-        embed_dim=config.hidden_size,
-        depth=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
-        mlp_ratio=(config.intermediate_size + 0.5) / config.hidden_size,  # timm takes int(width * ratio)
-        qkv_bias=config.qkv_bias,
-        reg_tokens=int(config.model_type == "deit" and not distilled),
-        norm_layer=partial(LayerNorm, eps=config.layer_norm_eps),
-        act_layer=ACTIVATIONS[config.hidden_act],
-        weight_init="skip",
-    )
-    state = {_renamed(name): value for name, value in original.state_dict().items()}
-    if "embeddings.distillation_token" in state:
-        timm_name = "dist_token" if distilled else "reg_token"
-        state[timm_name] = state.pop("embeddings.distillation_token")
-    model.load_state_dict(_fuse_qkv(state))
-    _check_same_logits(original, model.eval())
+    encoder, layout = _encoder_of(original)
+    num_classes = original.config.num_labels if has_classes(original) else 0
+    model = layout.build(encoder.config, num_classes, original)
+    model.load_state_dict(_timm_state(original, layout, model))
+    check_same(original, model.eval())
     return model
 
 
@@ -77,12 +41,12 @@ def back_to_transformers(model: VisionTransformer, original: nn.Module) -> None:
     """Load the weights of a `to_timm` model into the transformers ViT it was made of, or one like it.
 
     Raises:
-        RuntimeError: the logits of both differ.
+        RuntimeError: what both give differs.
     """
     timm_state = model.state_dict()
     state = {}
     for name in original.state_dict():
-        timm_name = _renamed(name)
+        timm_name = renamed(name, VIT_NAMES)
         part = re.search(r"\.attn\.([qkv])\.", timm_name)
         if part:
             fused = timm_state[timm_name.replace(part[0], ".attn.qkv.")]
@@ -90,39 +54,171 @@ def back_to_transformers(model: VisionTransformer, original: nn.Module) -> None:
         else:
             state[name] = timm_state[timm_name]
     original.load_state_dict(state)
-    _check_same_logits(original, model.eval())
+    check_same(original, model.eval())
 
 
-def _renamed(name: str) -> str:
+def check_same(original: nn.Module, model: nn.Module) -> None:
+    """Compare both models on two images of the timm model's size.
+
+    Raises:
+        ValueError: what the original gives is not finite.
+        RuntimeError: the two differ.
+    """
+    for name, difference in differences(original, model).items():
+        if not difference <= TOLERANCE:  # a difference that is no number is refused too
+            raise RuntimeError(
+                f"the converted teacher's {name} differ from the original's by {difference:.2g} (at most {TOLERANCE} "
+                f"expected): timm {timm.__version__} and this release of transformers do not compute the same model."
+            )
+
+
+@torch.no_grad()
+def differences(original: nn.Module, model: nn.Module) -> dict[str, float]:
+    """Largest difference of what both models give for two images of the timm model's size, relative above 1.
+
+    Returns:
+        by name: normalised tokens, pooled features and logits, as far as both have them.
+
+    Raises:
+        ValueError: what the original gives is not finite.
+    """
+    size = model.patch_embed.img_size[0]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, model.in_chans, size, size, generator=generator)
+    expected = _outputs_of_original(original.eval(), images)
+    given = _outputs_of_timm(model, images)
+    found = {}
+    for name, value in expected.items():
+        if name not in given:
+            continue
+        if not value.isfinite().all():
+            raise ValueError(f"its {name} are not finite: check layer_norm_eps and the other settings of config.json.")
+        largest = (given[name] - value).abs().max().item()
+        found[name] = largest / max(1.0, value.abs().max().item())
+    return found
+
+
+def has_classes(original: nn.Module) -> bool:
+    """Whether it is a classifier and not an encoder."""
+    return isinstance(getattr(original, "classifier", getattr(original, "cls_classifier", None)), nn.Linear)
+
+
+def computes_positions(original: nn.Module) -> bool:
+    """Whether its positions are a function of the grid, made in every forward: AIMv2 of native resolution."""
+    return getattr(original.config, "is_native", False)
+
+
+def computed_positions(model: VisionTransformer) -> Tensor:
+    """Sines and cosines of the places across, then of those down, of a model's grid (1, T, D), as AIMv2 has them."""
+    grid = list(model.patch_embed.grid_size)
+    down_then_across = build_sincos2d_pos_embed(grid, model.embed_dim, interleave_sin_cos=True)
+    return down_then_across.roll(model.embed_dim // 2, dims=1)[None]
+
+
+def _encoder_of(original: nn.Module) -> tuple[nn.Module, Layout]:
+    """The part of a model without its heads, and the row of LAYOUTS it belongs to."""
+    layout = LAYOUTS[original.config.model_type]
+    if isinstance(original, layout.encoder_class):
+        return original, layout
+    part = "vision_model" if hasattr(original, "vision_model") else original.base_model_prefix
+    return getattr(original, part), layout
+
+
+def _outputs_of_original(original: nn.Module, images: Tensor) -> Outputs:
+    encoder, layout = _encoder_of(original)
+    if has_classes(original):
+        classified = original(pixel_values=images)
+        # a classifier of CLIP does not use the norm behind the blocks
+        last = encoder(pixel_values=images).last_hidden_state
+        return {"tokens": last, "logits": classified.logits}
+    if predicts_words(original):
+        return {"tokens": original.layernorm(encoder(pixel_values=images).last_hidden_state)}
+    if layout.tokens:
+        outputs: Outputs = {"tokens": layout.tokens(encoder, images)}
+    else:
+        outputs = {"tokens": encoder(pixel_values=images).last_hidden_state}
+    pooled = encoder(pixel_values=images).pooler_output if layout.pools else None
+    if pooled is not None:
+        outputs["pooled"] = pooled
+    return outputs
+
+
+def _outputs_of_timm(model: nn.Module, images: Tensor) -> Outputs:
+    tokens = model.forward_features(images)
+    outputs = {"tokens": tokens, "pooled": model.forward_head(tokens, pre_logits=True)}
+    if model.num_classes:
+        outputs["logits"] = model.forward_head(tokens)
+    return outputs
+
+
+def _timm_state(original: nn.Module, layout: Layout, model: nn.Module) -> dict[str, Tensor]:
+    """The original's tensors under the names and in the shapes of `model`."""
+    state = {}
+    expected = model.state_dict()
+    for name, value in original.state_dict().items():
+        timm_name = renamed(name, layout.names)
+        if "fc1_x" in timm_name and timm_name not in expected:  # DINOv3 has one name for both its kinds of MLP
+            timm_name = timm_name.replace("fc1_x", "fc1")
+        if timm_name.startswith("norm.") and timm_name not in expected:  # CLIP's classifier reads what comes before it
+            continue
+        if value.numel() and not re.search(layout.left_out, name):  # no register tokens are a tensor of none
+            state[timm_name] = value
+    state = _fuse_qkv(state, "blocks.0.attn.q_bias" in expected)
+    if "embeddings.distillation_token" in state:
+        timm_name = "dist_token" if "dist_token" in expected else "reg_token"
+        state[timm_name] = state.pop("embeddings.distillation_token")
+    for name in ("cls_token", "pos_embed"):
+        if name in state:  # an embedding table (T, D) or a vector (D,) in some
+            state[name] = state[name].reshape(1, -1, model.embed_dim)
+    if getattr(model, "no_embed_class", False) and "pos_embed" in state:
+        # the class token's position goes into the token, as timm's filter does it for DINOv2 with registers
+        state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
+        state["pos_embed"] = state["pos_embed"][:, 1:]
+    if "pos_embed" in expected and "pos_embed" not in state:
+        state["pos_embed"] = computed_positions(model)
+    state = _split_pooling(state) if getattr(model, "attn_pool", None) is not None else _without_pooling(state)
+    for name in expected.keys() - state.keys():
+        if name.endswith("bias"):  # timm has biases in all of a block's layers or in none
+            state[name] = torch.zeros_like(expected[name])
+    return state
+
+
+def renamed(name: str, names: Names) -> str:
     """timm's name, but query, key and value still apart: blocks.0.attn.q.weight."""
-    for pattern, replacement in RENAMES:
+    for pattern, replacement in names:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def _fuse_qkv(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Query, key and value of each block (D, D) under one another as timm's qkv (3 D, D); biases likewise."""
+def _fuse_qkv(state: dict[str, Tensor], biases_apart: bool) -> dict[str, Tensor]:
+    """Query, key and value of each block (D, D) under one another as timm's qkv (3 D, D); biases likewise.
+
+    Args:
+        biases_apart: Eva and Beit keep q_bias and v_bias as they are, and have none for the key.
+    """
     parts = {name: value for name, value in state.items() if re.search(r"\.attn\.[qkv]\.", name)}
     fused = {name: value for name, value in state.items() if name not in parts}
-    for name in parts:
-        if ".attn.q." in name:
-            qkv = [parts[name.replace(".attn.q.", f".attn.{letter}.")] for letter in "qkv"]
+    for name, value in parts.items():
+        letter = re.search(r"\.attn\.([qkv])\.", name)[1]
+        if biases_apart and name.endswith(".bias"):
+            fused[name.replace(f".attn.{letter}.bias", f".attn.{letter}_bias")] = value
+        elif letter == "q":
+            qkv = [parts[name.replace(".attn.q.", f".attn.{each}.")] for each in "qkv"]
             fused[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(qkv)
     return fused
 
 
-@torch.no_grad()
-def _check_same_logits(original: nn.Module, model: VisionTransformer) -> None:
-    config = original.config
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(2, config.num_channels, config.image_size, config.image_size, generator=generator)
-    expected = original.eval()(pixel_values=images).logits
-    if not expected.isfinite().all():
-        raise ValueError("its logits are not finite: check layer_norm_eps and the other settings of config.json.")
-    difference = (model(images) - expected).abs().max().item()
-    allowed = TOLERANCE * max(1.0, expected.abs().max().item())
-    if not difference <= allowed:  # a difference that is no number is refused too
-        raise RuntimeError(
-            f"the converted teacher's logits differ from the original's by {difference:.2g} (at most {TOLERANCE} "
-            f"expected): timm {timm.__version__} and this release of transformers do not compute the same model."
-        )
+def _split_pooling(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An attention pooling's query, key and value in one (3 D, D) as timm's q (D, D) and kv (2 D, D)."""
+    split = dict(state)
+    for leaf in ("weight", "bias"):
+        fused = split.pop(f"attn_pool.qkv.{leaf}")
+        query, key, value = fused.chunk(3)
+        split[f"attn_pool.q.{leaf}"] = query
+        split[f"attn_pool.kv.{leaf}"] = torch.cat((key, value))
+    return split
+
+
+def _without_pooling(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a classifier reads is not what its encoder's attention pooling gives: that one is left out."""
+    return {name: value for name, value in state.items() if not name.startswith("attn_pool.")}

@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import create_transform
-from timm.models.vision_transformer import VisionTransformer
+from torch import nn
 
 from ..preprocessing import INTERPOLATIONS, Preprocessing, crop_pct_of, plausible
 
@@ -24,7 +24,7 @@ HARMLESS = ("image_processor_type", "feature_extractor_type", "processor_class",
 PIXEL_TOLERANCE = 0.02  # of the step between two neighbouring values of an 8-bit pixel
 
 
-def from_timm_config(model: VisionTransformer) -> Preprocessing:
+def from_timm_config(model: nn.Module) -> Preprocessing:
     """Image settings of a timm model, from the data configuration saved with it.
 
     Raises:
@@ -45,19 +45,38 @@ def from_timm_config(model: VisionTransformer) -> Preprocessing:
     )
 
 
-def from_processor(processor: Any, model: VisionTransformer) -> Preprocessing:
+def size_of(processor: Any) -> int:
+    """Side in pixels of the square images that a transformers image processor makes.
+
+    Raises:
+        ValueError: images that are not square, or of any size.
+    """
+    _, _, (height, width) = _geometry(processor)
+    if height != width:
+        raise ValueError(f"the image processor gives {height}x{width} images; only square ones are supported.")
+    return height
+
+
+def from_processor(processor: Any, model: nn.Module, *, image_size: int | None = None) -> Preprocessing:
     """Image settings of a transformers image processor (ViTImageProcessor, DeiTImageProcessor or one like them).
 
     Args:
         processor: on the PIL backend its pixels are those of `evaluation_pixels` but for float rounding.
         model: for its image size and channels.
+        image_size: that the model is going to have, in pixels; None = its present one.
 
     Raises:
         ValueError: steps other than resize, centre crop, rescale and normalise, statistics that do not fit the values
             they are used on, or not the model's image size.
     """
-    image_size = model.patch_embed.img_size[0]
-    crop_mode, resize = _geometry(processor, image_size)
+    if image_size is None:
+        image_size = model.patch_embed.img_size[0]
+    crop_mode, resize, output = _geometry(processor)
+    if output != (image_size, image_size) or resize < image_size:
+        raise ValueError(
+            f"the image processor gives {output[0]}x{output[1]} images (resized to {resize}), "
+            f"the model takes {image_size}x{image_size}."
+        )
     crop_pct = getattr(processor, "crop_pct", None)  # written by to_processor
     if crop_pct is None or math.floor(image_size / crop_pct) != resize:
         crop_pct = crop_pct_of(image_size, resize)
@@ -116,8 +135,8 @@ def evaluation_pixels(preprocessing: Preprocessing, picture: Image.Image) -> tor
     return transform(picture)
 
 
-def _geometry(processor: Any, image_size: int) -> tuple[str, int]:
-    """How a picture becomes a square: the crop mode, and the side or shorter side it is resized to, pixels."""
+def _geometry(processor: Any) -> tuple[str, int, tuple[int, int]]:
+    """How a picture becomes a square: crop mode, the (shorter) side it is resized to, height and width; pixels."""
     if not processor.do_resize:
         raise ValueError(
             f"the image processor has do_resize={processor.do_resize!r}: pictures would reach the model in any size. "
@@ -137,12 +156,7 @@ def _geometry(processor: Any, image_size: int) -> tuple[str, int]:
     else:
         raise ValueError(f"the image processor's size {size} gives no square images (crop_size {crop}).")
     output = (crop.height, crop.width) if crop else (resize, resize)
-    if output != (image_size, image_size) or resize < image_size:
-        raise ValueError(
-            f"the image processor gives {output[0]}x{output[1]} images (resized to {resize}), "
-            f"the model takes {image_size}x{image_size}."
-        )
-    return crop_mode, resize
+    return crop_mode, resize, output
 
 
 def _statistics(processor: Any, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,22 +1,26 @@
-"""Teachers: from the Hugging Face hub or a directory into one timm VisionTransformer with its preprocessing.
+"""Teachers: from the Hugging Face hub or a directory into one timm model with its preprocessing.
 
-Two layouts are read, told apart by config.json: transformers (ViT, DeiT) and timm. Only safetensors weights are read
+Two layouts are read, told apart by config.json: transformers (layouts.py) and timm. Only safetensors weights are read
 and no code of a checkpoint ever runs. `new_teacher` starts one from scratch for whoever has none.
 """
 
 import hashlib
+import logging
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -24,17 +28,19 @@ from ..files.checks import DAMAGED, checked_weights, one_line, read_object
 from ..files.hub import SAVE_PLAIN, WEIGHTS, CheckpointFiles, Weights
 from ..files.places import expanded
 from ..preprocessing import Preprocessing
-from .convert import to_timm
-from .images import from_processor, from_timm_config, to_processor
+from .convert import check_same, computed_positions, computes_positions, to_timm
+from .images import from_processor, from_timm_config, size_of, to_processor
+from .layouts import LAYOUTS, Layout
+from .refusals import SUPPORTED, refusal
+from .resize import set_image_size
+
+log = logging.getLogger(__name__)
 
 NAMES_SHOWN = 3  # tensors in an error
-SUPPORTED = (
-    "Supported: ViT and DeiT (plain and distilled) from transformers; ViT, DeiT, DeiT III, DINOv2, CLIP and SigLIP "
-    "vision transformers from timm."
-)
-TRANSFORMERS_TYPES = ("vit", "deit")
-TIMM_MODULES = ("vision_transformer", "deit")
-ROTARY = "rotary positions go into every block, so blocks do not run on tokens alone"
+TIMM_MODULES = ("vision_transformer", "deit", "eva", "beit")  # files of timm whose models can be cut into modules
+TIMM_CLASSES = (VisionTransformer, VisionTransformerDistilled, Eva, Beit)
+# timm's image-text models: their "head" is the projection into the space of the texts
+IMAGE_TEXT = ("_clip_", "_pe_core_")
 # our name of a size -> its key in config.json
 TRANSFORMERS_SIZES = {
     "depth": "num_hidden_layers",
@@ -55,46 +61,39 @@ TIMM_SIZES = {
     "in_chans": "in_chans",
     "num_classes": "num_classes",
 }
-RELATIVE = "it adds a relative position bias inside its blocks"
-WINDOWS = "its blocks work on windows of a shrinking grid"
-# why the likeliest wrong choices cannot be cut into modules, by transformers model_type or timm module
-REFUSED = {
-    "beit": f"BEiT: {RELATIVE}",
-    "data2vec-vision": f"Data2Vec (a BEiT): {RELATIVE}",
-    "eva": f"EVA or DINOv3: {ROTARY}",
-    "dinov3_vit": f"DINOv3: {ROTARY}",
-    "vision_transformer_relpos": f"relative-position ViT: {RELATIVE}",
-    "swin": f"Swin: {WINDOWS}",
-    "swinv2": f"Swin v2: {WINDOWS}",
-    "swin_transformer": f"Swin: {WINDOWS}",
-    "swin_transformer_v2": f"Swin v2: {WINDOWS}",
-}
 
 
 @dataclass
 class Teacher:
     """A teacher as `load_teacher` gives it."""
 
-    model: VisionTransformer  # evaluation mode, frozen
+    model: nn.Module  # timm's VisionTransformer, Eva or Beit; evaluation mode, frozen
     preprocessing: Preprocessing
     source: str  # hub id with the commit it resolved to, or the directory
     labels: list[str] | None  # class names by index, when the checkpoint has them
     num_classes: int  # 0: no head, gives features only
-    as_saved: dict[str, Tensor] = field(default_factory=dict)  # what the checkpoint has otherwise (classes.py)
+    as_saved: dict[str, Tensor] = field(default_factory=dict)  # what the checkpoint has otherwise: head, positions
     classes_note: str = ""  # how its classes were matched with the data's; empty = they are the same
     wrapped: bool = False  # its weights were saved from a wrapped model, under longer names
 
 
-def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
+def load_teacher(source: str, *, revision: str | None = None, image_size: int | None = None) -> Teacher:
     """A frozen teacher with the preprocessing it was trained with.
+
+    `num_classes` 0 means that the checkpoint has no classes: the teacher gives features only. An image-text model's
+    projection is not classes; it is taken off, with a line in the log.
 
     Args:
         source: hub id ("owner/name", "owner/name@revision", timm's "hf-hub:owner/name") or a directory.
         revision: branch, tag or commit of a hub id.
+        image_size: side of its images in pixels; None = the checkpoint's own, for models that take every size that of
+            its image processor. Learned positions are resampled as timm does it, rotary ones computed anew, the crop
+            keeps its share of the image.
 
     Raises:
-        ValueError: nothing readable there, a family that cannot be split, no head, no preprocessing, pickled weights.
-        RuntimeError: the conversion to timm changed the logits.
+        ValueError: nothing readable there, a family that cannot be split, no preprocessing, pickled weights, an image
+            size that does not fit the patches.
+        RuntimeError: the conversion to timm changed what the model gives.
     """
     if Path(expanded(source)).is_file():
         raise ValueError(
@@ -115,17 +114,18 @@ def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
             f"config.json of {files} names no transformers model_type and no timm architecture. {SUPPORTED}"
         )
     with torch.device("cpu"):  # also where the caller builds on the meta device: a teacher without weights is none
-        model, preprocessing, labels, wrapped = load(files, config, config_path.parent)
-    model.eval().requires_grad_(False)
-    return Teacher(model, preprocessing, str(files), labels, model.num_classes, wrapped=wrapped)
+        teacher = load(files, config, config_path.parent, image_size)
+    teacher.model.eval().requires_grad_(False)
+    return teacher
 
 
 def _load_transformers(
-    files: CheckpointFiles, config: dict[str, Any], directory: Path
-) -> tuple[VisionTransformer, Preprocessing, list[str] | None, bool]:
+    files: CheckpointFiles, config: dict[str, Any], directory: Path, image_size: int | None
+) -> Teacher:
     model_type = config["model_type"]
-    if model_type not in TRANSFORMERS_TYPES:
-        raise ValueError(_refusal(files, f"transformers model type {model_type!r}", model_type))
+    layout = LAYOUTS.get(model_type) if isinstance(model_type, str) else None
+    if layout is None:
+        raise ValueError(refusal(files, f"transformers model type {model_type!r}", str(model_type)))
     processor_path = files.find("preprocessor_config.json")
     if processor_path is None:
         raise ValueError(
@@ -133,12 +133,53 @@ def _load_transformers(
             f"processor it was trained with beside it (ViTImageProcessor(...).save_pretrained(directory))."
         )
     _check_one_processor(files, read_object(processor_path, files))
-    weights = checked_weights(files, config, TRANSFORMERS_SIZES)
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
+    weights = checked_weights(files, _of_vision(files, config), TRANSFORMERS_SIZES, layout.left_out)
+    original, report, processor = _originals(files, directory, layout, weights)
+    _check_loaded(files, config, report, layout)
     try:
-        with _loadable(weights, directory) as folder:
-            original, report = AutoModelForImageClassification.from_pretrained(
+        model = to_timm(original)
+        own_size = model.patch_embed.img_size[0]
+        size = size_of(processor) if layout.any_size else own_size
+        preprocessing = from_processor(processor, model, image_size=size)
+        labels = _transformers_labels(files, original) if model.num_classes else None
+        teacher = Teacher(model, preprocessing, str(files), labels, model.num_classes, wrapped=weights.renamed)
+        if size != own_size and image_size is None:
+            log.info("%s: images of %d pixels, as its image processor makes them (not %d)", files, size, own_size)
+        size = size if image_size is None else image_size
+        if size != own_size:
+            _resize(teacher, size)
+            _check_at_new_size(original, model, layout)
+    except ValueError as error:
+        raise ValueError(f"{files}: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{files} has odd settings in its JSON files: {error!r}. {DAMAGED}") from error
+    return teacher
+
+
+def _of_vision(files: CheckpointFiles, config: dict[str, Any]) -> dict[str, Any]:
+    """The settings, of an image-text model those of its vision part."""
+    settings = config.get("vision_config", config)
+    if not isinstance(settings, dict):
+        raise ValueError(f"config.json of {files} has vision_config={settings!r}, expected an object of settings.")
+    return {**settings, "num_labels": config.get("num_labels")}
+
+
+def _originals(
+    files: CheckpointFiles, directory: Path, layout: Layout, weights: Weights
+) -> tuple[nn.Module, dict[str, Any], Any]:
+    """The model as transformers has it, what it reports of its weights, and the image processor."""
+    import transformers
+
+    names = weights.names()
+    if any("classifier." in name for name in names):
+        model_class = transformers.AutoModelForImageClassification
+    elif layout.family == "BEiT" and "lm_head.weight" in names:
+        model_class = transformers.BeitForMaskedImageModeling
+    else:
+        model_class = getattr(transformers, layout.whole or layout.encoder)
+    try:
+        with _loadable(weights, directory) as folder, _without_load_report():
+            original, report = model_class.from_pretrained(
                 folder,
                 use_safetensors=True,
                 trust_remote_code=False,
@@ -147,7 +188,7 @@ def _load_transformers(
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # refused below by name
             )
-        processor = AutoImageProcessor.from_pretrained(
+        processor = transformers.AutoImageProcessor.from_pretrained(
             directory,
             backend="pil",  # pictures are resized by PIL in training and evaluation
             trust_remote_code=False,
@@ -155,19 +196,49 @@ def _load_transformers(
         )
     except Exception as error:  # whatever it raises (its own validators among them): the checkpoint cannot be used
         raise ValueError(f"transformers cannot load {files}: {one_line(error)}. {DAMAGED}") from error
-    _check_loaded(files, config, report)
+    if model_class.__name__ == layout.whole:
+        original = original.vision_model
+    return original, report, processor
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """transformers prints a table of every tensor it does not use: the text part of an image-text model, a pooler.
+
+    What is missing or left over is judged in _check_loaded.
+    """
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        model = to_timm(original)
-        preprocessing = from_processor(processor, model)
-        labels = [original.config.id2label[i] for i in range(original.config.num_labels)]
-    except ValueError as error:
-        raise ValueError(f"{files}: {error}") from error
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{files} has odd settings in its JSON files: {error!r}. {DAMAGED}") from error
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _resize(teacher: Teacher, image_size: int) -> None:
+    """Another image size, in place; what the checkpoint has otherwise is kept, so its fingerprint stays."""
+    teacher.as_saved |= set_image_size(teacher.model, image_size)
+    teacher.preprocessing = replace(teacher.preprocessing, image_size=image_size)
+
+
+def _check_at_new_size(original: nn.Module, model: nn.Module, layout: Layout) -> None:
+    """Compare both models once more, where they make positions of another size alike."""
+    computed = computes_positions(original)
+    if computed:
+        with torch.no_grad():
+            model.pos_embed.copy_(computed_positions(model))
+    if computed or layout.same_at_other_sizes:
+        check_same(original, model)
+
+
+def _transformers_labels(files: CheckpointFiles, original: nn.Module) -> list[str] | None:
+    config = original.config
+    labels = [config.id2label[i] for i in range(config.num_labels)]
     _check_labels(files, labels)
     if labels == [f"LABEL_{i}" for i in range(len(labels))]:  # transformers' own words where nobody gave names
-        labels = None
-    return model, preprocessing, labels, weights.renamed
+        return None
+    return labels
 
 
 def _check_one_processor(files: CheckpointFiles, settings: dict[str, Any]) -> None:
@@ -217,7 +288,7 @@ def _check_labels(files: CheckpointFiles, labels: Sequence[Any] | None) -> None:
             raise ValueError(f"config.json of {files} names a class {label!r}, expected text.")
 
 
-def _check_loaded(files: CheckpointFiles, config: dict[str, Any], report: dict[str, Any]) -> None:
+def _check_loaded(files: CheckpointFiles, config: dict[str, Any], report: dict[str, Any], layout: Layout) -> None:
     """transformers only warns about a part it starts at random (a distilled DeiT read as a plain one: its head)."""
     mismatched = sorted(report["mismatched_keys"])
     if mismatched:
@@ -226,18 +297,11 @@ def _check_loaded(files: CheckpointFiles, config: dict[str, Any], report: dict[s
             f"{files} has {name} with shape {tuple(saved_shape)}, but its config asks for {tuple(model_shape)}. "
             f"Take the config.json that was saved with these weights."
         )
-    missing = sorted(report["missing_keys"])
-    # classifiers read the class token; a pooler saved from pre-training is of no use to them
-    unexpected = sorted(key for key in report["unexpected_keys"] if "pooler" not in key.split("."))
+    missing = sorted(key for key in report["missing_keys"] if not re.search(layout.left_out, key))
+    unexpected = sorted(key for key in report["unexpected_keys"] if not re.search(layout.left_out, key))
     if not missing and not unexpected:
         return
     saved_as = ", ".join(config.get("architectures") or ["unknown"])
-    only_head_missing = all("classifier" in key for key in missing) and not unexpected
-    if missing and only_head_missing:
-        raise ValueError(
-            f"{files} (saved as {saved_as}) has no classification head: {', '.join(missing)} are missing. "
-            f"Take a checkpoint fine-tuned for classification."
-        )
     step = SAVE_PLAIN
     if config["model_type"] == "deit":
         step = "Check `architectures` in config.json: a distilled DeiT is DeiTForImageClassificationWithTeacher."
@@ -253,15 +317,13 @@ def _first(names: list[str]) -> str:
     return f"{names[:NAMES_SHOWN]} and {more} more" if more > 0 else str(names)
 
 
-def _load_timm(
-    files: CheckpointFiles, config: dict[str, Any], directory: Path
-) -> tuple[VisionTransformer, Preprocessing, list[str] | None, bool]:
+def _load_timm(files: CheckpointFiles, config: dict[str, Any], directory: Path, image_size: int | None) -> Teacher:
     architecture = config["architecture"]
     if not isinstance(architecture, str) or not timm.is_model(architecture):
         raise ValueError(f"{files}: timm {timm.__version__} knows no architecture {architecture!r}. {SUPPORTED}")
     module = timm.model_entrypoint(architecture).__module__.rsplit(".", 1)[-1]
     if module not in TIMM_MODULES:
-        raise ValueError(_refusal(files, f"timm architecture {architecture!r}", module))
+        raise ValueError(refusal(files, f"timm architecture {architecture!r}", module))
     arguments = config.get("model_args") or {}
     if not isinstance(arguments, dict):
         raise ValueError(f"config.json of {files} has model_args={arguments!r}, expected an object of settings.")
@@ -274,21 +336,31 @@ def _load_timm(
     except Exception as error:  # whatever a strange setting leads to
         _check_timm_names(weights, directory)
         raise ValueError(f"timm cannot load {files}: {one_line(error)}. {DAMAGED}") from error
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled):  # arguments in config.json can change it
-        raise ValueError(_refusal(files, f"timm model {type(model).__name__}", module))
+    if type(model) not in TIMM_CLASSES:  # arguments in config.json can change it
+        raise ValueError(refusal(files, f"timm model {type(model).__name__}", type(model).__name__))
     _check_head(files, model, weights)
+    if isinstance(model, Eva):
+        # only of training, and drawn anew wherever they are used: stages in a row would draw different ones
+        model.patch_drop = None
+        if model.rope is not None:
+            model.rope.aug_active = False
     try:
+        labels = _label_list(model.pretrained_cfg.get("label_names"), model.num_classes)
         preprocessing = from_timm_config(model)
+        teacher = Teacher(model, preprocessing, str(files), labels, model.num_classes, wrapped=weights.renamed)
+        if image_size is not None:
+            _resize(teacher, image_size)
     except ValueError as error:
         raise ValueError(f"{files}: {error}") from error
     except (KeyError, TypeError) as error:
         raise ValueError(f"config.json of {files} has odd settings: {error!r}. {DAMAGED}") from error
-    labels = _label_list(model.pretrained_cfg.get("label_names"), model.num_classes)
-    _check_labels(files, labels)
-    return model, preprocessing, labels, weights.renamed
+    _check_labels(files, teacher.labels)
+    if teacher.labels is None and _is_projection(architecture, model):
+        _take_off_projection(files, teacher)
+    return teacher
 
 
-def _check_head(files: CheckpointFiles, model: VisionTransformer, weights: Weights) -> None:
+def _check_head(files: CheckpointFiles, model: nn.Module, weights: Weights) -> None:
     """timm drops a head, without an error, when the config's numbers of classes contradict each other."""
     if model.num_classes == 0:
         return
@@ -304,6 +376,30 @@ def _check_head(files: CheckpointFiles, model: VisionTransformer, weights: Weigh
     )
 
 
+def _is_projection(architecture: str, model: nn.Module) -> bool:
+    """Whether the head of an image-text architecture is as wide as that of a checkpoint nobody fine-tuned."""
+    if model.num_classes == 0 or not any(word in f"{architecture}_" for word in IMAGE_TEXT):
+        return False
+    widths = set()
+    for name in timm.list_pretrained(f"{architecture}.*"):
+        if "_ft_" not in name:
+            widths.add(timm.get_pretrained_cfg(name).num_classes)
+    return model.num_classes in widths
+
+
+def _take_off_projection(files: CheckpointFiles, teacher: Teacher) -> None:
+    model = teacher.model
+    log.info(
+        "%s: its head of %d outputs is the projection of an image-text model, not classes, and is taken off. If they "
+        "are classes, name them in config.json (label_names).",
+        files,
+        model.num_classes,
+    )
+    teacher.as_saved |= {f"head.{name}": value for name, value in model.head.state_dict().items()}
+    model.reset_classifier(0)
+    teacher.num_classes = 0
+
+
 def _label_list(names: Any, num_classes: int) -> list[str] | None:
     """timm stores names as a list, or as a dict from class index to name."""
     if isinstance(names, dict):
@@ -311,11 +407,6 @@ def _label_list(names: Any, num_classes: int) -> list[str] | None:
     if not names or len(names) != num_classes or None in names:
         return None
     return list(names)
-
-
-def _refusal(files: CheckpointFiles, what: str, family: str) -> str:
-    reason = REFUSED.get(family, "not a plain vision transformer")
-    return f"{files} ({what}) cannot be split into modules. {reason[0].upper()}{reason[1:]}. {SUPPORTED}"
 
 
 class TransformersTeacher(nn.Module):
@@ -382,7 +473,8 @@ def save_teacher(model: TransformersTeacher, directory: str | Path, preprocessin
 def fingerprint(dense: Teacher) -> dict[str, Any]:
     """What tells a dense model from others, wherever it lies: its sizes and the SHA-256 of its weights (on the CPU).
 
-    The weights are those of the checkpoint, also where the rows of its head were put into the order of other data.
+    The weights are those of the checkpoint, also where the rows of its head were put into the order of other data, or
+    its positions were resampled for another image size.
 
     Returns:
         source, width, blocks and sha256, as plain values; "classes" where its head was changed.

@@ -12,7 +12,7 @@ from transformers import DeiTImageProcessor, ViTImageProcessor
 from vit_families import TINY, edit_config, every_family, images, save_timm, save_transformers, tiny
 
 from models.preprocessing import Preprocessing
-from models.teacher import convert
+from models.teacher import layouts, refusals
 from models.teacher.load import load_teacher, new_teacher, save_teacher
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -64,8 +64,8 @@ def test_weights_are_there_also_inside_a_meta_device(tmp_path, layout):
 
 def test_conversion_checks_itself(tmp_path, monkeypatch):
     save_transformers(tmp_path, "ViTForImageClassification", layer_norm_eps=0.3)
-    monkeypatch.setattr(convert, "partial", lambda norm, eps: norm)
-    with pytest.raises(RuntimeError, match="logits differ"):
+    monkeypatch.setattr(layouts, "partial", lambda norm, eps: norm)
+    with pytest.raises(RuntimeError, match="tokens differ"):
         load_teacher(str(tmp_path))
 
 
@@ -181,36 +181,57 @@ def test_timm_head_that_config_contradicts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "architecture, message",
+    "architecture, family, nearest",
     [
-        ("beit_base_patch16_224", "BEiT"),
-        ("eva02_tiny_patch14_224", "EVA"),
-        ("vit_small_patch16_dinov3", "DINOv3"),
-        ("vit_relpos_small_patch16_224", "[Rr]elative-position"),
-        ("swin_tiny_patch4_window7_224", "Swin"),
-        ("resnet18", "Not a plain vision transformer"),
+        ("vit_relpos_small_patch16_224", "relative-position ViT", "beitv2"),
+        ("samvit_base_patch16", "SAM", "mae"),
+        ("naflexvit_base_patch16_gap", "NaFlex", "siglip"),
+        ("vit_base_r50_s16_224", "hybrid ViT", "augreg"),
+        ("swin_tiny_patch4_window7_224", "Swin", "vit_base"),
+        ("pvt_v2_b0", "PVT v2", "vit_base"),
+        ("resnet18", "ResNet", "vit_base"),
+        ("convnext_tiny", "ConvNeXt", "vit_base"),
     ],
 )
-def test_timm_families_refused_by_name(tmp_path, architecture, message):
+def test_timm_families_refused_by_name(tmp_path, architecture, family, nearest):
     assert timm.is_model(architecture)
     (tmp_path / "config.json").write_text(json.dumps({"architecture": architecture, "num_classes": 5}))
-    with pytest.raises(ValueError, match=f"{architecture}.*{message}.*Supported: ViT and DeiT"):
+    with pytest.raises(ValueError, match=f"{architecture}.*{family}: .*The nearest that works: .*{nearest}") as refused:
         load_teacher(str(tmp_path))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
-    "config_class, message",
+    "config_class, family, nearest",
     [
-        ("BeitConfig", "BEiT"),
-        ("SwinConfig", "Swin"),
-        ("DINOv3ViTConfig", "DINOv3"),
-        ("BertConfig", "Not a plain vision transformer"),
+        ("SwinConfig", "Swin", "vit_base"),
+        ("SamConfig", "SAM", "mae"),
+        ("VitDetConfig", "ViTDet", "mae"),
+        ("Siglip2VisionConfig", "SigLIP 2 NaFlex", "siglip2-base-patch16-224"),
+        ("PvtConfig", "PVT", "vit_base"),
+        ("ConvNextConfig", "ConvNeXt", "vit_base"),
+        ("DINOv3ConvNextConfig", "DINOv3 ConvNeXt", "dinov3"),
     ],
 )
-def test_transformers_families_refused_by_name(tmp_path, config_class, message):
+def test_transformers_families_refused_by_name(tmp_path, config_class, family, nearest):
     getattr(transformers, config_class)().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"{message}.*Supported: ViT and DeiT"):
+    with pytest.raises(ValueError, match=f"{family}: .*The nearest that works: .*{nearest}") as refused:
         load_teacher(str(tmp_path))
+    assert "\n" not in str(refused.value)
+
+
+def test_other_families_are_refused_with_what_is_supported(tmp_path):
+    transformers.BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'bert'.*not a vision transformer of this list"):
+        load_teacher(str(tmp_path))
+
+
+def test_families_that_are_refused_are_those_of_the_libraries():
+    known = set(transformers.CONFIG_MAPPING) | {
+        timm.model_entrypoint(n).__module__.split(".")[-1] for n in timm.list_models()
+    }
+    assert set(refusals.REFUSED) - {"NaFlexVit"} <= known
+    assert not set(refusals.REFUSED) & set(layouts.LAYOUTS)
 
 
 def test_other_timm_models(tmp_path):
@@ -230,10 +251,13 @@ def test_distilled_deit_read_as_plain_gets_no_random_head(tmp_path):
         load_teacher(str(tmp_path))
 
 
-def test_checkpoint_without_head_says_so(tmp_path):
-    save_transformers(tmp_path, "ViTModel")
-    with pytest.raises(ValueError, match=r"has no classification head.*fine-tuned"):
-        load_teacher(str(tmp_path))
+@torch.no_grad()
+def test_checkpoint_without_head_gives_features(tmp_path):
+    original = save_transformers(tmp_path, "ViTModel")
+    teacher = load_teacher(str(tmp_path))
+    assert (teacher.num_classes, teacher.model.num_classes, teacher.labels) == (0, 0, None)
+    expected = original(pixel_values=images()).last_hidden_state
+    torch.testing.assert_close(teacher.model.forward_features(images()), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_that_lack_a_block(tmp_path):
