@@ -138,10 +138,11 @@ def _check_sizes(student: VMoE, dense: Teacher, block: DenseBlock) -> None:
     }
     for name, (student_size, dense_size) in pairs.items():
         if student_size != dense_size:
+            setting = _setting(name, dense_size, config.class_token)
             raise ValueError(
                 f"the student's {name} is {student_size} and that of {dense.source}, which it is to start from, is "
-                f"{dense_size}: they must be equal; {_setting(name, dense_size, config.class_token)}name in student.init a dense model "
-                f"with {name} {student_size}."
+                f"{dense_size}: they must be equal; {setting}name in student.init a dense model with {name} "
+                f"{student_size}."
             )
 
 
