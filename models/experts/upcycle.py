@@ -138,19 +138,21 @@ def _check_sizes(student: VMoE, dense: Teacher, block: DenseBlock) -> None:
     }
     for name, (student_size, dense_size) in pairs.items():
         if student_size != dense_size:
+            setting = _setting(name, dense_size, config.class_token)
             raise ValueError(
                 f"the student's {name} is {student_size} and that of {dense.source}, which it is to start from, is "
-                f"{dense_size}: they must be equal; {_setting(name, dense_size)}name in student.init a dense model "
-                f"with {name} {student_size}."
+                f"{dense_size}: they must be equal; {setting}name in student.init a dense model with {name} "
+                f"{student_size}."
             )
 
 
-def _setting(name: str, size: int) -> str:
-    """The start of an advice: which setting gives the student this size, where one does."""
+def _setting(name: str, size: int, class_token: bool) -> str:
+    """The start of an advice: which setting gives the student, with or without a class token, this size."""
     if name in ("image_size", "in_chans"):  # the teacher's, whatever the recipe says of the student
         return ""
     if name == "prefix tokens":
-        return f"set student.reg_tokens={size - 1}, or " if size else ""
+        registers = size - int(class_token)
+        return f"set student.reg_tokens={registers}, or " if registers >= 0 else "set student.class_token=false, or "
     return f"set student.{name}={size}, or "
 
 

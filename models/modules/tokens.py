@@ -88,7 +88,7 @@ def rope_of(model: nn.Module) -> Rope | None:
     """The rotary embedding of a timm model; None where it has none, or one that no Rope makes (learned frequencies)."""
     embedding = getattr(model, "rope", None)
     rope_type = ROPE_TYPES.get(type(embedding))
-    if rope_type is None:
+    if rope_type is None or embedding.temperature is None:  # DINOv3's may have periods in its place
         return None
     values = {f.name: getattr(embedding, f.name) for f in fields(Rope) if hasattr(embedding, f.name)}
     rope = Rope(rope_type=rope_type, **values)

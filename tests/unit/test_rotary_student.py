@@ -227,6 +227,21 @@ def test_student_modules_learn_at_a_rotary_teachers_borders():
 
 
 @torch.no_grad()
+def test_without_classes_the_last_module_gives_normalised_tokens():
+    model = model_of(replace(ALL, num_classes=0))
+    first, last = split(model, [2, 2])
+    x = images()
+    tokens = model.forward_features(x)
+    assert tokens.shape == (2, 2 + 16, 24) and torch.equal(last(first(x)), tokens)
+    assert model(x).shape == (2, 24)
+
+
+def test_the_layout_of_a_student_is_that_of_its_config():
+    for config in (ALL, replace(ALL, class_token=True, rope=Rope(grid_indexing="xy")), replace(ALL, rope=None)):
+        assert token_layout(VMoE(config)) == config.tokens
+
+
+@torch.no_grad()
 def test_rotation_tells_places_apart():
     """Without learned positions, what the class token sees changes with the patches' places only where it rotates."""
     x = images()

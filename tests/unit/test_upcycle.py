@@ -167,6 +167,10 @@ def test_noise_is_relative_and_drawn_by_seed_block_and_expert():
         ({"image_size": 16}, "student's image_size is 16 .* is 32: they must be equal; name in student.init a dense"),
         ({"in_chans": 1}, "student's in_chans is 1 and that of a vit.* is 3"),
         ({"reg_tokens": 2}, "student's prefix tokens is 3 .* is 1: .*set student.reg_tokens=0, or name"),
+        (
+            {"class_token": False, "pool": "mean"},
+            r"student's prefix tokens is 0 .* is 1: .*set student.reg_tokens=1",
+        ),
         ({"num_classes": 9}, "the student has 9 classes and a vit has 5: they must be equal"),
         ({"gelu": "tanh"}, "student's gelu is 'tanh' and the activation of a vit is erf: set student.gelu=erf"),
         ({"pool": "mean"}, "student's pool is 'mean' and that of a vit is 'token': set student.pool=token"),
