@@ -110,7 +110,7 @@ def upcycle(
     for number, layer in enumerate(layers):
         _start_block(student.blocks[number], model.blocks[layer], partial(_noise, noise, student.config.seed, number))
     _copy(student.norm, _final_norm(model))
-    if not any(phrase.startswith("its head") for phrase in left_behind):
+    if student.num_classes and not any(phrase.startswith("its head") for phrase in left_behind):
         _copy(student.head, model.head)
     return left_behind
 
@@ -209,6 +209,8 @@ def _check_head(student: VMoE, dense: Teacher, own_classes: bool) -> list[str]:
     """Whether the dense head can be copied; what is left behind."""
     model = dense.model
     config = student.config
+    if not student.num_classes:
+        return []
     if student.num_classes != dense.num_classes or not isinstance(model.head, nn.Linear):
         if own_classes:
             raise ValueError(
