@@ -119,7 +119,7 @@ def test_a_copy_of_the_teacher_starts_as_the_teacher(warm, given, tmp_path):
     """Upcycled at the teacher's sizes: no error before training, and no feature head in between."""
     start = ["student.init=teacher", f"student.width={WIDTH}", "student.mlp_dim=128", "student.depth=4"]
     start += ["student.moe.capacity_factor=null", "student.expert_noise=0", "train.start=upcycled"]
-    line = [*arguments(given, "flat", *start), "teacher.head=none", "--out", str(tmp_path), "--phase", "train"]
+    line = [*arguments(given, "flat", *start), "--out", str(tmp_path), "--phase", "train"]  # head auto becomes none
     finished = warm.run(line)
     assert finished.code == 0, finished.output
     assert metrics(tmp_path / "train_upcycled")["start_relative_error"] < 1e-6
@@ -134,3 +134,17 @@ def test_pictures_without_labels_where_labels_are_needed(warm, given, tmp_path, 
     assert len(errors) == 1
     assert "no class folders" in errors[0]
     assert "teacher.head=none" in errors[0]
+
+
+def test_a_teacher_whose_features_are_no_numbers(warm, given, tmp_path):
+    """Weights of 3e38 are finite; what comes of them is not."""
+    model = timm.create_model(f"local-dir:{given / 'teacher'}", pretrained=True)
+    with torch.no_grad():
+        model.norm.weight.fill_(3e38)
+    save_for_hf(model, tmp_path / "teacher", safe_serialization=True, data_config={"input_size": (3, 16, 16)})
+    line = arguments(given, "flat", f"teacher.source={tmp_path / 'teacher'}", "teacher.head=none")
+    finished = warm.run([*line, "--phase", "meta", "--out", str(tmp_path / "out")])
+    assert finished.code == 2, finished.output
+    errors = [line for line in finished.output.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "are not finite on all of the validation images (in float32)" in errors[0]
