@@ -2,9 +2,10 @@
 
     import models.auto
     model = AutoModelForImageClassification.from_pretrained("owner/name")
+    model = AutoModel.from_pretrained("owner/name")  # features, with or without classes
     processor = AutoImageProcessor.from_pretrained("owner/name")
 
-Same config.json, same weights file, no code from the hub. B images, C classes.
+Same config.json, same weights file, no code from the hub. B images, T tokens, D width, C classes.
 """
 
 from collections.abc import Mapping
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForImageClassification,
     PreTrainedConfig,
     PreTrainedModel,
     ViTImageProcessor,
     ViTImageProcessorPil,
 )
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
 from .moe.out import auxiliary_loss
@@ -55,11 +57,13 @@ class VMoETransformersConfig(PreTrainedConfig):
     def vmoe(self) -> VMoEConfig:
         """The configuration of the model, with the number of classes asked for here."""
         values = {name: getattr(self, name) for name in VMoEConfig.__dataclass_fields__ if hasattr(self, name)}
+        if self.num_labels:
+            values["feature_width"] = 0
         return VMoEConfig.from_dict(values | {"num_classes": self.num_labels})
 
 
-class VMoEForImageClassification(PreTrainedModel):
-    """`vmoe` behind transformers' interface; the loss includes the balance losses of the experts."""
+class VMoEPreTrainedModel(PreTrainedModel):
+    """`vmoe` behind transformers' interface: what its two kinds share."""
 
     config_class = VMoETransformersConfig
     base_model_prefix = "vmoe"  # weights on disk carry no prefix
@@ -90,7 +94,12 @@ class VMoEForImageClassification(PreTrainedModel):
             ValueError: naming it.
         """
         model, info = super().from_pretrained(name, *arguments, output_loading_info=True, **options)
-        wrong = sorted(info["missing_keys"]) or sorted(info["unexpected_keys"])
+        missing = set(info["missing_keys"])
+        unexpected = set(info["unexpected_keys"])
+        if getattr(model.config, "num_classes", None) == 0:  # features were saved, and a new head was asked for
+            missing -= {f"{cls.base_model_prefix}.head.{kind}" for kind in ("weight", "bias")}
+            unexpected -= {f"feature_head.{kind}" for kind in ("weight", "bias")}
+        wrong = sorted(missing) or sorted(unexpected)
         if wrong:
             raise ValueError(f"the weights of {name} do not fit its config.json: {wrong[:3]} are missing or left over.")
         model.vmoe.preprocessing = _preprocessing(model.config.to_dict())
@@ -98,16 +107,6 @@ class VMoEForImageClassification(PreTrainedModel):
         invented = [f"LABEL_{i}" for i in range(len(labels))]  # what transformers calls classes without names
         model.vmoe.labels = None if labels == invented else labels
         return (model, info) if output_loading_info else model
-
-    @can_return_tuple
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
-        """Images (B, channels, H, W) and class indices (B,) -> logits (B, C) and, with labels, the loss."""
-        out = {}
-        logits = self.vmoe(pixel_values, out)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels, logits, self.config) + auxiliary_loss(out)
-        return ImageClassifierOutput(loss=loss, logits=logits)
 
     def save_pretrained(
         self,
@@ -131,6 +130,37 @@ class VMoEForImageClassification(PreTrainedModel):
                 prefix = f"{self.base_model_prefix}."
                 state = {name.removeprefix(prefix): value for name, value in state.items()}
             self.vmoe.save_pretrained(save_directory, state=state, max_shard_size=max_shard_size)
+
+
+class VMoEForImageClassification(VMoEPreTrainedModel):
+    """A V-MoE with classes; the loss includes the balance losses of the experts."""
+
+    def __init__(self, config: VMoETransformersConfig) -> None:
+        if not config.num_labels:
+            raise ValueError("this V-MoE has no classes: take AutoModel for its features, or give num_labels=...")
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
+        """Images (B, channels, H, W) and class indices (B,) -> logits (B, C) and, with labels, the loss."""
+        out = {}
+        logits = self.vmoe(pixel_values, out)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels, logits, self.config) + auxiliary_loss(out)
+        return ImageClassifierOutput(loss=loss, logits=logits)
+
+
+class VMoEModel(VMoEPreTrainedModel):
+    """The features of a V-MoE, with or without classes."""
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
+        """Images (B, channels, H, W) -> normalised tokens (B, T, D), and pooled what a head reads (B, D)."""
+        tokens = self.vmoe.forward_features(pixel_values)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens, pooler_output=self.vmoe.forward_head(tokens, pre_logits=True)
+        )
 
 
 class _FromModelConfig:
@@ -160,6 +190,7 @@ def _preprocessing(content: Mapping[str, Any]) -> Preprocessing | None:
 
 
 AutoConfig.register(MODEL_TYPE, VMoETransformersConfig)
+AutoModel.register(VMoETransformersConfig, VMoEModel)
 AutoModelForImageClassification.register(VMoETransformersConfig, VMoEForImageClassification)
 AutoImageProcessor.register(
     VMoETransformersConfig,

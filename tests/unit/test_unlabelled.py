@@ -143,3 +143,10 @@ def test_settings_that_have_no_meaning_without_a_head_are_refused(tmp_path, sett
         overrides += ["teacher.source=''", "meta.init=scratch", "meta.objective=labels"]
     with pytest.raises(ValueError, match=message):
         recipe(tmp_path, *overrides)
+
+
+def test_keys_for_labels_alone_are_named(tmp_path):
+    set_ones = ["distill.tau=2.0", "train.kd_weight=0.5", "augment.label_smoothing=0.1"]
+    found = recipe(tmp_path, "teacher.head=none", *set_ones).without_effect()
+    assert found == ["augment.label_smoothing", "distill.tau", "train.kd_weight"]
+    assert recipe(tmp_path, "teacher.head=none", "distill.border=mse", "augment.mixup=0.2").without_effect() == []

@@ -129,7 +129,9 @@ class MetaConfig(ScheduleConfig):
         Range(0, 1000),
     )
     label_weight: float = knob(0.5, "weight of the label loss in objectives matching and theseus", WEIGHT)
-    kl_weight: float = knob(1.0, "weight of the teacher's logits there (KL)", WEIGHT)
+    kl_weight: float = knob(
+        1.0, "weight of the teacher's logits there (KL); without classes, of its final tokens", WEIGHT
+    )
     free_weight: float = knob(1.0, "matching: weight of the border errors of the free-running meta model", WEIGHT)
     forced_weight: float = knob(1.0, "matching: the same where each stage is fed the teacher's border state", WEIGHT)
     replace_rate: float = knob(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from trainer.config.data import AugmentConfig, DataConfig
 from trainer.config.knobs import SEEDS, Range, check_ranges, knob, require, section
@@ -18,6 +18,23 @@ from trainer.config.phases import (
 )
 from trainer.config.runtime import HubConfig, RunConfig
 from trainer.config.student import StudentConfig
+
+# what labels and logits alone are for: without classes they have no effect
+OF_CLASSES = (
+    "augment.label_smoothing",
+    "teacher.classes",
+    "teacher.allow_chance",
+    "meta.label_weight",
+    "distill.alpha",
+    "distill.alpha_end",
+    "distill.tau",
+    "distill.tau_end",
+    "distill.target",
+    "distill.kl_reduction",
+    "distill.logit_weight",
+    "train.kd_weight",
+    "train.kd_tau",
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +88,17 @@ class Recipe:
         if self.meta.objective == "labels" and not self.meta.source:
             return "meta.objective=labels"
         return ""
+
+    def without_effect(self) -> list[str]:
+        """Keys that were set although nothing reads them where teacher and student have no classes."""
+        found = []
+        for key in OF_CLASSES:
+            section_name, name = key.split(".")
+            values = getattr(self, section_name)
+            default = next(field.default for field in fields(values) if field.name == name)
+            if getattr(values, name) != default:
+                found.append(key)
+        return found
 
     def _check_features(self) -> None:
         """Without a head there are neither labels nor logits to learn from, only the teacher's states."""

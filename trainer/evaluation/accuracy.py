@@ -99,7 +99,7 @@ def evaluate(
                 counts.add(output, b.labels.to(dist.device), mask)
             else:
                 pairs = objective.compare(images, *told)
-                output = pairs[""][0]
+                output = next(iter(pairs.values()))[0]
                 counts.add(pairs, mask)
             if observe is not None:
                 observe(b, output, out)

@@ -17,9 +17,13 @@ from trainer.config.recipe import Recipe
 from trainer.report.data import RUNS, PhaseRecord
 from trainer.report.page import load_drawing
 from trainer.request.graph import artifact_name, own_teacher, preparation, taught_in, teacher_results
+from trainer.tracking.measures import RELATIVE_ERROR, measure_of
 from trainer.tracking.metrics import read_metrics
 
 PICTURE = "expert_load.png"
+# metrics of the card's table and model-index; those of features stand beside a teacher, or tell of labels
+OF_CLASSES = ("accuracy", "loss")
+OF_FEATURES = ("relative_error", "cosine", "knn_accuracy", "probe_accuracy")
 CITATION = """@misc{m2mkd2024,
   title  = {m2mKD: Module-to-Module Knowledge Distillation for Modular Transformers},
   author = {Lo, Ka Man and Liang, Yiming and Du, Wenyu and Fan, Yuantao and Wang, Zili and Huang, Wenhao and Ma, Lei
@@ -124,7 +128,7 @@ def _measured(records: Mapping[str, PhaseRecord], recipe: Recipe) -> tuple[dict[
     if record.result and evaluated.result and _written(record) <= _written(evaluated):
         record = evaluated
         how = "by phase evaluate, on the published weights"
-    metrics = {name: value for name, value in record.result["metrics"].items() if name in ("accuracy", "loss")}
+    metrics = {name: value for name, value in record.result["metrics"].items() if name in (*OF_CLASSES, *OF_FEATURES)}
     precision = ""
     if record.result.get("dtype"):
         precision = f", in {record.result['dtype']}"
@@ -138,6 +142,7 @@ def _written(record: PhaseRecord) -> float:
 
 def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float]) -> str:
     """The YAML head, with model-index."""
+    task = _task(measured)
     dataset = None
     revision = None
     if recipe.data.source == "hub":
@@ -147,7 +152,7 @@ def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float]) -> str:
     results = []
     for metric, value in measured.items():
         result = EvalResult(
-            task_type="image-classification",
+            task_type=task,
             dataset_type=kind,
             dataset_name=_data_name(recipe.data),
             dataset_split=recipe.data.val_split,
@@ -159,12 +164,18 @@ def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float]) -> str:
     return ModelCardData(
         license=recipe.hub.license or None,
         library_name="m2mkd",
-        pipeline_tag="image-classification",
+        pipeline_tag=task,
         tags=["vmoe", "mixture-of-experts", "vision-transformer", "m2mkd", "knowledge-distillation"],
         datasets=[dataset] if dataset else None,
         model_name=name,
         eval_results=results,
     ).to_yaml()
+
+
+def _task(measured: Mapping[str, float]) -> str:
+    """What the hub calls the student's task."""
+    gives_features = measure_of(measured) is RELATIVE_ERROR
+    return "image-feature-extraction" if gives_features else "image-classification"
 
 
 def _what(recipe: Recipe, config: Mapping[str, Any], student: PhaseRecord) -> str:
@@ -178,9 +189,14 @@ def _what(recipe: Recipe, config: Mapping[str, Any], student: PhaseRecord) -> st
         origin = f"Its training began from the weights of {_link(student.result.get('init', recipe.train.init))}."
     else:
         origin = "It was trained from scratch, as the rival of a student taught by m2mKD."
+    does = f"sorts images into {config['num_classes']} classes"
+    if not config["num_classes"]:
+        does = (
+            f"gives features of images: {config['width']} numbers each, or as many per token. It has no classes and "
+            "saw no labels: it learned the features of its teacher"
+        )
     return (
-        f"A V-MoE, a vision transformer whose MLPs are mixtures of experts, that sorts images into "
-        f"{config['num_classes']} classes. {origin}\n\n"
+        f"A V-MoE, a vision transformer whose MLPs are mixtures of experts, that {does}. {origin}\n\n"
         f"{config['depth']} blocks of width {config['width']}, patches of {config['patch_size']} pixels, images of "
         f"{config['image_size']} pixels; experts in blocks `{config['moe_blocks']}`: {moe['num_experts']} per block, "
         f"{moe['k']} used per token."
@@ -215,8 +231,8 @@ def _data(data: DataConfig, config: Mapping[str, Any]) -> str:
     return (
         f"{text}\n\nImages are resized ({preprocessing['interpolation']}), cut to {preprocessing['image_size']} pixels "
         f"(crop_pct {preprocessing['crop_pct']:.4g}, {preprocessing['crop_mode']}) and normalised with mean "
-        f"{preprocessing['mean']} and std {preprocessing['std']}; `model.preprocessing` holds these values, "
-        "`model.labels` the names of the classes."
+        f"{preprocessing['mean']} and std {preprocessing['std']}; `model.preprocessing` holds these values"
+        f"{', `model.labels` the names of the classes' if config['num_classes'] else ''}."
     )
 
 
@@ -226,7 +242,7 @@ def _teacher(recipe: Recipe, records: Mapping[str, PhaseRecord], teacher_license
     phases = own_teacher(recipe)
     grown = "assemble" in phases
     accuracy = records["assemble" if grown else "meta"].metric("teacher_accuracy")
-    measured = ""
+    measured = _of_labels(records, recipe)
     if accuracy is not None:
         measured = f" Its accuracy on the same images: {accuracy:.4g}."
     if phases:
@@ -248,6 +264,17 @@ def _probe(records: Mapping[str, PhaseRecord]) -> str:
     return f" Its head is a linear classifier fitted to its features of the training images (phase probe){tuned}."
 
 
+def _of_labels(records: Mapping[str, PhaseRecord], recipe: Recipe) -> str:
+    """What the features of a teacher without classes tell of the data's labels, where phase evaluate measured it."""
+    evaluated = records[artifact_name("evaluate", start=recipe.train.start)]
+    found = []
+    for key, name in (("teacher_knn_accuracy", "k-NN"), ("teacher_probe_accuracy", "linear probe")):
+        accuracy = evaluated.metric(key)
+        if accuracy is not None:
+            found.append(f"{name} {accuracy:.4g}")
+    return f" Accuracy on its features: {', '.join(found)}." if found else ""
+
+
 def _link(source: str) -> str:
     """A model as a link with its revision; of a directory only the name."""
     repo = hub_id(source)
@@ -259,14 +286,15 @@ def _link(source: str) -> str:
 
 
 def _hybrids(records: Mapping[str, PhaseRecord], recipe: Recipe) -> str:
-    """Accuracies inside the meta model of a student that was taught, module by module."""
+    """Accuracies (or relative errors) inside the meta model of a student that was taught, module by module."""
+    measure = records["meta"].measure
     last_round = taught_in(recipe)
     rows = []
     for module in range(recipe.modules):
-        teacher = records[artifact_name("distill", module)].metric("teacher_hybrid_accuracy")
-        student = records[artifact_name(last_round, module)].metric("hybrid_accuracy")
+        teacher = records[artifact_name("distill", module)].metric(f"teacher_hybrid_{measure.key}")
+        student = records[artifact_name(last_round, module)].metric(f"hybrid_{measure.key}")
         rows.append((str(module), _number(teacher, ".4g"), _number(student, ".4g")))
-    text = "Accuracy of the meta model with one of its modules replaced"
+    text = f"{measure.name.capitalize()} of the meta model with one of its modules replaced"
     if last_round != "distill":
         text += "; the student's with the modules before it replaced as well"
     table = _table(("module", "the teacher's", "the student's"), rows)
@@ -303,10 +331,18 @@ def _loading(recipe: Recipe, student: PhaseRecord, folders: Sequence[str]) -> st
     if revision != "main":
         branch = f', revision="{revision}"'
         source = f"{repo}@{revision}"
+    use = "logits = model(images)  # (B, C, H, W), preprocessed as model.preprocessing says\n"
+    if student.measure is RELATIVE_ERROR:
+        use = (
+            "# images (B, C, H, W), preprocessed as model.preprocessing says\n"
+            "features = model(images)  # (B, D)\n"
+            "tokens = model.forward_features(images)  # (B, T, D)\n"
+            "as_teacher = model(images, as_teacher=True)  # tokens in the width of the teacher\n"
+        )
     text = (
         "```python\nfrom models.vmoe import VMoE  # package m2mkd\n\n"
         f'model = VMoE.from_pretrained("{repo}"{branch})  # in evaluation mode\n'
-        "logits = model(images)  # (B, C, H, W), preprocessed as model.preprocessing says\n```\n\n"
+        f"{use}```\n\n"
         "torch, timm, safetensors and huggingface_hub are all it needs."
     )
     commit = (student.result["git_commit"] or "").removesuffix("+changes")

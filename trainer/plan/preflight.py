@@ -6,6 +6,7 @@ Models are built on the meta device, so even a V-MoE-H costs neither memory nor 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +26,7 @@ from trainer.teaching.students import student_modules
 from trainer.teaching.teachers import before_the_probe, planned_teacher
 from trainer.tracking import trackers
 
+log = logging.getLogger(__name__)
 STAND_IN = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
@@ -46,6 +48,9 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
         return
     trackers.chosen(run.recipe.run.trackers)
     labels = run.labels  # opens the data, which may be a download of hours
+    if not run.classifies and run.dist.main:
+        for line in said_of_features(run):
+            log.info(line)
     if _teacher_comes_later(run, phases):
         run = run.with_teacher(planned_teacher(run.recipe.teacher, labels))
     if "probe" in phases:
@@ -74,6 +79,21 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
         without_teacher = given and all(row.name == "train" for row in asked if row.section)
         preprocessing = STAND_IN if without_teacher else run.teacher.preprocessing
         try_transforms(run.data_for(preprocessing))
+
+
+def said_of_features(run: Run) -> list[str]:
+    """What a run without classes reads otherwise than it was written, a line each."""
+    recipe = run.recipe
+    reason = f"teacher.head={recipe.teacher.head}"
+    if not run.labels:
+        reason += f" and {run.sources[0].name} has no labels"
+    lines = [f"{reason}: the student learns the teacher's features and gives features, without classes"]
+    if recipe.distill.border == "none":
+        lines.append("distill.border=none is read as mse: border targets are all there is to learn from")
+    unused = recipe.without_effect()
+    if unused:
+        lines.append(f"without classes these have no effect: {', '.join(unused)}")
+    return lines
 
 
 def _teacher_comes_later(run: Run, phases: Sequence[str]) -> bool:

@@ -29,7 +29,7 @@ from trainer.context import Run
 from trainer.data.classes import describe, doubts
 from trainer.distributed.ranks import Dist
 from trainer.phases import code_of
-from trainer.plan.preflight import check_training
+from trainer.plan.preflight import check_training, said_of_features
 from trainer.request.graph import TABLE, Phase, in_one_job, last_round, learns_from_teacher
 from trainer.request.stages import chain, hub_names
 from trainer.teaching.estimate import Cost
@@ -113,11 +113,14 @@ class DryRun:
         for source in (train, val):
             source.image_or_next(0)
         images = f"{len(train):,} training and {len(val):,} validation images"
-        parts = [f"{train.name}, {images}, {len(train.labels)} classes", describe(train, val)]
+        parts = [f"{train.name}, {images}, without labels"]
+        if train.labels:
+            parts = [f"{train.name}, {images}, {len(train.labels)} classes", describe(train, val)]
         for name, source in (("training", train), ("validation", val)):
             if source.remarks:
                 parts.append(f"{name}: {source.remarks}")
-        return "; ".join([*parts, *doubts(train, val)])
+        said = [] if self.run.classifies else said_of_features(self.run)
+        return "; ".join([*parts, *doubts(train, val), *said])
 
     def hub(self) -> str:
         """What compute nodes cannot download, and whether there is a token for private repositories and the push."""

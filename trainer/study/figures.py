@@ -1,5 +1,7 @@
 """The numbers of one cell, out of its result.json and metrics.jsonl files, and of a study out of those of its cells.
 
+Without classes the place of accuracy is taken by the explained share, 1 - relative error of the final tokens beside the
+teacher's: more is better there too, 1 is the teacher itself, and 0 no better than zeros.
 What a cell does not have (not run, not measured by that phase) is None. Costs are the FLOPs the phases counted.
 """
 
@@ -13,6 +15,7 @@ from trainer.report.data import PhaseRecord, read_phase
 from trainer.request.graph import artifact_name, preparation, taught_in
 from trainer.study.plan import Cell, Study, Variant
 from trainer.study.statistics import Curve, Race, Summary, at, difference, mean_curve, race, summary
+from trainer.tracking.measures import ACCURACY, RELATIVE_ERROR, Measure
 
 WAYS = ("drop", "keep", "fold")  # to assemble the student; phase train measures each
 FIGURES = {
@@ -43,6 +46,7 @@ class Measured:
 
     figures: Mapping[str, float | None]
     curve: Curve = ()
+    measure: Measure = ACCURACY
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,12 @@ class Results:
     def of(self, variant: str, key: str) -> Summary:
         """A figure over the seeds."""
         return summary([cell.figures[key] for cell in self.cells[variant].values()])
+
+    @property
+    def explained(self) -> bool:
+        """Whether some variant has no classes, so that explained shares stand in the place of its accuracies."""
+        cells = [cell for of_variant in self.cells.values() for cell in of_variant.values()]
+        return any(cell.measure is RELATIVE_ERROR for cell in cells)
 
     def curve(self, variant: str) -> list[tuple[float, Summary]]:
         """Accuracy over total cost (FLOPs)."""
@@ -95,11 +105,16 @@ def measure(cell: Cell) -> Measured:
     before: dict[str, PhaseRecord] = {}
     if cell.recipe.train.start == "distilled":
         before = {name: _record(cell, name) for name in preparation(cell.recipe) if name in steps}
+    measure = RELATIVE_ERROR if RELATIVE_ERROR in (meta.measure, train.measure) else ACCURACY
+    key = measure.key
     hybrids = []
     if "meta" in steps:
-        hybrids = [meta.metric(f"hybrid_accuracy/{module}") for module in range(cell.recipe.modules)]
+        hybrids = [_good(measure, meta.metric(f"hybrid_{key}/{module}")) for module in range(cell.recipe.modules)]
     teaching = f"{taught_in(cell.recipe)}_"
-    students = [record.metric("hybrid_accuracy") for name, record in before.items() if name.startswith(teaching)]
+    students = []
+    for name, record in before.items():
+        if name.startswith(teaching):
+            students.append(_good(measure, record.metric(f"hybrid_{key}")))
     train_flops = train.value("flops")
     preparation_flops = None  # not known of weights that come from elsewhere
     if not cell.recipe.train.init:
@@ -113,16 +128,16 @@ def measure(cell: Cell) -> Measured:
         half = at(_by_epoch(train), epochs / 2)
     records = [*before.values(), train]
     figures = {
-        "teacher": _teacher(cell, meta),
-        "meta": meta.metric("accuracy"),
+        "teacher": _teacher(cell, meta) if measure is ACCURACY else None,
+        "meta": _good(measure, meta.metric(key)),
         "hybrid_teacher_min": _least(hybrids),
         "hybrid_teacher_mean": _mean(hybrids),
         "hybrid_student_min": _least(students),
         "hybrid_student_mean": _mean(students),
-        "start": train.metric("start_accuracy"),
-        **{f"start_{way}": train.metric(f"start_accuracy/{way}") for way in WAYS},
+        "start": _good(measure, train.metric(f"start_{key}")),
+        **{f"start_{way}": _good(measure, train.metric(f"start_{key}/{way}")) for way in WAYS},
         "half": half,
-        "final": train.metric("accuracy"),
+        "final": _good(measure, train.metric(key)),
         "routing_change": train.metric("routing_change"),
         "expert_similarity": train.metric("expert_similarity"),
         "preparation_flops": preparation_flops,
@@ -132,7 +147,14 @@ def measure(cell: Cell) -> Measured:
         "images": _sum(record.value("images_seen") for record in records),
         "seconds": _sum(record.value("seconds") for record in records),
     }
-    return Measured(figures, _over_cost(train, preparation_flops))
+    return Measured(figures, _over_cost(train, preparation_flops), measure)
+
+
+def _good(measure: Measure, value: float | None) -> float | None:
+    """Accuracy as it is, a relative error as the share that is explained."""
+    if value is None or measure is ACCURACY:
+        return value
+    return 1 - value
 
 
 def _record(cell: Cell, name: str) -> PhaseRecord:
@@ -151,9 +173,11 @@ def _teacher(cell: Cell, meta: PhaseRecord) -> float | None:
 def _evaluations(train: PhaseRecord) -> list[tuple[int, float, float]]:
     """(step, epochs done, accuracy) of every evaluation; of the averaged weights where those are published."""
     evaluations = []
+    key = train.measure.key
     for row in train.rows:
-        if row["kind"] == "eval" and row.get("accuracy") is not None:
-            evaluations.append((row["step"], row["epoch"], row.get("accuracy_ema", row["accuracy"])))
+        if row["kind"] == "eval" and row.get(key) is not None:
+            value = _good(train.measure, row.get(f"{key}_ema", row[key]))
+            evaluations.append((row["step"], row["epoch"], value))
     return evaluations
 
 
@@ -174,6 +198,8 @@ def _over_cost(train: PhaseRecord, preparation_flops: float | None) -> Curve:
 def _compare(measured: Mapping[str, Mapping[int, Measured]], variant: Variant, reference: str) -> Comparison:
     ours = measured[variant.name]
     theirs = measured[reference]
+    if {cell.measure for cell in [*ours.values(), *theirs.values()]} == {ACCURACY, RELATIVE_ERROR}:
+        return Comparison(variant.name, reference, summary([]), summary([]), None)  # not one kind of number
     half = difference(_by_seed(ours, "half"), _by_seed(theirs, "half"))
     final = difference(_by_seed(ours, "final"), _by_seed(theirs, "final"))
     our_curves = {seed: cell.curve for seed, cell in ours.items()}

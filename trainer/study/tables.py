@@ -76,6 +76,11 @@ def _accuracy(results: Results) -> Table:
         "with one module of the teacher or of the student in its place (where modules are taught in the second round "
         "alone, the student's before it as well); assembled is the student before any end-to-end step."
     )
+    if results.explained:
+        caption += (
+            " Of students without classes the numbers are the explained share, 1 - relative error of the final tokens "
+            "beside the teacher's."
+        )
     rows = []
     for variant in results.cells:
         accuracies = [percent(results.of(variant, key)) for key in columns]

@@ -14,7 +14,7 @@ from trainer.config.ds_config import Settings
 from trainer.context import Run
 from trainer.distributed.engine import working_type
 from trainer.evaluation.accuracy import Predictor, evaluate
-from trainer.teaching import features
+from trainer.objectives import Pairs
 from trainer.tracking.health import NonFiniteLoss, against_chance
 
 log = logging.getLogger(__name__)
@@ -70,8 +70,9 @@ def check_teacher(run: Run, settings: Settings) -> TeacherCheck:
 def _refuse_nonfinite(run: Run, settings: Settings, dtype: torch.dtype) -> None:
     """Raise a ValueError where the teacher's features are not finite on some validation image (collective)."""
     whole = MetaModel(run.teacher_stages())
+    itself = Predictor(whole, whole, compare=lambda images: {"": (whole(images),) * 2})
     try:
-        evaluation = evaluate(features.predictor(whole, whole), run.data, dtype, run.eval_batch(settings), run.dist)
+        evaluation = evaluate(itself, run.data, dtype, run.eval_batch(settings), run.dist)
         count = evaluation.get("nonfinite_images", 0)
     except NonFiniteLoss:
         count = "all"
@@ -96,12 +97,8 @@ def measure(
     meta.to(run.dist.device, dtype)
     teacher = run.teacher.model.to(run.dist.device, dtype)
     if not run.classifies:
-        whole = MetaModel(stages)
-        errors = {}
-        for i, stage in enumerate(stages):
-            hybrid = features.predictor(meta, whole, _through(meta, stage, i))
-            errors[f"hybrid_relative_error/{i}"] = evaluate(hybrid, run.data, dtype, batch, run.dist)["relative_error"]
-        return errors
+        found = evaluate(_every_hybrid(meta, stages), run.data, dtype, batch, run.dist)
+        return {f"hybrid_relative_error/{i}": found[f"relative_error/{i}"] for i in range(len(stages))}
     accuracies = {}
     predictors = {}
     if teacher_accuracy is None:
@@ -118,6 +115,17 @@ def measure(
 def _hybrid(meta: MetaModel, stage: nn.Module, i: int) -> Predictor:
     """The meta model with the teacher's module in place i."""
     return Predictor(meta, _through(meta, stage, i), (stage,))
+
+
+def _every_hybrid(meta: MetaModel, stages: list[nn.Module]) -> Predictor:
+    """The final tokens of every hybrid beside the teacher's, which runs once for all of them."""
+    teacher = MetaModel(stages)
+
+    def compare(images: Tensor) -> Pairs:
+        tokens = teacher(images)
+        return {f"/{i}": (_through(meta, stage, i)(images), tokens) for i, stage in enumerate(stages)}
+
+    return Predictor(meta, meta, (teacher,), compare)
 
 
 def _through(meta: MetaModel, stage: nn.Module, i: int) -> Callable[[Tensor], Tensor]:
