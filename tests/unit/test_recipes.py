@@ -27,8 +27,8 @@ STUDIES = {path.name for path in (ROOT / "recipes").glob("study_*.yaml")} - {"st
 RECIPES = sorted({path.name for path in (ROOT / "recipes").glob("*.yaml")} - STUDIES)
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 PHASE_SECTIONS = ("teacher", "meta", "distill", "train")
-# data.source or data.path -> classes
-CLASSES = {"digits": 10, "fractals": 100, "ILSVRC/imagenet-1k": 1000, "imagenet": 1000}
+# data.source or data.path -> classes; auto without a path is the digits
+CLASSES = {"auto": 10, "digits": 10, "fractals": 100, "ILSVRC/imagenet-1k": 1000, "imagenet": 1000}
 # parameters of teacher, meta model and student (without stitches), worked out from the sizes
 IMAGENET = (
     24 * 12_598_272 + 2_016_232,  # DeiT-III-L: a block is 12 D^2 + 13 D and two LayerScales

@@ -179,8 +179,9 @@ def _about(phases: Mapping[str, PhaseRecord]) -> str:
     candidates = (phases["train"], *phases.values())
     record = next((record for record in candidates if record.config.get("recipe")), phases["train"])
     data = "the embedded digits"
-    if record.recipe("data", "source") != "digits":
-        path = record.recipe("data", "path") or "unknown data"
+    path = record.recipe("data", "path")
+    if path or record.recipe("data", "source") not in ("digits", "auto"):
+        path = path or "unknown data"
         data = f"<b>{escape(str(path))}</b>"
     teacher = "a small teacher trained here"
     source = record.recipe("teacher", "source")
