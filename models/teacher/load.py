@@ -26,6 +26,7 @@ from ..files.places import expanded
 from ..preprocessing import Preprocessing
 from .convert import to_timm
 from .images import from_processor, from_timm_config, to_processor
+from .resize import with_image_size
 
 NAMES_SHOWN = 3  # tensors in an error
 SUPPORTED = (
@@ -85,12 +86,13 @@ class Teacher:
     wrapped: bool = False  # its weights were saved from a wrapped model, under longer names
 
 
-def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
+def load_teacher(source: str, *, revision: str | None = None, image_size: int | None = None) -> Teacher:
     """A frozen teacher with the preprocessing it was trained with.
 
     Args:
         source: hub id ("owner/name", "owner/name@revision", timm's "hf-hub:owner/name") or a directory.
         revision: branch, tag or commit of a hub id.
+        image_size: side of its images in pixels; None = the checkpoint's own. See with_image_size.
 
     Raises:
         ValueError: nothing readable there, a family that cannot be split, no head, no preprocessing, pickled weights.
@@ -117,7 +119,8 @@ def load_teacher(source: str, *, revision: str | None = None) -> Teacher:
     with torch.device("cpu"):  # also where the caller builds on the meta device: a teacher without weights is none
         model, preprocessing, labels, wrapped = load(files, config, config_path.parent)
     model.eval().requires_grad_(False)
-    return Teacher(model, preprocessing, str(files), labels, model.num_classes, wrapped=wrapped)
+    teacher = Teacher(model, preprocessing, str(files), labels, model.num_classes, wrapped=wrapped)
+    return with_image_size(teacher, image_size) if image_size else teacher
 
 
 def _load_transformers(
