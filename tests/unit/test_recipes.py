@@ -72,7 +72,7 @@ def full_size(name):
             model = timm.create_model(architecture, pretrained=False)
         else:
             model = VisionTransformer(
-                img_size=t.image_size, patch_size=t.patch_size, embed_dim=t.width, depth=t.depth, num_heads=t.heads,
+                img_size=t.trained_size, patch_size=t.patch_size, embed_dim=t.width, depth=t.depth, num_heads=t.heads,
                 mlp_ratio=t.mlp_dim / t.width, num_classes=len(labels),
             )  # fmt: skip
     preprocessing = Preprocessing(model.patch_embed.img_size[0], (0.5,) * 3, (0.5,) * 3, "bicubic")

@@ -84,6 +84,22 @@ def build(cls: type, values: dict[str, Any], where: str = "") -> Any:
     return cls(**{key: _convert(value, hints[key], where + key) for key, value in values.items()})
 
 
+def build_recorded(values: dict[str, Any]) -> Recipe:
+    """The recipe of a config.yaml that a run wrote, also one of an older version.
+
+    Args:
+        values: its section recipe, as read.
+
+    Raises:
+        ValueError: see build.
+    """
+    teacher = values.get("teacher") if isinstance(values, dict) else None
+    if isinstance(teacher, dict) and teacher.get("source") and "head" not in teacher:
+        # before teacher.head there was, image_size meant nothing beside teacher.source: the checkpoint's own was used
+        values = values | {"teacher": teacher | {"image_size": None}}
+    return build(Recipe, values)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Plain lists, dictionaries and scalars of a dataclass, as written to config.yaml."""
     plain = {}

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainer.config.phases import STARTS
+from trainer.config.phases import STARTS, TRAINED_SIZE
 from trainer.config.recipe import Recipe
 
 ALL = "all"  # --phase all: every phase that takes part, one after another
@@ -401,6 +401,8 @@ def defining(recipe: dict[str, Any], name: str) -> dict[str, Any]:
             value = defining_images(value) if section == "data" else _without(value, without)
             if section == "teacher":
                 value["given"] = bool(recipe["teacher"]["source"])
+                if not value["given"]:
+                    value["image_size"] = value["image_size"] or TRAINED_SIZE
         kept[section] = value
     return kept
 

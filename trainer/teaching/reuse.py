@@ -20,7 +20,7 @@ from models.files.hub import CheckpointFiles, Weights
 from models.labels import Match, match_classes, refuse_other_classes
 from models.teacher.classes import put_in_order
 from trainer import artifacts, disk
-from trainer.config.load import build, module_depths, read_yaml
+from trainer.config.load import build_recorded, module_depths, read_yaml
 from trainer.config.recipe import Recipe
 from trainer.context import Run
 from trainer.teaching import bases
@@ -196,7 +196,7 @@ class _Artifact:
         if path is None:
             raise ValueError(f"{self.files} has no config.yaml: expected a finished {self.name} of a run")
         try:
-            return build(Recipe, read_yaml(path.read_text(), "it")["recipe"])
+            return build_recorded(read_yaml(path.read_text(), "it")["recipe"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"config.yaml of {self.files} holds no recipe this version reads: {error}") from None
 
