@@ -238,7 +238,7 @@ def test_values_out_of_range_are_refused_by_name(name):
         ({"data": {"source": "folder"}}, "data.source is 'folder' but data.path is empty: set data.path"),
         ({"modules": 3, "teacher": {"depths": [2, 2]}}, r"teacher.depths has 2 entries \(2, 2\) but modules is 3"),
         ({"student": {"variant": "S/16", "depths": [2, 2]}}, r"student.depths has 2 entries \(2, 2\) but modules is 4"),
-        ({"student": {"width": 8}}, "student.variant is empty and student.patch_size is not set"),
+        ({"student": {"width": 8}}, "student.variant is empty and student.depth is not set"),
     ],
 )  # fmt: skip
 def test_values_that_do_not_fit_together(values, message):

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from trainer.config.student import LIKE_TEACHER
 from trainer.report.charts import BarChart, Beginning, Line, LineChart, LoadMap, in_flop_units
 from trainer.report.classes import classes_section, routing_section
 from trainer.report.data import (
@@ -188,7 +189,9 @@ def _about(phases: Mapping[str, PhaseRecord]) -> str:
     if source:
         teacher = f"teacher <b>{escape(str(source))}</b>"
     variant = record.recipe("student", "variant")
-    if not variant:
+    if variant == LIKE_TEACHER:
+        variant = "half its teacher's blocks"
+    elif not variant:
         variant = f"{record.recipe('student', 'depth') or '?'} blocks"
     experts = record.recipe("student", "moe", "num_experts")
     k = record.recipe("student", "moe", "k")

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from trainer.context import Run
 from trainer.teaching import bases
 from trainer.teaching.families import family_of
 from trainer.teaching.meta import new_meta
+from trainer.teaching.sizes import like_saved
 from trainer.teaching.students import config_for, student_config, student_modules
 
 log = logging.getLogger(__name__)
@@ -110,7 +112,8 @@ def _initial_config(run: Run) -> tuple[Any, Match]:
         raise ValueError(f"{files} does not say what its images must look like: save it with its preprocessing")
     prefix_tokens = int(saved.class_token) + saved.reg_tokens
     drop_path = run.recipe.train.drop_path
-    wanted = config_for(run.recipe, len(run.labels), drop_path, saved.image_size, saved.in_chans, prefix_tokens)
+    recipe = replace(run.recipe, student=like_saved(run.recipe.student, saved))
+    wanted = config_for(recipe, len(run.labels), drop_path, saved.image_size, saved.in_chans, prefix_tokens)
     config = wanted.on_weights_of(saved, f"train.init {files}")
     source = run.sources[0]
     match = match_classes(

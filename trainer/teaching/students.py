@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from models.modules.stitch import StudentModule
 from trainer.config.load import module_depths, to_dict
 from trainer.config.recipe import Recipe
 from trainer.context import Run
-from trainer.teaching import upcycling
+from trainer.teaching import sizes, upcycling
 from trainer.teaching.families import family_of
 from trainer.teaching.meta import border_bases
 
@@ -23,7 +24,21 @@ def student_config(run: Run, drop_path: float = 0.0, recipe: Recipe | None = Non
         ValueError: sizes that are open or do not fit.
     """
     images, tokens = run.teacher.preprocessing, run.teacher.model.num_prefix_tokens
-    return config_for(recipe or run.recipe, len(run.labels), drop_path, images.image_size, images.in_chans, tokens)
+    recipe = following_teacher(recipe or run.recipe, run)
+    return config_for(recipe, len(run.labels), drop_path, images.image_size, images.in_chans, tokens)
+
+
+def following_teacher(recipe: Recipe, run: Run) -> Recipe:
+    """A recipe whose student has the sizes that it left to this run's teacher.
+
+    Raises:
+        ValueError: sizes that do not fit together, or patches that do not divide the images.
+    """
+    teacher, image_size = run.teacher, run.teacher.preprocessing.image_size
+    student = sizes.like_teacher(recipe.student, teacher.model, recipe.modules)
+    if image_size % (sizes.patch_size(student) or 1):
+        sizes.check_patches(student, teacher.model, teacher.source, image_size)
+    return replace(recipe, student=student)
 
 
 def config_for(
@@ -66,6 +81,8 @@ def student_depths(run: Run, blocks: int) -> tuple[int, ...]:
 def student_modules(run: Run, drop_path: float = 0.0) -> list[StudentModule]:
     """The student's modules before any training, with their stitch layers."""
     recipe, teacher = run.recipe, run.teacher.model
+    asked = following_teacher(recipe, run).student
+    sizes.check_patches(asked, teacher, run.teacher.source, run.teacher.preprocessing.image_size)
     student = new_student(run, drop_path)
     check_pair(teacher, student)
     depths = student_depths(run, len(student.blocks))

@@ -49,7 +49,10 @@ def dense_start(run: Run) -> Teacher:
 def _load_dense(run: Run) -> Teacher:
     init = run.recipe.student.init
     if init == "teacher":
-        return run.planned_teacher or run.fitted(load_teacher(run.teacher.source), run.recipe.teacher.classes)
+        if run.planned_teacher is not None:
+            return run.planned_teacher
+        again = load_teacher(run.teacher.source, image_size=run.teacher.preprocessing.image_size)
+        return run.fitted(again, run.recipe.teacher.classes)
     dense = load_teacher(run.pinned(init))
     run.resolved(init, dense.source)
     if dense.num_classes == len(run.labels):
