@@ -110,7 +110,7 @@ def test_overrides_are_read_as_yaml_and_win(tmp_path):
         ),
         ("seed.x=3", "override 'seed.x=3': seed is a value, not a section"),
         ("train.epoch=3", r"unknown key train\.epoch\. Did you mean train\.epochs"),
-        ("epochs=3", r"unknown key epochs\. Did you mean teacher\.epochs, meta\.epochs, incubate\.epochs"),
+        ("warmup_epochs=3", r"unknown key warmup_epochs\. Did you mean teacher\.warmup_epochs, meta\.warmup_epochs"),
         ("moe.k=1", r"unknown key moe\. Did you mean modules, student\.moe\?"),
         ("student.moe.expert=4", r"unknown key student\.moe\.expert\. Did you mean student\.moe\.num_experts"),
         ("tran.epochs=3", r"unknown key tran\. Did you mean train"),
