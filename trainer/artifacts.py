@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from trainer import made_of, writer_lock
-from trainer.config.load import build, first_difference, read_yaml, to_dict
+from trainer.config.load import build_recorded, first_difference, read_yaml, to_dict
 from trainer.config.recipe import Recipe
 from trainer.config.redaction import refuse_secrets
 from trainer.disk import file_record, write_json, write_text
@@ -191,7 +191,7 @@ def _refuse_other_recipe(folder: Path, name: str, recipe: Recipe, what: str) -> 
         return
     try:
         # through the schema: a key that came later has its default, and nothing odd is compared or shown
-        there = defining(to_dict(build(Recipe, read_yaml(path.read_text(), str(path))["recipe"])), name)
+        there = defining(to_dict(build_recorded(read_yaml(path.read_text(), str(path))["recipe"])), name)
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{path} is truncated or altered: delete {folder} and run {command_of(name)} again") from None
     difference = first_difference(there, defining(to_dict(recipe), name))

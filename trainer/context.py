@@ -162,7 +162,8 @@ class Run:
         source = self.recipe.teacher.source
         for name in own_teacher(self.recipe):
             source = str(artifacts.require(self.out, name, self.recipe, "a recipe without teacher.source")[0])
-        teacher = load_teacher(self.pinned(source))
+        given_size = self.recipe.teacher.image_size if self.recipe.teacher.source else None
+        teacher = load_teacher(self.pinned(source), image_size=given_size)
         self.resolved(source, teacher.source)
         return teacher
 

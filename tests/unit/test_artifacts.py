@@ -296,3 +296,55 @@ def test_where_a_teacher_is_cut_does_not_define_it():
     plain, cut = (to_dict(recipe(teacher={"depths": depths})) for depths in ([], [1, 2, 2, 3]))
     assert graph.defining(plain, "teacher") == graph.defining(cut, "teacher")
     assert graph.defining(plain, "distill_0") != graph.defining(cut, "distill_0")
+
+
+# what an older version recorded
+
+
+def recorded(folder, **sections):
+    """Rewrite the recipe in an artifact's config.yaml as another version would have."""
+    path = folder / "config.yaml"
+    saved = yaml.safe_load(path.read_text())
+    for name, changes in sections.items():
+        for key, value in changes.items():
+            if value == "absent":
+                del saved["recipe"][name][key]
+            else:
+                saved["recipe"][name][key] = value
+    path.write_text(yaml.safe_dump(saved))
+
+
+@pytest.mark.parametrize(
+    "now, then",
+    [
+        ({}, {"source": "digits", "val_share": 0.0}),
+        ({"path": "images"}, {"source": "folder", "val_share": 0.0}),
+        ({"path": "owner/name"}, {"source": "hub", "val_share": 0.0}),
+        ({"path": "owner/name", "source": "hub"}, {"source": "hub", "val_share": 0.1}),
+    ],
+)
+def test_a_result_whose_images_an_older_version_named_otherwise_is_recognised(tmp_path, now, then):
+    recorded(finished(tmp_path, made_with=recipe(data=now)), data=then)
+    assert open_folder(tmp_path, "meta", recipe(data=now), RUN)[1]
+
+
+def test_a_result_of_other_images_is_not(tmp_path):
+    recorded(finished(tmp_path), data={"source": "fractals"})
+    with pytest.raises(ValueError, match=r"data\.source: fractals there, digits here"):
+        open_folder(tmp_path, "meta", recipe(), RUN)
+    with pytest.raises(ValueError, match=r"data\.source: fractals there, the images of data\.path here"):
+        open_folder(tmp_path, "meta", recipe(data={"path": "images"}), RUN)
+
+
+def test_the_image_size_of_a_teacher_defines_a_result_and_null_is_what_it_was_before(tmp_path):
+    finished(tmp_path / "trained")
+    require(tmp_path / "trained", "meta", recipe(teacher={"image_size": 32}), "--phase train")
+    with pytest.raises(ValueError, match=r"teacher\.image_size: 32 there, 64 here"):
+        require(tmp_path / "trained", "meta", recipe(teacher={"image_size": 64}), "--phase train")
+    given = {"source": "owner/name"}
+    folder = finished(tmp_path / "given", made_with=recipe(teacher=given))
+    with pytest.raises(ValueError, match=r"teacher\.image_size: None there, 224 here"):
+        require(tmp_path / "given", "meta", recipe(teacher=given | {"image_size": 224}), "--phase train")
+    # an older version wrote the default of a trained teacher, which a given one never had
+    recorded(folder, teacher={"image_size": 32, "head": "absent"})
+    assert open_folder(tmp_path / "given", "meta", recipe(teacher=given), RUN)[1]

@@ -218,7 +218,7 @@ def test_a_missing_validation_split_names_the_knob_and_one_that_is_there_is_not_
     for source in ("hub", "folder"):
         path = str(tmp_path / source[0])
         with pytest.raises(ValueError, match=r"data\.val_split 'validation' .*data\.val_share=0\.1 to hold out"):
-            open_source(DataConfig(source=source, path=path), "val")
+            open_source(DataConfig(source=source, path=path, val_share=0), "val")
     saved(tmp_path / "both", [0, 1, 0, 1], [0, 1], datasets.ClassLabel(2))
     folder(tmp_path / "f", {"cat": 2, "dog": 2}, "val")
     for source, path, val_split in (("hub", "both", "validation"), ("folder", "f", "val")):

@@ -110,7 +110,7 @@ def test_overrides_are_read_as_yaml_and_win(tmp_path):
         ),
         ("seed.x=3", "override 'seed.x=3': seed is a value, not a section"),
         ("train.epoch=3", r"unknown key train\.epoch\. Did you mean train\.epochs"),
-        ("epochs=3", r"unknown key epochs\. Did you mean teacher\.epochs, meta\.epochs, incubate\.epochs"),
+        ("warmup_epochs=3", r"unknown key warmup_epochs\. Did you mean teacher\.warmup_epochs, meta\.warmup_epochs"),
         ("moe.k=1", r"unknown key moe\. Did you mean modules, student\.moe\?"),
         ("student.moe.expert=4", r"unknown key student\.moe\.expert\. Did you mean student\.moe\.num_experts"),
         ("tran.epochs=3", r"unknown key tran\. Did you mean train"),
@@ -157,7 +157,7 @@ def test_numbers(values, expected):
         ({"train": {"epochs": "3"}}, "train.epochs is '3', expected a whole number"),
         ({"data": {"skip_unreadable": 1}}, "data.skip_unreadable is 1, expected true or false"),
         ({"data": {"path": 3}}, "data.path is 3, expected text"),
-        ({"data": {"source": "digit"}}, "data.source is 'digit', expected one of digits, fractals, folder, hub"),
+        ({"data": {"source": "digit"}}, "data.source is 'digit', expected one of auto, digits, fractals, folder, hub"),
         ({"teacher": {"depths": 6}}, r"teacher.depths is 6, expected a list such as \[1, 2\]"),
         ({"teacher": {"depths": "6,6"}}, "teacher.depths is '6,6', expected a list"),
         ({"teacher": {"depths": [6, 6, 6, True]}}, r"teacher.depths\[3\] is True, expected a whole number"),
@@ -238,7 +238,7 @@ def test_values_out_of_range_are_refused_by_name(name):
         ({"data": {"source": "folder"}}, "data.source is 'folder' but data.path is empty: set data.path"),
         ({"modules": 3, "teacher": {"depths": [2, 2]}}, r"teacher.depths has 2 entries \(2, 2\) but modules is 3"),
         ({"student": {"variant": "S/16", "depths": [2, 2]}}, r"student.depths has 2 entries \(2, 2\) but modules is 4"),
-        ({"student": {"width": 8}}, "student.variant is empty and student.patch_size is not set"),
+        ({"student": {"width": 8}}, "student.variant is empty and student.depth is not set"),
     ],
 )  # fmt: skip
 def test_values_that_do_not_fit_together(values, message):

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from trainer.config.data import DataConfig
-from trainer.data.sources import DIGITS_FILE, open_source
+from trainer.data.sources import DIGITS_FILE, open_source, source_of
 
 
 def picture(value: int, size: int = 8) -> Image.Image:
@@ -220,7 +220,7 @@ def test_hub_unreadable_row_is_named(tmp_path):
     content = {"image": [{"bytes": b"not an image", "path": "x.jpg"}, None], "label": [0, 1]}
     features = datasets.Features(image=datasets.Image(decode=False), label=datasets.ClassLabel(2))
     datasets.DatasetDict(train=datasets.Dataset.from_dict(content, features)).save_to_disk(tmp_path)
-    source = open_source(DataConfig(source="hub", path=str(tmp_path)), "train")
+    source = open_source(DataConfig(source="hub", path=str(tmp_path), val_share=0), "train")
     with pytest.raises(ValueError, match=r"image row 0 of hub .* train \(x.jpg\) cannot be read"):
         source.image(0)
     with pytest.raises(ValueError, match=r"image row 1 of hub .* train is empty"):
@@ -239,3 +239,111 @@ def test_hub_id_and_revision(monkeypatch):
         with pytest.raises(ValueError, match=f"data.path '{path}' cannot be loaded: FileNotFoundError: no such"):
             open_source(DataConfig(source="hub", path=path), "train")
     assert asked == [("user/birds", None), ("user/birds", "v1.0")]
+
+
+# data.source=auto: what data.path is
+
+
+def drawn(root, *splits, classes=("cat", "dog"), images=10):
+    for split in splits or ("",):
+        for label in classes:
+            for number in range(images):
+                path = root / split / label / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    return root
+
+
+def test_without_a_path_the_source_is_the_digits():
+    assert source_of(DataConfig()) == "digits"
+    assert open_source(DataConfig(), "val").origin == "embedded digits"
+
+
+@pytest.mark.parametrize("spelt", ["{}", "{}/", "{}/../my pictures", "~/my pictures", "$PICTURES", "${{PICTURES}}/"])
+def test_a_folder_of_pictures_is_found_however_it_is_spelt(tmp_path, monkeypatch, spelt):
+    root = drawn(tmp_path / "my pictures", "train", "val")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PICTURES", str(root))
+    data = DataConfig(path=spelt.format(root))
+    assert source_of(data) == "folder"
+    assert [len(open_source(data, split)) for split in ("train", "val")] == [20, 20]
+
+
+def test_what_datasets_wrote_is_left_to_datasets(tmp_path):
+    saved(tmp_path / "saved", [0, 1], [0, 1], datasets.ClassLabel(2))
+    (tmp_path / "parquet").mkdir()
+    hub_dataset([1, 0], datasets.Value("int64")).to_parquet(tmp_path / "parquet" / "train-00000-of-00001.parquet")
+    drawn(tmp_path / "described", "train")
+    (tmp_path / "described" / "train" / "metadata.csv").write_text("file_name,label\n")
+    for name in ("saved", "parquet", "described"):
+        assert source_of(DataConfig(path=str(tmp_path / name))) == "hub", name
+
+
+@pytest.mark.parametrize("name", ["uoft-cs/cifar100", "zh-plus/tiny-imagenet@main", "a_b/c.d-e"])
+def test_owner_and_name_are_a_hub_id(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert source_of(DataConfig(path=name)) == "hub"
+
+
+def test_a_path_to_nothing_is_refused_in_one_line(tmp_path):
+    drawn(tmp_path / "flowers")
+    (tmp_path / "flowers.zip").write_bytes(b"PK")
+    for path, message in (
+        ("flower", r"data\.path '.*flower' is no folder on this machine \(there is flowers\), and no hub id"),
+        ("no/where/at/all", "is no folder on this machine, and no hub id, which reads owner/name"),
+        ("flowers.zip", r"flowers\.zip' is a file, expected a folder of pictures: unpack it, and give the folder"),
+        ("flowers/cat/0.png", r"is a file, expected a folder of pictures: give the folder it lies in, '.*flowers/cat'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_source(DataConfig(path=str(tmp_path / path)), "train")
+    with pytest.raises(ValueError, match="'flowers' is no folder on this machine, and no hub id"):
+        open_source(DataConfig(path="flowers"), "train")
+    with pytest.raises(ValueError, match=r"\$NOWHERE in '\$NOWHERE/x' is not set here"):
+        open_source(DataConfig(path="$NOWHERE/x"), "train")
+
+
+@pytest.mark.parametrize("source", ["digits", "fractals"])
+def test_a_path_that_would_be_passed_over_is_refused(source, tmp_path):
+    with pytest.raises(ValueError, match=rf"data\.source is '{source}', which reads no path: set data\.source=auto"):
+        open_source(DataConfig(source=source, path=str(tmp_path)), "train")
+
+
+# data.val_share: null
+
+
+@pytest.mark.parametrize("split", ["", "train"])
+def test_a_tenth_is_held_out_where_there_is_no_validation_split(tmp_path, split, caplog):
+    data = DataConfig(path=str(drawn(tmp_path, split)))
+    train, val = open_source(data, "train"), open_source(data, "val")
+    assert (train.counts.tolist(), val.counts.tolist()) == ([9, 9], [1, 1])
+    expected = "no split 'validation': 0.1 of the training images of each class are held out"
+    assert (train.remarks, val.remarks, caplog.text.count(expected)) == ("", expected, 1)
+
+
+def test_a_set_without_validation_split_names_the_one_that_could_be_measured_on(tmp_path):
+    drawn(tmp_path / "f", "train", "Test")
+    rows = hub_dataset([i % 2 for i in range(20)], datasets.ClassLabel(2))
+    datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "h")
+    drawn(tmp_path / "p", "train")
+    assert open_source(DataConfig(path=str(tmp_path / "f")), "val").remarks.endswith(
+        "held out; data.val_split=Test would measure on Test"
+    )
+    for name in ("h", "p"):
+        for source in ("hub", "auto"):
+            assert len(open_source(DataConfig(source=source, path=str(tmp_path / name)), "val")) == 2
+
+
+def test_a_validation_split_that_is_there_or_asked_for_is_not_replaced(tmp_path):
+    drawn(tmp_path / "f", "train", "valid", images=4)
+    assert len(open_source(DataConfig(path=str(tmp_path / "f")), "val")) == 8
+    with pytest.raises(ValueError, match=r"data\.val_split 'test' is not a folder"):
+        open_source(DataConfig(path=str(tmp_path / "f"), val_split="test"), "val")
+    with pytest.raises(ValueError, match=r"data\.val_share=0\.1 to hold out"):
+        open_source(DataConfig(path=str(drawn(tmp_path / "t", "train")), val_share=0), "val")
+
+
+def test_splits_of_a_set_go_by_their_other_names_too(tmp_path):
+    made = {"training": hub_dataset([0, 1], datasets.ClassLabel(2)), "valid": hub_dataset([1], datasets.ClassLabel(2))}
+    datasets.DatasetDict(made).save_to_disk(tmp_path)
+    data = DataConfig(path=str(tmp_path))
+    assert [len(open_source(data, split)) for split in ("train", "val")] == [2, 1]

@@ -363,7 +363,7 @@ def test_variables_home_and_a_folder_with_a_dollar_in_its_name(tmp_path, monkeyp
 
 def test_a_hub_id_is_loaded_at_the_commit_it_resolved_to_first(tmp_path, monkeypatch):
     """The branch moves between two phases."""
-    monkeypatch.setattr(context, "load_teacher", lambda source: loads.append(source) or model(source))
+    monkeypatch.setattr(context, "load_teacher", lambda source, image_size: loads.append(source) or model(source))
     loads = []
     commits = ["1" * 40, "2" * 40]
 

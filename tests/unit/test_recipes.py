@@ -27,15 +27,24 @@ STUDIES = {path.name for path in (ROOT / "recipes").glob("study_*.yaml")} - {"st
 RECIPES = sorted({path.name for path in (ROOT / "recipes").glob("*.yaml")} - STUDIES)
 every_recipe = pytest.mark.parametrize("name", RECIPES)
 PHASE_SECTIONS = ("teacher", "meta", "distill", "train")
-# data.source or data.path -> classes
-CLASSES = {"digits": 10, "fractals": 100, "ILSVRC/imagenet-1k": 1000, "imagenet": 1000}
+# data.source or data.path -> classes; auto without a path is the digits
+CLASSES = {"auto": 10, "digits": 10, "fractals": 100, "pictures": 7, "ILSVRC/imagenet-1k": 1000, "imagenet": 1000}
 # parameters of teacher, meta model and student (without stitches), worked out from the sizes
 IMAGENET = (
     24 * 12_598_272 + 2_016_232,  # DeiT-III-L: a block is 12 D^2 + 13 D and two LayerScales
     24 * 12_598_272 + 2_016_232,  # the teacher is its own meta model
     86_567_656 + 12 * (7 * 4_722_432 + 8 * 768),  # ViT-B/16 with 7 more MLPs and a router in every block
 )
+# a ViT-S/14 for 7 classes at 224 pixels without its blocks: patches, class token, positions, norm, head
+AROUND_SMALL = (14 * 14 * 3 + 1) * 384 + 384 + 257 * 384 + 2 * 384 + 385 * 7
+# blocks of DINOv2-S with two LayerScales; of a student with 3 more MLPs and a router, and without LayerScale
+OWN_IMAGES = (
+    12 * (1_774_464 + 2 * 384) + AROUND_SMALL,
+    12 * (1_774_464 + 2 * 384) + AROUND_SMALL,  # the teacher is its own meta model
+    6 * (1_774_464 + 3 * 1_181_568 + 4 * 384) + AROUND_SMALL,
+)
 PARAMETERS = {
+    "own_images.yaml": OWN_IMAGES,
     "demo.yaml": (8 * 49_984 + 14_282, 4 * 49_984 + 14_282, 4 * 84_480 + 10_714),
     "study_base.yaml": (8 * 49_984 + 56_996, 8 * 49_984 + 56_996, 4 * 149_504 + 56_996),
     "vmoe_base_imagenet.yaml": IMAGENET,
@@ -69,10 +78,13 @@ def full_size(name):
         if t.source:
             assert t.source.startswith("timm/"), "teach this test to build other teachers without downloading them"
             architecture = t.source.removeprefix("timm/").split("@")[0].split(".")[0]
-            model = timm.create_model(architecture, pretrained=False)
+            arguments = {"num_classes": len(labels)}  # of a headless one: as phase probe gives it a head
+            if t.image_size:
+                arguments["img_size"] = t.image_size
+            model = timm.create_model(architecture, pretrained=False, **arguments)
         else:
             model = VisionTransformer(
-                img_size=t.image_size, patch_size=t.patch_size, embed_dim=t.width, depth=t.depth, num_heads=t.heads,
+                img_size=t.trained_size, patch_size=t.patch_size, embed_dim=t.width, depth=t.depth, num_heads=t.heads,
                 mlp_ratio=t.mlp_dim / t.width, num_classes=len(labels),
             )  # fmt: skip
     preprocessing = Preprocessing(model.patch_embed.img_size[0], (0.5,) * 3, (0.5,) * 3, "bicubic")

@@ -99,8 +99,7 @@ def bad(arguments):
     "arguments, said",
     [
         ([], "--out is missing: give the folder of the run"),
-        (["--out", "x"], "--recipe, --ds_config and --phase are needed (or --config"),
-        (["--out", "x", *START], "--recipe, --ds_config and --phase are needed"),
+        (["--out", "x"], "--recipe is needed (or --config"),
         (["--out", "x", *START, "--phase", "distil"], "there is no phase distil. Did you mean distill?"),
         (["--out", "x", *START, "--phase"], "argument --phase: expected one argument"),
         (["--out", "x", *START, "--phase", "meta", "--phas=e"], "unknown flag --phas=e. Did you mean --phase?"),
@@ -135,6 +134,12 @@ def test_the_module(phase, module, expected):
     job = read(arguments)
     assert (job.phase, job.module) == (phase, expected)
     assert job.modules == ([3] if expected == 3 else [0, 1, 2, 3])
+
+
+def test_without_phase_and_ds_config_the_whole_chain_runs_on_one_machine():
+    job = read(["--recipe", ROOT / "recipes/demo.yaml", "--out", "x", "ds.bf16.enabled=true"])
+    assert job.phase == "all"
+    assert job.ds_values == read_ds_config(ROOT / "ds_configs/one_machine.json") | {"bf16": {"enabled": True}}
 
 
 def test_overrides_may_stand_anywhere():

@@ -52,7 +52,7 @@ def _open_all(recipe: Recipe) -> None:
     from trainer.teaching.families import family_of
 
     if recipe.teacher.source:
-        load_teacher(recipe.teacher.source)
+        load_teacher(recipe.teacher.source, image_size=recipe.teacher.image_size)
     if recipe.student.init not in ("", "teacher"):  # a dense ViT
         load_teacher(recipe.student.init)
     if recipe.train.init:

@@ -13,13 +13,14 @@ from trainer.cli import manual
 from trainer.cli.replay import Saved, read_saved
 from trainer.config.ds_config import ds_origins, read_ds_config
 from trainer.config.load import all_keys, close, load_recipe, origins
-from trainer.request.graph import phase_help
+from trainer.request.graph import ALL, phase_help
 from trainer.request.job import Job
 
 # flags that a command needs; others have no meaning for it
 COMMAND_FLAGS = {"inspect": (), "export": ("out",), "import": ("layout", "out")}
 IMPORT_SETTINGS = ("heads", "k")  # whole numbers behind the path
-NEEDED = "--recipe, --ds_config and --phase are needed (or --config OUT/PHASE/config.yaml, or OUT, to repeat a run)"
+NEEDED = "--recipe is needed (or --config OUT/PHASE/config.yaml, or OUT, to repeat a run)"
+DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs/one_machine.json"  # where none is given
 
 
 class _Parser(argparse.ArgumentParser):
@@ -33,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
     """Every flag with its line of help."""
     flags = _Parser(
         prog="trainer/run.py",
-        usage="deepspeed --num_gpus N trainer/run.py --recipe R --ds_config J --phase P --out OUT [KEY=VALUE ...]\n"
+        usage="deepspeed --num_gpus N trainer/run.py --recipe R [--ds_config J] [--phase P] --out OUT [KEY=VALUE ...]\n"
         "       trainer/run.py inspect|export|import ... (below)",
         description="m2mKD: teach a modular student module by module, then train it end to end.",
         epilog=manual.overview(),
@@ -42,8 +43,8 @@ def parser() -> argparse.ArgumentParser:
         add_help=False,
     )
     flags.add_argument("--recipe", help="recipes/*.yaml: what is trained")
-    flags.add_argument("--ds_config", help="ds_configs/*.json: how it is spread over ranks")
-    flags.add_argument("--phase", help=", ".join(phase_help()))
+    flags.add_argument("--ds_config", help=f"ds_configs/*.json: how it is spread over ranks (default {DS_CONFIG.name})")
+    flags.add_argument("--phase", help=f"{', '.join(phase_help())} (default)")
     flags.add_argument("--module", help="phases that go by module (distill, ...): module 0..N-1, or all (default)")
     flags.add_argument("--expert", help="phase expert: expert 0..E-1 of the module, or all (default)")
     flags.add_argument("--out", help="folder of the run; phases find each other's results there")
@@ -111,12 +112,12 @@ def read_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:
         module = saved.module if options.module is None else options.module
         expert = saved.expert if options.expert is None else options.expert
         return Job.checked(saved.recipe, saved.ds_values, phase, module, out, command, expert)
-    if not (options.recipe and options.ds_config and options.phase):
+    if not options.recipe:
         raise ValueError(NEEDED)
     recipe_words, ds_words = _overrides(options)
     recipe = load_recipe(options.recipe, recipe_words)
-    ds_values = read_ds_config(options.ds_config, ds_words)
-    return Job.checked(recipe, ds_values, options.phase, options.module, out, command, options.expert)
+    ds_values = read_ds_config(options.ds_config or DS_CONFIG, ds_words)
+    return Job.checked(recipe, ds_values, options.phase or ALL, options.module, out, command, options.expert)
 
 
 def read_command(options: argparse.Namespace) -> tuple[str, Path, Path | None, dict[str, Any]] | None:

@@ -77,7 +77,7 @@ def overview() -> str:
     exit_codes = "\n".join(f"  {code:<4}{meaning}" for code, meaning in EXIT_CODES.items())
     return f"""commands (no recipe needed):
 {commands}
-overrides: section.key=value changes the recipe, ds.section.key=value the DeepSpeed JSON.
+overrides: section.key=value changes the recipe, ds.section.key=value the DeepSpeed JSON; epochs=n those of every phase.
 every key with its type and default: --help SECTION, one of
   {", ".join([*sections(), DS])}, all
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.ds_config import read_ds_config
-from trainer.config.load import build, first_difference, read_yaml, to_dict
+from trainer.config.load import build_recorded, first_difference, read_yaml, to_dict
 from trainer.config.recipe import Recipe
 
 
@@ -74,7 +74,7 @@ def _read(path: Path) -> Saved:
     if not isinstance(saved["ds_config"], dict):
         raise ValueError(f"{path} is not a saved configuration: its ds_config is not a section")
     return Saved(
-        recipe=build(Recipe, saved["recipe"]),
+        recipe=build_recorded(saved["recipe"]),
         ds_values=read_ds_config(saved["ds_config"]),
         phase=str(saved["phase"]),
         module=saved.get("module"),

@@ -7,6 +7,8 @@ from typing import Literal
 
 from trainer.config.knobs import MANY, SEEDS, SHARE, Range, check_ranges, knob, require, section
 
+VALIDATION = "validation"  # the split to measure on where nobody names one
+HELD_OUT = 0.1  # share of the training images where nobody has set one and there is no validation split
 TRANSFORM_SETS = ("tweights", "t3a", "t3aw")  # what timm's RandAugment strings may name instead of a number
 
 
@@ -38,19 +40,22 @@ class FractalConfig:
 class DataConfig:
     """Where images come from."""
 
-    source: Literal["digits", "fractals", "folder", "hub"] = knob(
-        "digits", "embedded digits, procedural fractals, an ImageFolder, or `datasets`"
+    source: Literal["auto", "digits", "fractals", "folder", "hub"] = knob(
+        "auto",
+        "embedded digits, procedural fractals, an ImageFolder, or `datasets`; auto = what data.path names: a folder of "
+        "pictures, a folder that `datasets` wrote, or a hub id; without data.path the digits",
     )
     path: str = knob("", "folder (source folder), or hub id[@revision] / local path (source hub)")
     image_key: str = knob("image", "column with the image (source hub)")
     label_key: str = knob("label", "column with the label (source hub)")
     config: str = knob("", "configuration (subset) of a data set that has several (source hub); empty = its only one")
     train_split: str = knob("train", "split or sub-folder for training")
-    val_split: str = knob("validation", "split or sub-folder for evaluation")
-    val_share: float = knob(
-        0.0,
+    val_split: str = knob(VALIDATION, "split or sub-folder for evaluation")
+    val_share: float | None = knob(
+        None,
         "share of the training images of each class that is held out for evaluation, always the same ones, where the "
-        "data has no validation split (sources folder and hub); 0 = val_split is the validation split",
+        "data has no validation split (sources folder and hub); null = 0.1 where nobody has named one and there is "
+        "none, which a line says; 0 = val_split is the validation split",
         Range(0, 1, open_most=True),
     )
     workers: int = knob(0, "data loading processes per rank", Range(0, 1024))
@@ -65,11 +70,14 @@ class DataConfig:
         if self.source in ("folder", "hub") and not self.path:
             raise ValueError(f"data.source is {self.source!r} but data.path is empty: set data.path=FOLDER_OR_HUB_ID")
         check_ranges(self, "data.")
-        if self.source not in ("folder", "hub"):
-            expected = f"0 with data.source={self.source}, which brings its own validation images"
+        source = self.source
+        if source == "auto" and not self.path:
+            source = "digits"
+        if source in ("digits", "fractals"):
+            expected = f"0 with data.source={source}, which brings its own validation images"
             require(not self.val_share, "data.val_share", self.val_share, expected)
-        if self.config and self.source != "hub":
-            require(False, "data.config", self.config, f"none with data.source={self.source}: only source hub has them")
+        if self.config and source not in ("hub", "auto"):
+            require(False, "data.config", self.config, f"none with data.source={source}: only source hub has them")
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,14 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer.config.knobs import shown
+from trainer.config.knobs import require, shown
 from trainer.config.recipe import Recipe
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # NUL, line breaks and their like
+
+EPOCHS = "epochs"  # of one section, and beside the sections of all that train
+
+EPOCHS_OF = ("teacher", "meta", "distill", "expert", "refine", "train")
 
 # origins of a value beside the files it may come from
 DEFAULT = "default"
@@ -34,6 +38,9 @@ COMMAND_LINE = "command line"
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), **sections: Any) -> Recipe:
     """Read a recipe, apply what it extends and then the changes, and check everything.
 
+    Beside the sections a recipe may say `epochs: n`: that many in each of EPOCHS_OF that is not turned off (0), but for
+    those that the same file, or the same command line, gives epochs of their own.
+
     Args:
         path: YAML file; `extends: other.yaml` (relative to it) names one recipe it starts from.
         overrides: "section.key=value" strings as on the command line, the value read as YAML.
@@ -42,11 +49,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), **sections: Any
     Raises:
         ValueError: no such file, unknown key (the close ones are named), wrong type, or a value out of range.
     """
-    layers = [values for _, values in _layers(Path(path))]
-    merged = functools.reduce(_merge, layers, {})
-    for text in overrides:
+    merged: dict[str, Any] = {}
+    for _, values in _layers(Path(path)):
+        merged = _merge(merged, values)
+    for text in _with_epochs_spread(overrides, merged):
         _apply_override(merged, text)
-    return build(Recipe, _merge(merged, sections))
+    return build(Recipe, _merge(merged, _epochs_spread(sections, merged)))
 
 
 def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
@@ -56,11 +64,13 @@ def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
         ValueError: the files cannot be read; the keys themselves are checked by load_recipe.
     """
     origin = dict.fromkeys(all_keys(Recipe), DEFAULT)
+    merged: dict[str, Any] = {}
     for file, values in _layers(Path(path)):
+        merged = _merge(merged, values)
         for key in origin:
             if _has(values, key.split(".")):
                 origin[key] = file.name
-    for text in overrides:
+    for text in _with_epochs_spread(overrides, merged):
         names, _ = parse_override(text)
         origin[".".join(names)] = COMMAND_LINE
     return origin
@@ -82,6 +92,22 @@ def build(cls: type, values: dict[str, Any], where: str = "") -> Any:
         if key not in hints:
             raise ValueError(f"unknown key {where}{key}. {_close_keys(where, str(key), cls)}")
     return cls(**{key: _convert(value, hints[key], where + key) for key, value in values.items()})
+
+
+def build_recorded(values: dict[str, Any]) -> Recipe:
+    """The recipe of a config.yaml that a run wrote, also one of an older version.
+
+    Args:
+        values: its section recipe, as read.
+
+    Raises:
+        ValueError: see build.
+    """
+    teacher = values.get("teacher") if isinstance(values, dict) else None
+    if isinstance(teacher, dict) and teacher.get("source") and "head" not in teacher:
+        # before teacher.head there was, image_size meant nothing beside teacher.source: the checkpoint's own was used
+        values = values | {"teacher": teacher | {"image_size": None}}
+    return build(Recipe, values)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -249,9 +275,54 @@ def _layers(path: Path, extended_by: tuple[Path, ...] = ()) -> list[tuple[Path, 
     if not isinstance(values, dict):
         raise ValueError(f"recipe {path} must hold sections of keys, got {type(values).__name__}")
     parent = values.pop("extends", None)
-    if parent is None:
-        return [(path, values)]
-    return [*_layers(path.parent / str(parent), (*extended_by, path)), (path, values)]
+    below = _layers(path.parent / str(parent), (*extended_by, path)) if parent is not None else []
+    merged = functools.reduce(_merge, [layer for _, layer in below], {})
+    return [*below, (path, _epochs_spread(values, merged))]
+
+
+def _epochs_spread(values: dict[str, Any], below: dict[str, Any]) -> dict[str, Any]:
+    """Values whose `epochs` of all phases stand in the sections that train.
+
+    Args:
+        below: what the values are put on.
+
+    Raises:
+        ValueError: no number of epochs.
+    """
+    if EPOCHS not in values:
+        return values
+    epochs = values[EPOCHS]
+    is_number = isinstance(epochs, int) and not isinstance(epochs, bool) and epochs >= 1
+    require(is_number, EPOCHS, epochs, "a whole number from 1, the epochs of every phase that trains")
+    spread = {}
+    for name in EPOCHS_OF:
+        section = values.get(name)
+        has_own = isinstance(section, dict) and EPOCHS in section
+        before = below.get(name)
+        if isinstance(before, dict) and EPOCHS in before:
+            is_on = before[EPOCHS] != 0
+        else:
+            is_on = name != "refine"  # which is off by default
+        if is_on and not has_own:
+            spread[name] = {EPOCHS: epochs}
+    return _merge({key: value for key, value in values.items() if key != EPOCHS}, spread)
+
+
+def _with_epochs_spread(overrides: Sequence[str], below: dict[str, Any]) -> list[str]:
+    """Overrides with those of the sections that train in place of `epochs=n`."""
+    words, epochs, sections = [], {}, {}
+    for text in overrides:
+        names, value = parse_override(text)
+        if names == [EPOCHS]:
+            epochs = {EPOCHS: value}
+            continue
+        words.append(text)
+        if len(names) == 2 and names[1] == EPOCHS:
+            sections[names[0]] = {EPOCHS: value}
+    for name, section in _epochs_spread(sections | epochs, below).items():
+        if name not in sections:
+            words.append(f"{name}.{EPOCHS}={section[EPOCHS]}")
+    return words
 
 
 def _has(values: Any, keys: list[str]) -> bool:

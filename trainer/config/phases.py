@@ -15,6 +15,8 @@ EPOCHS = Range(1, MANY)
 OFF_OR_EPOCHS = Range(0, MANY)  # of the two rounds of teaching: 0 epochs turn one of them off
 TEMPERATURE = Range(0.001, 1000.0)
 SIZE = Range(1, 100_000)  # of a model: widths, pixels
+PIXELS = Range(1, 4096)  # a side of the images a teacher sees: the largest ViT of the hub takes 1,024
+TRAINED_SIZE = 32  # pixels, of a teacher that is trained here
 DEPTH = Range(1, 1000)  # blocks; models of more take minutes to be laid out
 
 
@@ -83,7 +85,12 @@ class TeacherConfig(ScheduleConfig):
     depths: tuple[int, ...] = knob(
         (), "blocks per module; empty = as equal as possible over `modules`", Range(1, 100_000)
     )
-    image_size: int = knob(32, "of a trained teacher, pixels", SIZE)
+    image_size: int | None = knob(
+        None,
+        f"side of the images, pixels; null = the checkpoint's own, or {TRAINED_SIZE} for a teacher that phase teacher "
+        "trains. Position embeddings are resampled",
+        PIXELS,
+    )
     patch_size: int = knob(8, "of a trained teacher, pixels", SIZE)
     width: int = knob(64, "of a trained teacher", SIZE)
     depth: int = knob(8, "of a trained teacher, blocks", DEPTH)
@@ -94,9 +101,14 @@ class TeacherConfig(ScheduleConfig):
         super().__post_init__()
         if not self.source:
             check_heads("teacher", self.width, self.heads)
-            expected = f"a divisor of teacher.image_size={self.image_size}"
-            require(self.image_size % self.patch_size == 0, "teacher.patch_size", self.patch_size, expected)
+            expected = f"a divisor of teacher.image_size={self.trained_size}"
+            require(self.trained_size % self.patch_size == 0, "teacher.patch_size", self.patch_size, expected)
         self._check_head()
+
+    @property
+    def trained_size(self) -> int:
+        """image_size of a teacher that is trained here, pixels."""
+        return self.image_size or TRAINED_SIZE
 
     def _check_head(self) -> None:
         """Only a teacher that is given can be probed; classes say how its own head is read."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from trainer.config.knobs import WEIGHT, Range, check_heads, check_ranges, knob, require, section
 
+LIKE_TEACHER = "teacher"  # a variant: sizes as trainer/teaching/sizes.py takes them from the teacher
 CAPACITY = Range(0, 10_000, open_least=True)  # slots per expert, in equal shares
 
 
@@ -44,8 +45,14 @@ class MoEConfig:
 class StudentConfig:
     """The modular student, a V-MoE. Image size, channels and classes come from the teacher and the data."""
 
-    variant: str = knob("", "S/16, B/16, L/16, H/14 or m2mkd-B/16 ...; fills the sizes below where they are null")
-    patch_size: int | None = knob(None, "pixels; null = the variant's", Range(1, 100_000))
+    variant: str = knob(
+        "",
+        "fills the sizes below where they are null: S/16, B/16, L/16, H/14, m2mkd-B/16 ...; the same without a patch "
+        "size, as B; or teacher = the teacher's own with half its blocks",
+    )
+    patch_size: int | None = knob(
+        None, "pixels; null = the variant's, or the teacher's where it has none", Range(1, 100_000)
+    )
     width: int | None = knob(None, "null = the variant's", Range(1, 100_000))
     depth: int | None = knob(None, "blocks; null = the variant's", Range(1, 1000))
     heads: int | None = knob(None, "null = the variant's", Range(1, 100_000))
@@ -89,7 +96,7 @@ class StudentConfig:
     def __post_init__(self):
         check_ranges(self, "student.")
         open_sizes = []  # left to the variant
-        for name in ("patch_size", "width", "depth", "heads", "mlp_dim"):
+        for name in ("width", "depth", "heads", "mlp_dim"):
             size = getattr(self, name)
             if size is None:
                 open_sizes.append(name)

@@ -4,9 +4,12 @@ A source is random access (`image(i)`, `label(i)`), because a map-style source w
 a streamed one with a shuffle buffer does not. Images are decoded by decode.py for every source alike.
 """
 
+import difflib
 import itertools
 import logging
 import os
+import re
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from PIL import Image
 
 from models.files.places import expanded
 from models.labels import tidy
-from trainer.config.data import DataConfig
+from trainer.config.data import HELD_OUT, VALIDATION, DataConfig
 from trainer.data.base import ImageSource
 from trainer.data.classes import checked_names, held_out, labels_and_targets, refuse_differing_folders
 from trainer.data.decode import EXTENSIONS, SKIP_HINT, UnreadableImageError, decode, opened
@@ -25,8 +28,10 @@ from trainer.data.walk import (
     Tally,
     class_folders,
     flat_pictures,
+    is_dataset_folder,
     is_flat,
     is_picture_folder,
+    other_names,
     pictures,
     split_folder,
 )
@@ -34,6 +39,8 @@ from trainer.data.walk import (
 logger = logging.getLogger(__name__)
 DIGITS_FILE = Path(__file__).with_name("digits.npz")  # see DIGITS.md
 SPLITS = ("train", "val")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@\S+)?")  # owner/name, with a revision perhaps
+PACKED = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
 
 def open_source(data: DataConfig, split: str, *, labels_needed: bool = True) -> ImageSource:
@@ -49,9 +56,49 @@ def open_source(data: DataConfig, split: str, *, labels_needed: bool = True) -> 
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}.")
     data = replace(data, path=expanded(data.path))
+    data = replace(data, source=source_of(data))
+    others = _without_validation(data) if data.val_share is None else None
     if data.val_share:
         return _held_out(data, split, labels_needed)
-    return _SOURCES[data.source](data, split, labels_needed)
+    if others is None:
+        return _SOURCES[data.source](data, split, labels_needed)
+    source = _held_out(replace(data, val_share=HELD_OUT), split, labels_needed)
+    instead = f"; data.val_split={others[0]} would measure on {others[0]}" if others else ""
+    remark = f"no split {data.val_split!r}: {HELD_OUT:g} of the training images of each class are held out{instead}"
+    if split == "val":  # once, of both sides
+        source.remarks = remark
+        logger.warning("%s: %s", source.name, remark)
+    return source
+
+
+def source_of(data: DataConfig) -> str:
+    """The kind of source that the recipe names, or that data.path is: digits, fractals, folder or hub.
+
+    Raises:
+        ValueError: data.path is nothing that can be read, or is given beside a source that reads none.
+    """
+    if data.source in ("digits", "fractals"):
+        if data.path:
+            raise ValueError(
+                f"data.path is {data.path!r}, but data.source is {data.source!r}, which reads no path: set "
+                "data.source=auto for the images of data.path, or data.path= for none"
+            )
+        return data.source
+    if data.source != "auto":
+        return data.source
+    if not data.path:
+        return "digits"
+    path = Path(expanded(data.path))
+    if path.is_dir():
+        return "hub" if is_dataset_folder(path) else "folder"
+    if path.exists():
+        raise ValueError(f"data.path {data.path!r} is a file, expected a folder of pictures: {_unpacked(path)}")
+    if HUB_ID.fullmatch(data.path):
+        return "hub"
+    raise ValueError(
+        f"data.path {data.path!r} is no folder on this machine{_names_there(path)}, and no hub id, which reads "
+        "owner/name: give the folder that holds the pictures, or a hub id"
+    )
 
 
 class DigitsSource(ImageSource):
@@ -132,6 +179,7 @@ class HubSource(ImageSource):
         import datasets
 
         splits, self.origin = load_splits(data.path, data.config)
+        data = _as_named_there(data, splits)
         name = _name_of(split, data)
         for key, split_name in (("data.train_split", data.train_split), (f"data.{split}_split", name)):
             if split_name not in splits:
@@ -220,6 +268,24 @@ def _hub(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
     return FolderSource(data, split, labels_needed)
 
 
+def _without_validation(data: DataConfig) -> list[str] | None:
+    """None where there is a validation split, or one is asked for by name; else the splits that could stand for it."""
+    if data.source in ("digits", "fractals") or data.val_split not in ("", VALIDATION):
+        return None
+    root = Path(data.path)
+    if data.source == "folder" and not root.is_dir():
+        return None
+    if root.is_dir() and (data.source == "folder" or is_picture_folder(root, data.train_split)):
+        names = [entry.name for entry in root.iterdir() if entry.is_dir()]
+    else:
+        names = list(load_splits(data.path, data.config)[0])
+    if data.val_split in names or other_names(data.val_split, names):
+        return None
+    kinds = set(itertools.chain.from_iterable(SPLIT_NAMES))
+    train_names = {data.train_split, *other_names(data.train_split, names)}
+    return sorted(name for name in names if name.lower() in kinds and name not in train_names)
+
+
 def _held_out(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
     """One side of the training split, of which data.val_share of each class is validation; then data.limit.
 
@@ -262,6 +328,22 @@ def _without_split_folders(data: DataConfig, labels_needed: bool) -> DataConfig:
     return data
 
 
+def _unpacked(path: Path) -> str:
+    """What to do with a file that stands where a folder is expected."""
+    if path.suffix.lower() in PACKED:
+        return "unpack it, and give the folder"
+    return f"give the folder it lies in, {str(path.parent)!r}"
+
+
+def _names_there(path: Path) -> str:
+    """The folders beside a path that is not there, of which one may have been meant."""
+    if not path.parent.is_dir():
+        return ""
+    folders = [entry.name for entry in path.parent.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    near = difflib.get_close_matches(path.name, folders, n=3)
+    return f" (there is {', '.join(near)})" if near else ""
+
+
 def _unused_split(data: DataConfig) -> str:
     unused = "'data.val_split=\"\"'"  # quoted twice: a shell takes one pair away, and YAML reads nothing as null
     return f"a split {data.val_split!r}: set data.val_share=0 to use it, or {unused} to leave it unused."
@@ -283,6 +365,17 @@ _SOURCES = {"digits": _digits, "fractals": _fractals, "folder": FolderSource, "h
 def _beginning(path: str, limit: int) -> bytes:
     with opened(path) as file:
         return file.read(limit)
+
+
+def _as_named_there(data: DataConfig, splits: Iterable[str]) -> DataConfig:
+    """The same data with the names that its splits have there, where those are other names of the same (walk.py)."""
+    named = {}
+    for key in ("train_split", "val_split"):
+        split = getattr(data, key)
+        meant = other_names(split, splits)
+        if split not in splits and len(meant) == 1:
+            named[key] = meant[0]
+    return replace(data, **named)
 
 
 def _name_of(split: str, data: DataConfig) -> str:

@@ -9,7 +9,7 @@ files beside the class folders.
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,13 +83,18 @@ def split_folder(root: Path, split: str, key: str) -> str:
     if not os.path.isdir(root):
         raise ValueError(f"data.path {root} is not a folder: give the one that holds the splits.")
     folders = sorted(entry.name for entry in _entries(root) if _is_folder(entry))
-    names = next((row for row in SPLIT_NAMES if split.lower() in row), ())
-    meant = [name for name in folders if name.lower() in names]
+    meant = other_names(split, folders)
     if len(meant) == 1:
         return meant[0]
     several = f", {' and '.join(meant)} could each be meant" if meant else ""
     hint = HELD_OUT_HINT if key == "data.val_split" else CLASSES_HINT
     raise ValueError(f"{key} {split!r} is not a folder in {root}{several}; folders there: {listed(folders)}.{hint}")
+
+
+def other_names(split: str, names: Iterable[str]) -> list[str]:
+    """Those of `names` by which a split is known as well (SPLIT_NAMES), in any case."""
+    known = next((row for row in SPLIT_NAMES if split.lower() in row), ())
+    return [name for name in names if name.lower() in known]
 
 
 def class_folders(folder: Path, tally: Tally) -> list[str]:
@@ -168,33 +173,39 @@ def pictures(folder: Path, classes: list[str], tally: Tally) -> dict[str, list[b
 
 
 def is_picture_folder(root: Path, train_split: str) -> bool:
-    """Whether a local path holds pictures in class folders and nothing else for `datasets` to read.
-
-    It does not when it was written by save_to_disk, or has metadata files, a README.md that says how it is read,
-    parquet or arrow files.
-    """
-    if not os.path.isdir(root) or _holds_any(root, SAVED):
+    """Whether a local path holds pictures in class folders and nothing else for `datasets` to read."""
+    if not os.path.isdir(root) or is_dataset_folder(root):
         return False
     try:
         train = root / split_folder(root, train_split, "data.train_split")
         classes = class_folders(train, Tally())
     except ValueError:  # laid out in another way, which `datasets` may know
         return False
+    if any(_holds_any(train / label, METADATA) for label in classes):
+        return False
+    read_already = set()
+    walks = [_walk(train / label, label, Tally(), read_already) for label in classes]
+    return any(names for _, names in itertools.chain.from_iterable(walks))
+
+
+def is_dataset_folder(root: Path) -> bool:
+    """Whether a folder has files that only `datasets` reads.
+
+    Written by save_to_disk, or metadata files, parquet or arrow files in it or in a folder of it, or a README.md that
+    says how it is read.
+    """
+    if _holds_any(root, SAVED):
+        return True
     upper_folders = [root]
     for entry in _entries(root):
         if _is_folder(entry) and not _is_hidden(entry.name):
             upper_folders.append(Path(entry.path))
     for folder in upper_folders:
-        if any(entry.name.endswith((".parquet", ".arrow")) for entry in _entries(folder)):
-            return False
-    for folder in [*upper_folders, *(train / label for label in classes)]:
         if _holds_any(folder, METADATA):
-            return False
-    if _card_says_how(root / "README.md"):
-        return False
-    read_already = set()
-    walks = [_walk(train / label, label, Tally(), read_already) for label in classes]
-    return any(names for _, names in itertools.chain.from_iterable(walks))
+            return True
+        if any(entry.name.endswith((".parquet", ".arrow")) for entry in _entries(folder)):
+            return True
+    return _card_says_how(root / "README.md")
 
 
 def _walk(

@@ -145,10 +145,11 @@ def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float]) -> str:
     task = _task(measured)
     dataset = None
     revision = None
-    if recipe.data.source == "hub":
+    source = _source(recipe.data)
+    if source == "hub":
         dataset, revision = hub_id(recipe.data.path) or (None, None)
     kinds = {"digits": "digits", "fractals": "fractals", "folder": "imagefolder"}
-    kind = kinds.get(recipe.data.source, dataset or "datasets")
+    kind = kinds.get(source, dataset or "datasets")
     results = []
     for metric, value in measured.items():
         result = EvalResult(
@@ -205,21 +206,31 @@ def _what(recipe: Recipe, config: Mapping[str, Any], student: PhaseRecord) -> st
 
 def _data_name(data: DataConfig) -> str:
     """What the images are called, without the path of the machine they lie on."""
-    if data.source == "digits":
+    source = _source(data)
+    if source == "digits":
         return "handwritten digits of scikit-learn (8x8)"
-    if data.source == "fractals":
+    if source == "fractals":
         return f"procedural fractals ({data.fractals.classes} classes, {data.fractals.size} px)"
     dataset = hub_id(data.path)
-    if data.source == "hub" and dataset:
+    if source == "hub" and dataset:
         return dataset[0]
     return Path(data.path).name
+
+
+def _source(data: DataConfig) -> str:
+    """data.source, and what auto was: the digits, a hub id, or a folder."""
+    if data.source != "auto":
+        return data.source
+    if not data.path:
+        return "digits"
+    return "hub" if hub_id(data.path) else "folder"
 
 
 def _data(data: DataConfig, config: Mapping[str, Any]) -> str:
     name = _data_name(data)
     where = ""
     dataset = hub_id(data.path)
-    if data.source == "hub" and dataset:
+    if _source(data) == "hub" and dataset:
         name, revision = dataset
         where = f" at revision `{revision}`" if revision else ""
         name = f"[{name}](https://huggingface.co/datasets/{name})"

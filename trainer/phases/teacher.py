@@ -51,4 +51,4 @@ def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
 
 def _tokens(run: Run) -> int:
     t = run.recipe.teacher
-    return (t.image_size // t.patch_size) ** 2 + 1
+    return (t.trained_size // t.patch_size) ** 2 + 1

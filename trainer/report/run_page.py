@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from trainer.config.student import LIKE_TEACHER
 from trainer.report.charts import BarChart, Beginning, Line, LineChart, LoadMap, in_flop_units
 from trainer.report.classes import classes_section, routing_section
 from trainer.report.data import (
@@ -209,15 +210,18 @@ def _about(phases: Mapping[str, PhaseRecord]) -> str:
     candidates = (phases["train"], *phases.values())
     record = next((record for record in candidates if record.config.get("recipe")), phases["train"])
     data = "the embedded digits"
-    if record.recipe("data", "source") != "digits":
-        path = record.recipe("data", "path") or "unknown data"
+    path = record.recipe("data", "path")
+    if path or record.recipe("data", "source") not in ("digits", "auto"):
+        path = path or "unknown data"
         data = f"<b>{escape(str(path))}</b>"
     teacher = "a small teacher trained here"
     source = record.recipe("teacher", "source")
     if source:
         teacher = f"teacher <b>{escape(str(source))}</b>"
     variant = record.recipe("student", "variant")
-    if not variant:
+    if variant == LIKE_TEACHER:
+        variant = "half its teacher's blocks"
+    elif not variant:
         variant = f"{record.recipe('student', 'depth') or '?'} blocks"
     experts = record.recipe("student", "moe", "num_experts")
     k = record.recipe("student", "moe", "k")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainer.config.phases import STARTS
+from trainer.config.phases import STARTS, TRAINED_SIZE
 from trainer.config.recipe import Recipe
 
 ALL = "all"  # --phase all: every phase that takes part, one after another
@@ -23,7 +23,7 @@ OF_STUDENT = (*OF_META, "distill", "expert", "student")
 OF_TRAINING = (*OF_STUDENT, "refine", "train")
 # ... but for these keys of them. Where data and teacher lie defines nothing: what is there does (trainer/made_of.py)
 NOT_DEFINING = {
-    "data": ("path", "workers", "fractals.cache"),
+    "data": ("path", "val_share", "workers", "fractals.cache"),
     "teacher": ("source", "allow_chance"),
     "train": ("start", "baselines"),
 }
@@ -441,11 +441,23 @@ def defining(recipe: dict[str, Any], name: str) -> dict[str, Any]:
             without = NOT_DEFINING.get(section, ())
             if phase == section == "teacher":
                 without = (*without, "depths")  # it is cut into modules later
-            value = _without(value, without)
+            value = defining_images(value) if section == "data" else _without(value, without)
             if section == "teacher":
                 value["given"] = bool(recipe["teacher"]["source"])
+                if not value["given"]:
+                    value["image_size"] = value["image_size"] or TRAINED_SIZE
         kept[section] = value
     return kept
+
+
+def defining_images(data: dict[str, Any]) -> dict[str, Any]:
+    """Section data as far as it defines a result: of the ways to read data.path, none does."""
+    kind = data["source"]
+    if kind in ("folder", "hub") or (kind == "auto" and data["path"]):
+        kind = "the images of data.path"
+    elif kind == "auto":
+        kind = "digits"
+    return _without(data, NOT_DEFINING["data"]) | {"source": kind}
 
 
 def _without(section: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:

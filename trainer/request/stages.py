@@ -112,7 +112,7 @@ def _one_after_another(
 def hub_names(recipe: Recipe) -> list[str]:
     """What has to be downloaded before compute nodes can work offline."""
     names = [recipe.teacher.source]
-    if recipe.data.source == "hub":
+    if recipe.data.source in ("hub", "auto"):
         names.append(recipe.data.path)
     names += [recipe.meta.source, recipe.distill.source]
     if recipe.student.init != "teacher":

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from models.files.hub import CheckpointFiles, Weights
 from models.labels import Match, match_classes, refuse_other_classes
 from models.teacher.classes import put_in_order
 from trainer import artifacts, disk
-from trainer.config.load import build, module_depths, read_yaml
+from trainer.config.load import build_recorded, module_depths, read_yaml
 from trainer.config.recipe import Recipe
 from trainer.context import Run
 from trainer.teaching import bases
 from trainer.teaching.families import family_of
 from trainer.teaching.meta import new_meta
+from trainer.teaching.sizes import like_saved
 from trainer.teaching.students import config_for, student_config, student_modules
 from trainer.tracking.measures import measure_of
 
@@ -117,7 +119,8 @@ def _initial_config(run: Run) -> tuple[Any, Match | None]:
         raise ValueError(f"{files} does not say what its images must look like: save it with its preprocessing")
     drop_path = run.recipe.train.drop_path
     width = 0 if run.classifies else run.teacher.model.embed_dim
-    wanted = config_for(run.recipe, len(run.classes), drop_path, saved.image_size, saved.in_chans, saved.tokens, width)
+    recipe = replace(run.recipe, student=like_saved(run.recipe.student, saved))
+    wanted = config_for(recipe, len(run.classes), drop_path, saved.image_size, saved.in_chans, saved.tokens, width)
     config = wanted.on_weights_of(saved, f"train.init {files}")
     if not run.classifies:
         return config, None
@@ -206,7 +209,7 @@ class _Artifact:
         if path is None:
             raise ValueError(f"{self.files} has no config.yaml: expected a finished {self.name} of a run")
         try:
-            return build(Recipe, read_yaml(path.read_text(), "it")["recipe"])
+            return build_recorded(read_yaml(path.read_text(), "it")["recipe"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"config.yaml of {self.files} holds no recipe this version reads: {error}") from None
 

@@ -13,7 +13,7 @@ from models.modules.tokens import TokenLayout, token_layout
 from trainer.config.load import module_depths, to_dict
 from trainer.config.recipe import Recipe
 from trainer.context import Run
-from trainer.teaching import upcycling
+from trainer.teaching import sizes, upcycling
 from trainer.teaching.families import family_of
 from trainer.teaching.meta import border_bases
 
@@ -29,7 +29,7 @@ def student_config(run: Run, drop_path: float = 0.0, recipe: Recipe | None = Non
         start = token_layout(upcycling.dense_start(run).model)
         tokens = replace(tokens, rope=start.rope, rotary=start.rotary)
     return config_for(
-        recipe or run.recipe,
+        following_teacher(recipe or run.recipe, run),
         len(run.classes),
         drop_path,
         images.image_size,
@@ -37,6 +37,19 @@ def student_config(run: Run, drop_path: float = 0.0, recipe: Recipe | None = Non
         tokens,
         run.teacher.model.embed_dim,
     )
+
+
+def following_teacher(recipe: Recipe, run: Run) -> Recipe:
+    """A recipe whose student has the sizes that it left to this run's teacher.
+
+    Raises:
+        ValueError: sizes that do not fit together, or patches that do not divide the images.
+    """
+    teacher, image_size = run.teacher, run.teacher.preprocessing.image_size
+    student = sizes.like_teacher(recipe.student, teacher.model, recipe.modules)
+    if image_size % (sizes.patch_size(student) or 1):
+        sizes.check_patches(student, teacher.model, teacher.source, image_size)
+    return replace(recipe, student=student)
 
 
 def config_for(
@@ -90,6 +103,8 @@ def student_depths(run: Run, blocks: int) -> tuple[int, ...]:
 def student_modules(run: Run, drop_path: float = 0.0) -> list[StudentModule]:
     """The student's modules before any training, with their stitch layers."""
     recipe, teacher = run.recipe, run.teacher.model
+    asked = following_teacher(recipe, run).student
+    sizes.check_patches(asked, teacher, run.teacher.source, run.teacher.preprocessing.image_size)
     student = new_student(run, drop_path)
     check_pair(teacher, student)
     depths = student_depths(run, len(student.blocks))

@@ -39,7 +39,7 @@ def with_seedling(run: Run) -> Run:
 def new_teacher_of(t: TeacherConfig, labels: list[str]) -> TransformersTeacher:
     """The teacher of teacher.* sizes with random weights, from torch's generator."""
     return new_teacher(
-        image_size=t.image_size,
+        image_size=t.trained_size,
         patch_size=t.patch_size,
         width=t.width,
         depth=t.depth,
@@ -52,14 +52,14 @@ def new_teacher_of(t: TeacherConfig, labels: list[str]) -> TransformersTeacher:
 
 def planned_teacher(t: TeacherConfig, labels: list[str]) -> Teacher:
     """A stand-in, without weights, for the teacher that phase teacher is going to train."""
-    if t.image_size % t.patch_size or t.width % t.heads:
+    if t.trained_size % t.patch_size or t.width % t.heads:
         raise ValueError(
-            f"teacher.image_size {t.image_size} must be a multiple of teacher.patch_size {t.patch_size}, "
+            f"teacher.image_size {t.trained_size} must be a multiple of teacher.patch_size {t.patch_size}, "
             f"and teacher.width {t.width} of teacher.heads {t.heads}"
         )
     with torch.device("meta"):
         model = VisionTransformer(
-            img_size=t.image_size,
+            img_size=t.trained_size,
             patch_size=t.patch_size,
             embed_dim=t.width,
             depth=t.depth,
@@ -94,4 +94,4 @@ def before_the_probe(run: Run) -> Run:
 
 def trained_preprocessing(t: TeacherConfig) -> Preprocessing:
     """What a teacher of phase teacher sees: the statistics of google/vit-*; any fixed pair serves."""
-    return Preprocessing(t.image_size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")
+    return Preprocessing(t.trained_size, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear")

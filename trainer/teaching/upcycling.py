@@ -32,6 +32,7 @@ from trainer.context import Run
 from trainer.data.loader import eval_batches
 from trainer.disk import move_into_place
 from trainer.distributed.interrupt import HEARTBEAT
+from trainer.request.graph import defining_images
 from trainer.teaching.families import family_of
 
 log = logging.getLogger(__name__)
@@ -120,8 +121,8 @@ def _clustered(run: Run, student: nn.Module, layers: list[int]) -> dict[str, Ten
             _make(run, student, layers, folder)
     with run.dist.together():  # every rank sees the file, also on a file system that is slow to show it
         _, result = artifacts.require(run.out, FOLDER, run.recipe, "student.experts=clusters")
-        made_from = {"recipe": result["recipe"], "dense": result["dense"]["sha256"]}
-        asked_for = {"recipe": _defining(run), "dense": fingerprint(dense_start(run))["sha256"]}
+        made_from = {"recipe": _comparable(result["recipe"]), "dense": result["dense"]["sha256"]}
+        asked_for = {"recipe": _comparable(_defining(run)), "dense": fingerprint(dense_start(run))["sha256"]}
         different = first_difference(made_from, asked_for)
         if different:
             raise ValueError(f"{folder} was made for another start ({different}): use another --out, or delete it")
@@ -181,6 +182,11 @@ def _defining(run: Run) -> dict[str, Any]:
     data = {key: value for key, value in values["data"].items() if key != "workers"}
     kept = {key: values[key] for key in ("seed", "modules", "student")}
     return kept | {"data": data, "depths": values["teacher"]["depths"], "images": run.recipe.expert.cluster_images}
+
+
+def _comparable(recorded: dict[str, Any]) -> dict[str, Any]:
+    """The same without what defines nothing: where the images lie, and how they are found there."""
+    return recorded | {"data": defining_images(recorded["data"])}
 
 
 @torch.no_grad()
