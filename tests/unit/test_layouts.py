@@ -119,8 +119,8 @@ def test_another_image_size(tmp_path, family):
     ("size", "nearest"),
     [
         (44, "the nearest are 40 and 48"),
-        (3, "the nearest is 8"),
-        (0, "the nearest is 8"),
+        (3, "the nearest are 8"),
+        (0, "the nearest are 8"),
         (33, "the nearest are 32 and 40"),
     ],
 )
