@@ -33,7 +33,9 @@ def from_timm_config(model: nn.Module) -> Preprocessing:
     data = timm.data.resolve_model_data_config(model)
     height, width = model.patch_embed.img_size
     if height != width:
-        raise ValueError(f"the model takes {height}x{width} images; only square ones are supported.")
+        raise ValueError(
+            f"the model takes {height}x{width} images; only square ones are supported. Set its image size."
+        )
     return Preprocessing(
         image_size=height,
         mean=data["mean"],

@@ -147,7 +147,8 @@ def _load_transformers(
             log.info("%s: images of %d pixels, as its image processor makes them (not %d)", files, size, own_size)
         size = size if image_size is None else image_size
         if size != own_size:
-            _resize(teacher, size)
+            teacher.as_saved = set_image_size(model, size)
+            teacher.preprocessing = replace(preprocessing, image_size=size)
             _check_at_new_size(original, model, layout)
     except ValueError as error:
         raise ValueError(f"{files}: {error}") from error
@@ -214,12 +215,6 @@ def _without_load_report() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-def _resize(teacher: Teacher, image_size: int) -> None:
-    """Another image size, in place; what the checkpoint has otherwise is kept, so its fingerprint stays."""
-    teacher.as_saved |= set_image_size(teacher.model, image_size)
-    teacher.preprocessing = replace(teacher.preprocessing, image_size=image_size)
 
 
 def _check_at_new_size(original: nn.Module, model: nn.Module, layout: Layout) -> None:
@@ -345,17 +340,16 @@ def _load_timm(files: CheckpointFiles, config: dict[str, Any], directory: Path, 
         if model.rope is not None:
             model.rope.aug_active = False
     try:
-        labels = _label_list(model.pretrained_cfg.get("label_names"), model.num_classes)
+        as_saved = {} if image_size is None else set_image_size(model, image_size)
         preprocessing = from_timm_config(model)
-        teacher = Teacher(model, preprocessing, str(files), labels, model.num_classes, wrapped=weights.renamed)
-        if image_size is not None:
-            _resize(teacher, image_size)
+        labels = _label_list(model.pretrained_cfg.get("label_names"), model.num_classes)
     except ValueError as error:
         raise ValueError(f"{files}: {error}") from error
     except (KeyError, TypeError) as error:
         raise ValueError(f"config.json of {files} has odd settings: {error!r}. {DAMAGED}") from error
-    _check_labels(files, teacher.labels)
-    if teacher.labels is None and _is_projection(architecture, model):
+    _check_labels(files, labels)
+    teacher = Teacher(model, preprocessing, str(files), labels, model.num_classes, as_saved, wrapped=weights.renamed)
+    if labels is None and _is_projection(architecture, model):
         _take_off_projection(files, teacher)
     return teacher
 

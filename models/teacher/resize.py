@@ -36,5 +36,5 @@ def _check_multiple(image_size: int, patch_size: int) -> None:
     nearest = [str(size) for size in (below, below + patch_size) if size >= patch_size]
     raise ValueError(
         f"teacher.image_size {image_size} is no multiple of the teacher's patch size {patch_size}: "
-        f"the nearest {'is' if len(nearest) == 1 else 'are'} {' and '.join(nearest)}."
+        f"the nearest are {' and '.join(nearest)}."
     )

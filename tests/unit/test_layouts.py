@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from vit_families import IMAGE_SIZE, edit_config, every_family, images, save_timm, scramble, taught, tiny
 
 from benchmarks import teachers
+from models.flops import forward_flops, num_tokens
+from models.modules.meta import MetaModel
 from models.modules.stages import split
 from models.teacher.layouts import LAYOUTS
-from models.teacher.load import fingerprint, load_teacher
+from models.teacher.load import TIMM_CLASSES, TIMM_MODULES, fingerprint, load_teacher
 from models.teacher.refusals import REFUSED
 
 TABLE = teachers.FILE.read_text()
@@ -63,6 +65,33 @@ def test_ids_of_timm_are_those_it_knows():
     assert set(names) <= set(timm.list_pretrained())
 
 
+ARCHITECTURES = [
+    name for name in timm.list_models() if timm.model_entrypoint(name).__module__.rsplit(".", 1)[-1] in TIMM_MODULES
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@torch.no_grad()
+def test_every_architecture_of_timm_splits(architecture):
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    if "sapiens2" in architecture:  # one number for each of its blocks
+        sizes["num_kv_heads"] = (3, 1, 1, 3)
+    model = timm.create_model(architecture, **sizes).eval().requires_grad_(False)
+    scramble(model)
+    assert type(model) in TIMM_CLASSES
+    assert forward_flops(model, num_tokens(model)) > 0
+    for size in (32, 48):
+        model.set_input_size(img_size=(size, size))
+        x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+        in_turn = x
+        for stage in split(model, [1, 2, 1]):
+            in_turn = stage(in_turn)
+        assert torch.equal(in_turn, taught(model, x))
+        meta = MetaModel.from_teacher(model, 2, init="scratch", teacher_depths=[2, 2]).eval()
+        assert meta(x).shape == in_turn.shape
+
+
 # image sizes
 
 
@@ -90,8 +119,8 @@ def test_another_image_size(tmp_path, family):
     ("size", "nearest"),
     [
         (44, "the nearest are 40 and 48"),
-        (3, "the nearest is 8"),
-        (0, "the nearest is 8"),
+        (3, "the nearest are 8"),
+        (0, "the nearest are 8"),
         (33, "the nearest are 32 and 40"),
     ],
 )
@@ -99,6 +128,15 @@ def test_sizes_that_do_not_fit_the_patches(tmp_path, size, nearest):
     save_timm(tmp_path, tiny("dinov3"))
     with pytest.raises(ValueError, match=f"{tmp_path}.*teacher.image_size {size} is no multiple.* 8: {nearest}"):
         load_teacher(str(tmp_path), image_size=size)
+
+
+def test_images_that_are_not_square_need_a_size(tmp_path):
+    save_timm(tmp_path, tiny("dinov3", img_size=(32, 24)))
+    with pytest.raises(
+        ValueError, match=r"takes 32x24 images; only square ones are supported: set teacher.image_size\."
+    ):
+        load_teacher(str(tmp_path))
+    assert load_teacher(str(tmp_path), image_size=24).preprocessing.image_size == 24
 
 
 @torch.no_grad()

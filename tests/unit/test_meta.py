@@ -1,9 +1,10 @@
 """The meta model: its stages stand in for the teacher's around any one teacher module."""
 
 import pytest
+import timm
 import torch
 from torch import nn
-from vit_families import every_family, images, taught, tiny
+from vit_families import FAMILIES, TINY, every_family, images, taught, tiny
 
 from models.modules.meta import MetaModel, check_pair
 from models.modules.stages import assemble, split
@@ -126,6 +127,19 @@ def test_scratch_keeps_nothing_of_the_teacher(family):
         shallow = whole.get(name)
         if shallow is not None and shallow.shape == value.shape:
             assert not torch.equal(shallow, value), name
+
+
+@every_family
+def test_scratch_has_the_initial_values_of_its_family(family):
+    """As large as those of a model that timm has just built, parameter by parameter."""
+    name, differing = FAMILIES[family]
+    torch.manual_seed(0)
+    built = timm.create_model(name, **{**TINY, "depth": 3, **differing}).state_dict()
+    meta = MetaModel.from_teacher(tiny(family, depth=6), 3, init="scratch", teacher_depths=DEPTHS)
+    for name, value in assemble(meta.stages).state_dict().items():
+        expected = built[name].abs().mean().item()
+        few = 0.5 if value.numel() < 100 else 0.25  # so far off chance goes
+        assert value.abs().mean().item() == pytest.approx(expected, rel=few, abs=1e-6), name
 
 
 def test_frequencies_of_each_block_go_with_it():

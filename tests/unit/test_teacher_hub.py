@@ -58,6 +58,26 @@ def test_hub_timm_layout(hub, tmp_path):
         assert torch.equal(teacher.model(images()), model(images()))
 
 
+@torch.no_grad()
+def test_an_image_text_model_of_the_hub_in_shards_and_half_precision(hub, tmp_path):
+    vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+    text = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 36}
+    text |= {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    config = transformers.SiglipConfig(vision_config=vision | {"image_size": 32, "patch_size": 8}, text_config=text)
+    model = transformers.SiglipModel(config).eval().bfloat16()
+    model.save_pretrained(tmp_path / "siglip", max_shard_size="20KB")
+    transformers.SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "siglip")
+    commit = hub.seed("google/siglip", tmp_path / "siglip", "v1")
+    teacher = load_teacher("google/siglip@v1")
+    assert (teacher.source, teacher.num_classes) == (f"google/siglip@{commit}", 0)
+    assert sum("safetensors" in name for _, name in asked(hub)) > 2
+    expected = model.vision_model.float()(pixel_values=images())
+    tokens = teacher.model.forward_features(images())
+    torch.testing.assert_close(tokens, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
+    pooled = teacher.model.forward_head(tokens, pre_logits=True)
+    torch.testing.assert_close(pooled, expected.pooler_output, rtol=1e-5, atol=1e-5)
+
+
 def test_hub_family_is_refused_before_the_weights_are_downloaded(hub, tmp_path):
     transformers.SwinConfig().save_pretrained(tmp_path / "swin")
     (tmp_path / "swin" / "model.safetensors").write_bytes(b"large")
