@@ -140,6 +140,18 @@ def test_what_the_student_lacks_is_refused_with_the_setting(name):
         upcycle(model, dense, range(4), IMAGES)
 
 
+@every_teacher
+def test_a_plan_checks_the_start_on_the_meta_device(name):
+    dense = teacher(name)
+    with torch.device("meta"):
+        model = student(dense)
+        assert upcycle(model, dense, range(4), IMAGES) == []
+        assert model.config.tokens == token_layout(dense.model)
+        wrong = student(dense, rope=None if model.config.rope else Rope())
+        with pytest.raises(ValueError, match=r"set student.rope=(true|false)"):
+            upcycle(wrong, dense, range(4), IMAGES)
+
+
 def test_rotations_of_other_kinds_are_refused():
     dense = teacher("rope")
     with pytest.raises(ValueError, match=r"the student's rope is Rope.*dinov3.* and that of a rope is Rope.*cat"):
