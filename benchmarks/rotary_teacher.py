@@ -4,11 +4,11 @@ teacher.
     python benchmarks/rotary_teacher.py
     python benchmarks/rotary_teacher.py --seeds 1 student.depth=3
 
-For every seed a small rotary ViT (timm's Eva as DINOv3 has it: no learned positions, one class token) is trained on the
-procedural set, then a meta model from it, then the modules of a dense student twice, with student.rope true and false
-and everything else equal: the data in the same order, epochs, initial values. The only target is a module's own border.
-Printed of every module that has one, on the validation images: |s - t|^2 / |t|^2 there, and the accuracy of the hybrid,
-the meta model with the module in its place. Ten minutes on one core.
+A small rotary ViT (timm's Eva as DINOv3 has it: no learned positions, one class token) is trained on the procedural
+set, then a meta model from it. For every seed the modules of a dense student are then taught twice, with student.rope
+true and false and everything else equal: the data in the same order, epochs, initial values. The only target is a
+module's own border. Printed of every module that has one, on the validation images: |s - t|^2 / |t|^2 there, and the
+accuracy of the hybrid, the meta model with the module in its place. Ten minutes on one core.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:
@@ -74,48 +75,49 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--teacher-epochs", type=int, default=10)
+    parser.add_argument("--teacher-epochs", type=int, default=12)
     parser.add_argument("--meta-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5, help="of every module")
+    parser.add_argument("--weights", type=Path, help="file to keep teacher and meta model in, or to take them from")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
     logging.getLogger("trainer").setLevel(logging.WARNING)
+    recipe = load_recipe(Path("recipes/demo.yaml"), [*RECIPE, *options.overrides])
+    run = Run(recipe, {}, Path(), Dist(0, 1, 0, 1, torch.device("cpu")), "benchmark")
+    images = Preprocessing(PIXELS, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
+    train, val = [_tensors(source, images) for source in run.sources]
+    torch.manual_seed(0)
+    model = rotary_teacher(len(run.labels))
+    run = run.with_teacher(Teacher(model, images, "a rotary ViT", list(run.labels), len(run.labels)))
+    if options.weights and options.weights.exists():
+        weights = torch.load(options.weights)
+        model.load_state_dict(weights["teacher"])
+        meta = new_meta(run)
+        meta.load_state_dict(weights["meta"])
+    else:
+        fit(Classify(model, 0), train, options.teacher_epochs, 0, LR)
+        meta = new_meta(run)
+        matching = meta_objective(meta, run.teacher_stages(), recipe.meta, run.tokens, 0.0, 0)
+        fit(matching, train, options.meta_epochs, 0, LR)
+        if options.weights:
+            torch.save({"teacher": model.state_dict(), "meta": meta.state_dict()}, options.weights)
+    _say(f"teacher {accuracy(model.eval(), val):.1%}, meta model {accuracy(meta.eval(), val):.1%}")
     # (module, rope) -> of every seed the error at the border and the accuracy of the hybrid
     results: dict[tuple[int, bool], list[tuple[float, float]]] = defaultdict(list)
     for seed in range(options.seeds):
-        measure(options, seed, results)
+        for rope in (True, False):
+            seeded = replace(run, recipe=replace(recipe, seed=seed)).with_student(rope=rope)
+            for i, module in enumerate(student_modules(seeded)[:-1]):  # the last one has no border
+                objective, _ = distill.objective(seeded, i, module, meta)
+                fit(objective, train, options.epochs, seed, MODULE_LR)
+                error = border_error(objective, val)
+                hybrid = accuracy(objective.predict, val)
+                results[i, rope].append((error, hybrid))
+                _say(f"seed {seed}, rope {rope}, module {i}: border {error:.3f}, hybrid {hybrid:.1%}")
     print("\n| module | rope | relative error at the border | accuracy of the hybrid |\n|---:|---|---:|---:|")
     for (module, rope), values in sorted(results.items()):
         errors, accuracies = zip(*values)
         print(f"| {module} | {rope} | {_spread(errors, '.3f')} | {_spread(accuracies, '.1%')} |")
-
-
-def measure(options: argparse.Namespace, seed: int, results: dict[tuple[int, bool], list[tuple[float, float]]]) -> None:
-    """One seed: its teacher, meta model and modules; appends to `results`."""
-    overrides = [*RECIPE, f"seed={seed}", *options.overrides]
-    recipe = load_recipe(Path("recipes/demo.yaml"), overrides)
-    run = Run(recipe, {}, Path(), Dist(0, 1, 0, 1, torch.device("cpu")), "benchmark")
-    images = Preprocessing(PIXELS, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
-    train, val = [_tensors(source, images) for source in run.sources]
-    torch.manual_seed(seed)
-    model = rotary_teacher(len(run.labels))
-    fit(Classify(model, 0), train, options.teacher_epochs, seed, LR)
-    _say(seed, f"teacher {accuracy(model, val):.1%}")
-    run = run.with_teacher(Teacher(model, images, "a rotary ViT", list(run.labels), len(run.labels)))
-    meta = new_meta(run)
-    stages = run.teacher_stages()
-    matching = meta_objective(meta, stages, recipe.meta, run.tokens, 0.0, seed)
-    fit(matching, train, options.meta_epochs, seed, LR)
-    _say(seed, f"meta model {accuracy(meta, val):.1%}")
-    for rope in (True, False):
-        modules = student_modules(run.with_student(rope=rope))
-        for i, module in enumerate(modules[:-1]):  # the last one has no border
-            objective, _ = distill.objective(run, i, module, meta)
-            fit(objective, train, options.epochs, seed, MODULE_LR)
-            error = border_error(objective, val)
-            hybrid = accuracy(objective.predict, val)
-            results[i, rope].append((error, hybrid))
-            _say(seed, f"rope {rope}, module {i}: border {error:.3f}, hybrid {hybrid:.1%}")
 
 
 def rotary_teacher(classes: int) -> Eva:
@@ -194,8 +196,8 @@ def _spread(values: Sequence[float], form: str) -> str:
     return f"{statistics.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def _say(seed: int, text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] seed {seed}: {text}", flush=True)
+def _say(text: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -94,8 +94,9 @@ def rope_of(model: nn.Module) -> Rope | None:
     rope = Rope(rope_type=rope_type, **values)
     # frequencies have settings that no timm model uses and a Rope does not know: what both compute decides
     grid = embedding.feat_shape or model.patch_embed.grid_size
-    theirs = embedding.get_embed(shape=grid)
-    ours = rope.build(model.embed_dim, model.embed_dim // embedding.dim).get_embed(shape=grid)
+    with torch.device("cpu"):  # also where a student is laid out on the meta device beside a model with weights
+        theirs = embedding.get_embed(shape=grid)
+        ours = rope.build(model.embed_dim, model.embed_dim // embedding.dim).get_embed(shape=grid)
     if not theirs.is_meta and not torch.allclose(ours, theirs.float().cpu(), atol=CAST):
         return None
     return rope

@@ -65,12 +65,15 @@ ALL = VMoEConfig(
     swiglu=True,
     layer_scale=0.1,
 )
+FOLDED = 5e-6  # of the largest value: weights that a LayerScale went into are rounded (at most 2e-6 over 40 seeds)
 every_teacher = pytest.mark.parametrize("name", list(TEACHERS))
 
 
 def teacher(name: str, **arguments) -> Teacher:
     architecture, differing = TEACHERS[name]
-    model = timm.create_model(architecture, **{**TINY, **differing, **arguments}).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = timm.create_model(architecture, **{**TINY, **differing, **arguments}).eval()
     scramble(model)
     return Teacher(model, IMAGES, f"a {name}", None, model.num_classes)
 
@@ -117,11 +120,11 @@ def test_copies_of_a_teacher_compute_its_features(name, layer_scale, routing):
     x = images(4)
     wanted = dense.model.forward_features(x)
     assert wanted.std() > 0.1
-    torch.testing.assert_close(model.forward_features(x), wanted, atol=2e-6 * wanted.abs().max().item(), rtol=0)
-    wanted = dense.model.forward_head(wanted)
-    found = model(x)
+    close = 1e-6 if layer_scale else FOLDED
+    torch.testing.assert_close(model.forward_features(x), wanted, atol=close * wanted.abs().max().item(), rtol=0)
     if dense.num_classes:
-        torch.testing.assert_close(found, wanted, atol=2e-6 * wanted.abs().max().item(), rtol=0)
+        wanted = dense.model(x)
+        torch.testing.assert_close(model(x), wanted, atol=close * wanted.abs().max().item(), rtol=0)
 
 
 @every_teacher
@@ -135,6 +138,18 @@ def test_what_the_student_lacks_is_refused_with_the_setting(name):
     value = str(rotary).lower()
     with pytest.raises(ValueError, match=f"rotate queries and keys .* the student's do.*: set student.rope={value}"):
         upcycle(model, dense, range(4), IMAGES)
+
+
+@every_teacher
+def test_a_plan_checks_the_start_on_the_meta_device(name):
+    dense = teacher(name)
+    with torch.device("meta"):
+        model = student(dense)
+        assert upcycle(model, dense, range(4), IMAGES) == []
+        assert model.config.tokens == token_layout(dense.model)
+        wrong = student(dense, rope=None if model.config.rope else Rope())
+        with pytest.raises(ValueError, match=r"set student.rope=(true|false)"):
+            upcycle(wrong, dense, range(4), IMAGES)
 
 
 def test_rotations_of_other_kinds_are_refused():
@@ -297,14 +312,14 @@ def test_the_rotation_follows_the_size_of_the_images():
     x = torch.randn(2, 3, 48, 48, generator=torch.Generator().manual_seed(2))
     wanted = larger.model.forward_features(x)
     model.set_input_size(48)
-    torch.testing.assert_close(model.forward_features(x), wanted, atol=2e-6 * wanted.abs().max().item(), rtol=0)
+    torch.testing.assert_close(model.forward_features(x), wanted, atol=FOLDED * wanted.abs().max().item(), rtol=0)
     oblong = teacher("dinov3 plus", img_size=(48, 24))
     oblong.model.load_state_dict(dense.model.state_dict())
     dynamic = VMoE(replace(model.config, dynamic_img_size=True)).eval()
     dynamic.load_state_dict(model.state_dict())
     wanted = oblong.model.forward_features(x[..., :24])
     found = dynamic.forward_features(x[..., :24])
-    torch.testing.assert_close(found, wanted, atol=2e-6 * wanted.abs().max().item(), rtol=0)
+    torch.testing.assert_close(found, wanted, atol=FOLDED * wanted.abs().max().item(), rtol=0)
 
 
 @torch.no_grad()
