@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from models.preprocessing import Preprocessing
 from models.teacher.classes import feature_width, with_probe
 from models.teacher.load import Teacher, fingerprint, load_teacher
+from tests.report_folder import complete_run, put
 from tests.unit import vit_families
 from tests.unit.checkpoint_ranks import run_ranks
 from tests.unit.test_class_order import saved_teacher
@@ -20,11 +22,15 @@ from tests.unit.vit_families import every_family
 from trainer import heads, made_of
 from trainer.config.data import DataConfig
 from trainer.config.phases import TeacherConfig
+from trainer.context import Run
 from trainer.data.decode import UnreadableImageError
 from trainer.data.sources import DigitsSource
 from trainer.distributed.interrupt import Interrupted
+from trainer.hub import card
 from trainer.phases import probe
-from trainer.teaching import feature_cache
+from trainer.report.data import read_phases, teacher_accuracy, teacher_head
+from trainer.report.write import write_report
+from trainer.teaching import features
 from trainer.teaching.teachers import before_the_probe
 
 IMAGES = 100
@@ -147,7 +153,7 @@ class Agreement:
 
 @pytest.fixture(autouse=True)
 def agreement(monkeypatch):
-    monkeypatch.setattr(feature_cache, "Interruption", Agreement)
+    monkeypatch.setattr(features, "Interruption", Agreement)
     monkeypatch.setattr(Agreement, "warned", False)
 
 
@@ -160,7 +166,7 @@ def compute(source, folder, world=1, batch=16, teachers=None):
     teachers = teachers or [Counting() for _ in range(world)]
 
     def work(dist):
-        return feature_cache.compute(
+        return features.compute(
             teachers[dist.rank],
             source,
             PREPROCESSING,
@@ -177,10 +183,10 @@ def compute(source, folder, world=1, batch=16, teachers=None):
 
 def test_shards_cover_every_image_whatever_their_number():
     for images in (1, 31, 32, 33, 2048, 2049, 10_000, 1_281_167):
-        made = feature_cache.shards(images)
+        made = features.shards(images)
         assert [place for shard in made[:2] for place in shard] == list(range(min(images, 2 * len(made[0]))))
         assert sum(map(len, made)) == images and made[-1].stop == images
-        assert len(made[0]) <= feature_cache.LARGEST
+        assert len(made[0]) <= features.LARGEST
 
 
 @pytest.mark.parametrize("world, batch", [(2, 16), (3, 16), (3, 7), (5, 100)])
@@ -188,7 +194,7 @@ def test_any_number_of_ranks_gives_the_same_features(tmp_path, world, batch):
     source = digits()
     assert compute(source, tmp_path / "one") == [IMAGES]
     assert compute(source, tmp_path / "many", world, batch) == [IMAGES] * world
-    one, many = (feature_cache.read(source, tmp_path / name) for name in ("one", "many"))
+    one, many = (features.read(source, tmp_path / name) for name in ("one", "many"))
     assert torch.equal(one.features, many.features) and torch.equal(one.labels, many.labels)
     assert one.labels.tolist() == source.targets.tolist() and one.features.shape == (IMAGES, 2)
 
@@ -197,18 +203,8 @@ def test_a_start_after_a_kill_computes_what_is_missing_alone(tmp_path):
     source = digits()
     killed = Counting(dies_at=70)
     with pytest.raises(KeyboardInterrupt):
-        dist = new_run(tmp_path, tmp_path).dist
-        feature_cache.compute(
-            killed,
-            source,
-            PREPROCESSING,
-            tmp_path,
-            dist,
-            dtype=torch.float32,
-            batch=16,
-            workers=0,
-            description="probe",
-        )
+        features.compute(killed, source, PREPROCESSING, tmp_path, new_run(tmp_path, tmp_path).dist, dtype=torch.float32,
+                         batch=16, workers=0, description="probe")  # fmt: skip
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
     assert len(kept) == 2  # of 32 images each
     (tmp_path / "00000064-00000096.safetensors.tmp").write_bytes(b"half of a shard")
@@ -219,9 +215,7 @@ def test_a_start_after_a_kill_computes_what_is_missing_alone(tmp_path):
     teachers = [Counting()]
     assert compute(source, tmp_path, teachers=teachers) == [0] and not teachers[0].shown
     compute(source, tmp_path / "whole")
-    assert torch.equal(
-        feature_cache.read(source, tmp_path).features, feature_cache.read(source, tmp_path / "whole").features
-    )
+    assert torch.equal(features.read(source, tmp_path).features, features.read(source, tmp_path / "whole").features)
 
 
 def test_a_warning_stops_all_ranks_and_whole_shards_stay(tmp_path, monkeypatch):
@@ -252,7 +246,7 @@ def test_images_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
 
     monkeypatch.setattr(DigitsSource, "_read", unreadable)
     compute(source, tmp_path, world=2)
-    found = feature_cache.read(source, tmp_path)
+    found = features.read(source, tmp_path)
     assert found.labels.tolist() == np.delete(source.targets, 40).tolist()
     assert len(found.features) == IMAGES - 1
 
@@ -263,7 +257,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     damaged = tmp_path / "00000032-00000064.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"00000032-00000064.*delete it and run --phase probe again"):
-        feature_cache.read(source, tmp_path)
+        features.read(source, tmp_path)
 
 
 # --- the head
@@ -281,6 +275,7 @@ def test_the_head_of_every_family_reads_what_was_fitted(family):
     weight, bias = torch.randn(7, read.shape[1], generator=draws), torch.randn(7, generator=draws)
     labels = [f"class {number}" for number in range(7)]
     before = fingerprint(teacher)["sha256"]
+    teacher.as_saved = {"head.weight": torch.zeros(3, 3)}  # of a head whose rows were put into another order
     probed = with_probe(teacher, weight, bias, labels)
     torch.testing.assert_close(probed.model(images), read @ weight.T + bias)
     assert probed.labels == labels and probed.num_classes == probed.model.num_classes == 7
@@ -319,7 +314,7 @@ def test_the_teacher_goes_on_as_an_ordinary_classifier(other_classes, tmp_path):
     assert result["flops"] > 0 and result["images_seen"] == 240
     logits = []
     for index in range(len(run.sources[1])):
-        kept = feature_cache.read(run.sources[1], run.out / "probe/features/val").features[index]
+        kept = features.read(run.sources[1], run.out / "probe/features/val").features[index]
         logits.append(kept @ saved["head.weight"].T + saved["head.bias"])
     correct = torch.stack(logits).argmax(1) == torch.from_numpy(np.asarray(run.sources[1].targets))
     assert result["metrics"]["accuracy"] == pytest.approx(float(correct.float().mean()))
@@ -327,7 +322,7 @@ def test_the_teacher_goes_on_as_an_ordinary_classifier(other_classes, tmp_path):
 
 def test_a_complete_probe_is_not_made_again(other_classes, tmp_path, monkeypatch):
     run = probed_run(tmp_path / "run", other_classes)
-    monkeypatch.setattr(feature_cache, "compute", lambda *_, **__: pytest.fail("computed twice"))
+    monkeypatch.setattr(features, "compute", lambda *_, **__: pytest.fail("computed twice"))
     monkeypatch.setattr(probe, "fit_linear", lambda *_, **__: pytest.fail("fitted twice"))
     probe.run(run)
 
@@ -412,7 +407,7 @@ def test_ranks_do_not_change_the_classifier(other_classes, tmp_path):
 
     def work(dist):
         for source, name in zip(run.sources, ("train", "val")):
-            feature_cache.compute(
+            features.compute(
                 lambda images: teacher.forward_head(teacher.forward_features(images), pre_logits=True),
                 source,
                 run.data_for(PREPROCESSING).preprocessing,
@@ -425,5 +420,80 @@ def test_ranks_do_not_change_the_classifier(other_classes, tmp_path):
             )
 
     run_ranks(3, work)
-    kept = feature_cache.read(whole.sources[0], whole.out / "probe/features/train")
-    torch.testing.assert_close(feature_cache.read(run.sources[0], tmp_path / "three/train").features, kept.features)
+    kept = features.read(whole.sources[0], whole.out / "probe/features/train")
+    torch.testing.assert_close(features.read(run.sources[0], tmp_path / "three/train").features, kept.features)
+
+
+class Begun(Exception):
+    """Training would begin here."""
+
+
+def test_tuning_starts_from_the_checkpoints_own_numbers(other_classes, tmp_path, monkeypatch):
+    """Not from those that the features were computed with, in bf16."""
+    knobs = {"finetune_epochs": 1, "global_batch": 4, "drop_path": 0.1}
+    run = new_run(tmp_path / "run", other_classes, data={"limit": 120}, teacher=knobs)
+    run = replace(run, ds_values={"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}})
+    started = {}
+
+    def train(run, objective, data, schedule, settings, *_, **__):
+        started.update(objective.module.state_dict())
+        assert (schedule.epochs, settings.global_batch) == (1, 4)
+        assert all(parameter.requires_grad for parameter in objective.module.parameters())
+        raise Begun
+
+    monkeypatch.setattr(Run, "train", train)
+    with pytest.raises(Begun):
+        probe.run(run)
+    checkpoint = load_teacher(str(other_classes)).model.state_dict()
+    assert started.keys() == checkpoint.keys()
+    for name, value in checkpoint.items():
+        assert name.startswith("head") or torch.equal(started[name], value), name
+    assert len(started["head.weight"]) == 10
+
+
+def test_a_plan_says_what_tuning_costs(other_classes, tmp_path):
+    knobs = {"finetune_epochs": 2, "global_batch": 4}
+    alone = probe.rehearse(before_the_probe(new_run(tmp_path / "a", other_classes)), None, {}).costs["probe"]
+    run = new_run(tmp_path / "b", other_classes, teacher=knobs)
+    run = before_the_probe(replace(run, ds_values={"zero_optimization": {"stage": 1}}))
+    tuned = probe.rehearse(run, None, {})
+    assert tuned.costs["probe"].images == alone.images + 2 * 20 and tuned.parameters > 0
+    assert "then 10 steps of 4 images" in tuned.text
+    per_image = (tuned.costs["probe"].flops - alone.flops) / 40
+    assert per_image == 3 * (alone.flops / 40 + 2 * 16 * 10)  # forward and backward, with the head
+
+
+# --- what people read
+
+
+def test_the_report_says_which_head_was_taken(tmp_path):
+    complete_run(tmp_path)
+    assert teacher_head(read_phases(tmp_path)) == ""  # a teacher that was trained here
+    shutil.rmtree(tmp_path / "teacher")
+    head = {"kind": "probe", "why": "teacher a/b has no head"}
+    put(tmp_path / "probe", {"accuracy": 0.75, "held_out_accuracy": 0.625}, head=head)
+    phases = read_phases(tmp_path)
+    said = "Head of the teacher: a probe of its features (teacher a/b has no head), 62.5% on held-out training images"
+    assert teacher_head(phases) == f"{said}, 75.0% on validation images."
+    assert teacher_accuracy(phases) == 0.75
+    write_report(tmp_path)
+    assert said in (tmp_path / "report.md").read_text() and said in (tmp_path / "report.html").read_text()
+    shutil.rmtree(tmp_path / "probe")
+    tuned = {"accuracy": 0.875, "probe_accuracy": 0.75, "held_out_accuracy": 0.625}
+    put(tmp_path / "probe", tuned, head=head, epochs=3)
+    ending = "75.0% on validation images; after 3 epochs of fine-tuning, 87.5% on validation images."
+    assert teacher_head(read_phases(tmp_path)).endswith(ending)
+    shutil.rmtree(tmp_path / "probe")
+    put(tmp_path / "probe", {}, head={"kind": "own", "why": "teacher a/b has the data's classes"})
+    phases = read_phases(tmp_path)
+    assert teacher_head(phases) == "Head of the teacher: own (teacher a/b has the data's classes)."
+    assert teacher_accuracy(phases) == 0.5  # as phase meta measured it
+
+
+def test_the_model_card_says_that_the_head_is_a_probe():
+    record = SimpleNamespace(result={"head": {"kind": "probe"}, "epochs": 0})
+    assert "linear classifier fitted to its features" in card._probe({"probe": record})
+    record.result["epochs"] = 3
+    assert "fine-tuned with it for 3 epochs" in card._probe({"probe": record})
+    record.result["head"]["kind"] = "own"
+    assert card._probe({"probe": record}) == card._probe({}) == ""
