@@ -97,6 +97,8 @@ class Run:
 
     def with_teacher(self, planned: Teacher) -> Run:
         """The same run with a stand-in for the teacher it is going to train, and its data open already."""
+        if not self.classifies:
+            planned = without_head(planned)
         return replace(self, planned_teacher=planned, opened=Opened({"sources": self.sources}))
 
     def with_student(self, **changes: Any) -> Run:

@@ -3,13 +3,19 @@
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from models.modules.meta import MetaModel
 from trainer.config.data import DataConfig
 from trainer.config.load import load_recipe
+from trainer.context import Run
 from trainer.data.classes import describe, doubts
 from trainer.data.fingerprint import fingerprint
 from trainer.data.sources import open_source
+from trainer.distributed.ranks import Dist
+from trainer.teaching.students import student_config
+from trainer.teaching.teachers import planned_teacher
 
 COUNT = 10
 
@@ -112,6 +118,18 @@ def test_a_label_column_that_is_named_has_to_be_there(tmp_path):
     assert np.bincount(open_source(named, "train", labels_needed=False).targets).tolist() == [5, 5]
 
 
+def test_hub_reads_a_flat_folder_as_folder_does(tmp_path):
+    fill(tmp_path / "train")
+    fill(tmp_path / "validation", 4, start=100)
+    for split in ("train", "val"):
+        by_folder, by_hub = (
+            open_source(DataConfig(source=source, path=str(tmp_path)), split, labels_needed=False)
+            for source in ("folder", "hub")
+        )
+        assert by_hub.labels == by_folder.labels == []
+        assert greys(by_hub) == greys(by_folder)
+
+
 def recipe(tmp_path, *overrides):
     path = tmp_path / "recipe.yaml"
     path.write_text("student: {patch_size: 4, width: 8, depth: 4, heads: 2, mlp_dim: 16}\n")
@@ -150,3 +168,21 @@ def test_keys_for_labels_alone_are_named(tmp_path):
     found = recipe(tmp_path, "teacher.head=none", *set_ones).without_effect()
     assert found == ["augment.label_smoothing", "distill.tau", "train.kd_weight"]
     assert recipe(tmp_path, "teacher.head=none", "distill.border=mse", "augment.mixup=0.2").without_effect() == []
+
+
+def test_a_teacher_that_is_still_to_be_trained_is_planned_without_its_head(tmp_path):
+    """Labelled digits, which it is trained on; what it teaches are features."""
+    plain = recipe(tmp_path, "teacher.head=none", "teacher.width=8", "teacher.heads=2", "teacher.depth=4")
+    alone = Dist(0, 1, 0, 1, torch.device("cpu"))
+    run = Run(plain, {}, tmp_path, alone, "test")
+    assert not run.classifies
+    assert len(run.labels) == 10
+    run = run.with_teacher(planned_teacher(plain.teacher, run.labels))
+    assert run.teacher.num_classes == 0
+    assert not MetaModel(run.teacher_stages()).classifies
+    assert run.classes == []
+    config = student_config(run)
+    # patches of 4 pixels; as wide as the teacher, so there is nothing between its tokens and the teacher's
+    assert (config.num_classes, config.width, config.feature_width) == (0, 8, 0)
+    wider = run.with_student(width=16)
+    assert student_config(wider).feature_width == 8

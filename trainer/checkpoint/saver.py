@@ -115,7 +115,7 @@ class Saver:
             step: optimiser steps done.
             state: small JSON values the loop wants back; the same on every rank.
             own: JSON values of this rank alone that it wants back.
-            score: validation accuracy at this step, for run.keep_best.
+            score: of the evaluation at this step, more is better, for run.keep_best.
             wait: return only when the checkpoint is in force.
 
         Raises:

@@ -30,6 +30,7 @@ from trainer.data.walk import (
     flat_pictures,
     is_dataset_folder,
     is_flat,
+    is_flat_picture_folder,
     is_picture_folder,
     other_names,
     pictures,
@@ -260,7 +261,9 @@ def _without_labels(train: Path, folder: Path, tally: Tally) -> list[bytes]:
 
 def _hub(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
     """A local folder of pictures is read by the one reader of such folders: classes, order and pixels are the same."""
-    if not is_picture_folder(Path(data.path).expanduser(), data.train_split):
+    root = Path(data.path).expanduser()
+    flat = not labels_needed and is_flat_picture_folder(root, data.train_split)
+    if not flat and not is_picture_folder(root, data.train_split):
         return HubSource(data, split, labels_needed)
     for key, column, name in (("image_key", data.image_key, "image"), ("label_key", data.label_key, "label")):
         if column != name:

@@ -139,6 +139,19 @@ def is_flat(folder: Path) -> bool:
     return found
 
 
+def is_flat_picture_folder(root: Path, train_split: str) -> bool:
+    """Whether a local path holds pictures without class folders and nothing else for `datasets` to read."""
+    if not os.path.isdir(root) or _holds_any(root, SAVED) or _card_says_how(root / "README.md"):
+        return False
+    try:
+        train = root / split_folder(root, train_split, "data.train_split")
+    except ValueError:  # laid out in another way, which `datasets` may know
+        return False
+    tables = any(entry.name.endswith((".parquet", ".arrow")) for entry in [*_entries(root), *_entries(train)])
+    described = _holds_any(root, METADATA) or _holds_any(train, METADATA)
+    return is_flat(train) and not tables and not described
+
+
 def flat_pictures(folder: Path, tally: Tally) -> list[bytes]:
     """Paths of the pictures of a flat folder, sorted; what is passed over is counted in `tally`."""
     paths = []

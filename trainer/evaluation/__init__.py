@@ -1,1 +1,1 @@
-"""What a trained model is measured by: accuracy, classes, and what its routers and experts do."""
+"""What a trained model is measured by: accuracy, classes or features, and what its routers and experts do."""

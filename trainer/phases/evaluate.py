@@ -24,7 +24,7 @@ from trainer.evaluation.analysis import Analysis
 from trainer.evaluation.pooled import class_accuracies
 from trainer.loop.fit import Data, Outcome
 from trainer.request.graph import artifact_name
-from trainer.teaching import features
+from trainer.teaching import comparison
 from trainer.teaching.families import family_of
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def run(run: Run, start: str) -> None:
     batch = run.eval_batch(settings)
     measured = Predictor(student, student)
     if not run.classifies:
-        measured = features.beside_teacher(run, student)
+        measured = comparison.beside_teacher(run, student)
         for module in measured.frozen:
             module.to(run.dist.device, dtype)
     metrics = evaluate(measured, data, dtype, batch, run.dist, observe=analysis.observe)

@@ -12,7 +12,7 @@ from trainer.context import Run
 from trainer.distributed.engine import working_type
 from trainer.evaluation.accuracy import Predictor
 from trainer.objectives import meta_objective
-from trainer.teaching import bases, features, hybrids, reuse
+from trainer.teaching import bases, comparison, hybrids, reuse
 from trainer.teaching.estimate import Cost, Known, Rehearsed, blank_images, of_training
 from trainer.teaching.meta import new_meta
 from trainer.teaching.teachers import with_seedling
@@ -37,7 +37,7 @@ def run(run: Run) -> None:
         checked = None if grown else hybrids.check_teacher(run, settings)
         trained = run.train(objective(run, meta, stages), run.data, schedule, settings, folder, "meta")
     else:  # the meta model is the teacher: its weights are kept before the check may round them
-        alone = Predictor(meta, meta) if run.classifies else features.predictor(meta, MetaModel(stages))
+        alone = Predictor(meta, meta) if run.classifies else comparison.predictor(meta, MetaModel(stages))
         trained = run.left_as_it_is(alone, settings)
         checked = hybrids.check_teacher(run, settings)
     metrics = dict(trained.outcome.evaluation)

@@ -32,7 +32,7 @@ from trainer.distributed.engine import working_type
 from trainer.evaluation.accuracy import Predictor, evaluate
 from trainer.objectives import Borders, Classify, LearnFeatures, LearnFromTeacher, Objective
 from trainer.request.graph import artifact_name, last_round, preparation
-from trainer.teaching import features, reuse, upcycling
+from trainer.teaching import comparison, reuse, upcycling
 from trainer.teaching.estimate import Cost, Known, Rehearsed, blank_images, of_training
 from trainer.teaching.families import family_of
 from trainer.teaching.guidance import routers_of
@@ -196,7 +196,7 @@ def _borders(run: Run, student: nn.Module) -> Borders | None:
     """
     if not run.recipe.train.border_weight:
         return None
-    borders = features.borders_of(run, student)
+    borders = comparison.borders_of(run, student)
     if borders is None:
         raise ValueError(f"train.border_weight needs the bases of {run.out / 'meta'}: run --phase meta first")
     return borders
@@ -245,7 +245,7 @@ def _alone(run: Run, student: nn.Module, dtype: torch.dtype) -> Predictor:
     if run.classifies:
         return Predictor(student, student)
     teacher = MetaModel(run.teacher_stages()).to(run.dist.device, dtype)
-    return features.predictor(student, teacher, functools.partial(student, as_teacher=True))
+    return comparison.predictor(student, teacher, functools.partial(student, as_teacher=True))
 
 
 def _epochs_of_preparation(run: Run, flops_per_image: int) -> int:
