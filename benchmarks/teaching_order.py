@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
-    recipe = load_recipe(Path(options.recipe), ["data.source=digits", *options.overrides])
+    recipe = load_recipe(Path(options.recipe), ["data.source=digits", 'data.path=""', *options.overrides])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = Run(recipe, {}, Path(), Dist(0, 1, 0, 1, device), "benchmark")
     with tempfile.TemporaryDirectory() as folder:

@@ -10,6 +10,8 @@
 #   bash slurm/m2mkd_vmoe.sh                      the same from the login node
 #   bash slurm/m2mkd_vmoe.sh plan|status|cancel
 #   NODES=4 bash slurm/m2mkd_vmoe.sh --partition gpu train.epochs=50
+#   RECIPE=recipes/own_images.yaml DS_CONFIG=ds_configs/one_machine.json bash slurm/m2mkd_vmoe.sh --gpus-per-node 1 \
+#       data.path=PICTURES teacher.source=HUB_ID
 #
 # Submitting again submits what is missing. docs/slurm.md: first run on a new cluster, and what each message means.
 

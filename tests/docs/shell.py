@@ -27,7 +27,7 @@ from trainer.chain import settings as chain_settings
 from trainer.config.load import load_recipe
 from trainer.study.plan import cells, read_study
 
-TEACHER = "timm/deit3_large_patch16_224.fb_in1k"
+TEACHER, OWN_TEACHER = "timm/deit3_large_patch16_224.fb_in1k", "timm/vit_small_patch14_dinov2.lvd142m"
 COPIED, LINKED = ("recipes", "ds_configs", "Makefile"), ("trainer", "models", "slurm", "tests", "benchmarks", "docs")
 # nothing to run here: a program of its own, or the reader's shell
 RECOGNISED = ("git clone ", "cd ", "hf auth login", "source .venv/bin/activate", "tensorboard ", "pip install ")
@@ -172,8 +172,12 @@ def _quick(recipe: str, words: list[str]) -> list[str]:
     """
     given = {word.partition("=")[0] for word in words if "=" in word}
     overrides = {key: value for key, value in (QUICK | QUICK_DS).items() if key not in given} | ALWAYS
-    if load_recipe(recipe, [word for word in words if "=" in word and not word.startswith("ds.")]).data.source == "hub":
-        overrides["data.source"] = "digits"
+    resolved = load_recipe(recipe, [word for word in words if "=" in word and not word.startswith("ds.")])
+    if resolved.data.source == "hub":
+        overrides |= {"data.source": "digits", "data.path": ""}
+    if resolved.student.variant == "teacher":  # which is small
+        overrides = {key: value for key, value in overrides.items() if not key.startswith("student.")}
+        overrides["teacher.image_size"] = 16
     json_file = dict(itertools.pairwise(words)).get("--ds_config", "")
     if "8" in Path(json_file).stem:  # made for eight ranks
         overrides |= {"ds.trainer.ep_size": "auto"}
@@ -201,9 +205,10 @@ def make_images(folder: Path) -> None:
 
 
 def seed_teacher(hub: HubServer, folder: Path) -> None:
-    """TEACHER on the stand-in: of that family, small, with a class for each digit."""
-    model = timm.create_model("deit3_small_patch16_224", num_classes=10, img_size=16, patch_size=8, embed_dim=16,
-                              depth=4, num_heads=2)  # fmt: skip
-    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
-    timm.models.save_for_hf(model, folder, model_args=arguments, safe_serialization=True)
-    hub.seed(TEACHER, folder)
+    """TEACHER and OWN_TEACHER on the stand-in, small, with a class for each digit and for each class of images/."""
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
+    for name, classes in ((TEACHER, 10), (OWN_TEACHER, 3)):
+        model = timm.create_model("deit3_small_patch16_224", num_classes=classes, **sizes)
+        directory = folder / str(classes)
+        timm.models.save_for_hf(model, directory, model_args=sizes, safe_serialization=True)
+        hub.seed(name, directory)

@@ -18,7 +18,7 @@ LAYERS = (
     "models._torchvision models.labels models.preprocessing",
     "models.files models.moe",
     "models.flops models.modules models.teacher",
-    "models.vmoe",
+    "models.memory models.vmoe",
     "models.experts models.auto models.registry",
     "trainer.config",
     "trainer.disk trainer.request trainer.writer_lock",

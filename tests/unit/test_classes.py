@@ -147,16 +147,17 @@ def test_images_per_class_in_one_line(tmp_path):
 
 def test_classes_without_images_are_named_and_cut(tmp_path):
     names = [f"c{i}" for i in range(9)]
-    found = doubts(*opened(saved(tmp_path, [0, 0, 1], [0], datasets.ClassLabel(names=names))))
+    found = doubts(*opened(saved(tmp_path, [0, 0, 0, 1], [0], datasets.ClassLabel(names=names))))
     assert [line.partition(": ")[2] for line in found] == [
         "7 of 9 classes have no training image: c2, c3, c4, c5, c6 and 2 more",
         "8 of 9 classes have no validation image: c1, c2, c3, c4, c5 and 3 more",
+        "1 of 9 classes have fewer than 3 training images, of which nothing general is learned: c1 1",
     ]
-    assert doubts(*opened(saved(tmp_path / "f", [0, 0, 1, 1], [0, 1], datasets.ClassLabel(2)))) == []
+    assert doubts(*opened(saved(tmp_path / "f", [0, 0, 0, 1, 1, 1], [0, 1], datasets.ClassLabel(2)))) == []
 
 
 def test_letters_in_both_cases_are_classes_of_their_own_and_said_to_be(tmp_path):
-    found = doubts(*opened(saved(tmp_path, ["a", "A", "a", "A"], ["a", "A"], TEXT)))
+    found = doubts(*opened(saved(tmp_path, ["a", "A"] * 3, ["a", "A"], TEXT)))
     assert len(found) == 1 and "A, a differ in case" in found[0]
 
 

@@ -302,6 +302,22 @@ def test_a_path_to_nothing_is_refused_in_one_line(tmp_path):
         open_source(DataConfig(path="$NOWHERE/x"), "train")
 
 
+def test_an_empty_folder_and_a_folder_around_the_class_folders_are_told(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty' is an empty folder, expected folders of pictures, one per class"):
+        open_source(DataConfig(path=str(tmp_path / "empty")), "train")
+    drawn(tmp_path / "unpacked" / "flowers")
+    with pytest.raises(ValueError, match=r"holds one folder, 'flowers', with folders in it: .*'.*/flowers'"):
+        open_source(DataConfig(path=str(tmp_path / "unpacked")), "train")
+
+
+@pytest.mark.parametrize("path", ["mnist", "owner/na me", "https://huggingface.co/a/b", "C:\\pictures", "a/b/"])
+def test_what_is_neither_folder_nor_hub_id_is_told(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="is no folder on this machine, and no hub id, which reads owner/name: give"):
+        open_source(DataConfig(path=path), "train")
+
+
 @pytest.mark.parametrize("source", ["digits", "fractals"])
 def test_a_path_that_would_be_passed_over_is_refused(source, tmp_path):
     with pytest.raises(ValueError, match=rf"data\.source is '{source}', which reads no path: set data\.source=auto"):

@@ -131,7 +131,9 @@ def test_the_dry_run_shows_it(root):
     line = DryRun.data(type("OfARun", (), {"run": run}))
     assert line == (
         f"folder {root}/train, 3 training and 2 validation images, 2 classes; images per class (training + "
-        "validation): cat 2 + 1, dog 1 + 1; validation: left out: 1 with an extension that is not read (.heic 1)"
+        "validation): cat 2 + 1, dog 1 + 1; validation: left out: 1 with an extension that is not read (.heic 1); "
+        f"folder {root}/train: 2 of 2 classes have fewer than 3 training images, of which nothing general is learned: "
+        "cat 2, dog 1"
     )
 
 

@@ -26,6 +26,7 @@ from trainer.config.recipe import Recipe
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # NUL, line breaks and their like
 
+LEFT_OPEN = "???"  # a value that whoever runs the recipe must give, as OmegaConf writes it
 EPOCHS = "epochs"  # of one section, and beside the sections of all that train
 
 EPOCHS_OF = ("teacher", "meta", "distill", "expert", "refine", "train")
@@ -344,6 +345,8 @@ def _merge(base: dict, top: dict) -> dict:
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """Check a YAML value against a type annotation: scalars, X | None, tuples, Literal, nested dataclasses."""
+    if value == LEFT_OPEN:
+        raise ValueError(f"{name} is left open by the recipe: set it, as in {name}=...")
     origin = typing.get_origin(hint)
     if dataclasses.is_dataclass(hint):
         return build(hint, {} if value is None else value, name + ".")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MAX_CLASSES = 1_000_000  # a larger label is a mistake
 LISTED = 12  # as many classes are all listed with their counts, of more the smallest few
 SMALLEST = 3
+FEW_IMAGES = 3  # of a class in training: with fewer it is worth a line
 EXPECTED = "expected class labels, integers or strings"
 
 
@@ -273,6 +274,13 @@ def doubts(train: Counted, val: Counted) -> list[str]:
             found.append(
                 f"{source.name}: {len(without):,} of {len(source.labels):,} classes have no {kind} image: {names}"
             )
+    scarce = np.flatnonzero((train.counts > 0) & (train.counts < FEW_IMAGES))
+    if len(scarce) and train.counts.max() > 1:
+        names = first_names([f"{train.labels[c]} {train.counts[c]}" for c in scarce])
+        found.append(
+            f"{train.name}: {len(scarce):,} of {len(train.labels):,} classes have fewer than {FEW_IMAGES} training "
+            f"images, of which nothing general is learned: {names}"
+        )
     if len(train.labels) > 2 and train.counts.max() == 1:
         found.append(f"{train.name}: every class has one image; is data.label_key the column with the class?")
     return found

@@ -82,7 +82,7 @@ def source_of(data: DataConfig) -> str:
         if data.path:
             raise ValueError(
                 f"data.path is {data.path!r}, but data.source is {data.source!r}, which reads no path: set "
-                "data.source=auto for the images of data.path, or data.path= for none"
+                "data.source=auto for the images of data.path, or 'data.path=\"\"' for none"
             )
         return data.source
     if data.source != "auto":
@@ -91,6 +91,8 @@ def source_of(data: DataConfig) -> str:
         return "digits"
     path = Path(expanded(data.path))
     if path.is_dir():
+        if not any(path.iterdir()):
+            raise ValueError(f"data.path {data.path!r} is an empty folder, expected folders of pictures, one per class")
         return "hub" if is_dataset_folder(path) else "folder"
     if path.exists():
         raise ValueError(f"data.path {data.path!r} is a file, expected a folder of pictures: {_unpacked(path)}")
@@ -145,6 +147,12 @@ class FolderSource(ImageSource):
         if not any(paths_of.values()):
             expected = f"expected {', '.join(EXTENSIONS)} in class folders"
             raise ValueError(f"no images under {root / name}; {expected} ({tally}).")
+        if len(folders) == 1 and tally.nested == len(paths_of[folders[0]]):
+            inner = str(root / name / folders[0])
+            raise ValueError(
+                f"{root / name} holds one folder, {folders[0]!r}, with folders in it: if those are the classes, set "
+                f"data.path={inner!r}"
+            )
         # one array, not a million str objects: reference counts would copy those into every worker process
         self._paths = np.array(list(itertools.chain.from_iterable(paths_of.values())))
         targets = np.repeat(np.arange(len(paths_of)), list(map(len, paths_of.values())))

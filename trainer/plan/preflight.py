@@ -20,7 +20,9 @@ from trainer.data.loader import try_transforms
 from trainer.distributed.engine import build_cosine, build_optimizer
 from trainer.loop.fit import epoch_length
 from trainer.phases import code_of
+from trainer.plan import image_size
 from trainer.request.graph import TABLE, Phase, own_teacher, taking_part
+from trainer.teaching.estimate import few_steps
 from trainer.teaching.meta import new_meta
 from trainer.teaching.students import student_modules
 from trainer.teaching.teachers import before_the_probe, planned_teacher
@@ -62,6 +64,10 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
             check_zero(settings.config["zero_optimization"])
             if row.repeated != "expert":  # whose share may be smaller than a batch: it is repeated
                 epoch_length(run.data_for(None), settings)
+                if _trained(run, row):
+                    few = few_steps(row.section, len(run.sources[0]), settings.global_batch)
+                    if few:
+                        log.warning("phase %s, steps: %s", row.name, few)
             check_training(run, row)
     for row in asked:
         if hasattr(code_of(row.name), "check"):
@@ -78,6 +84,9 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
         # once: all phases share the transforms. A given student brings its own preprocessing, in place of the teacher's
         without_teacher = given and all(row.name == "train" for row in asked if row.section)
         preprocessing = STAND_IN if without_teacher else run.teacher.preprocessing
+        if not without_teacher:
+            for doubt in image_size.doubts(run):
+                log.warning(doubt)
         try_transforms(run.data_for(preprocessing))
 
 
@@ -104,6 +113,13 @@ def _teacher_comes_later(run: Run, phases: Sequence[str]) -> bool:
     names = [row.name for row in taking_part(run.recipe)]
     up_to_it = [*itertools.takewhile(lambda name: name != own[0], names), own[0]]
     return bool(set(up_to_it) & set(phases))
+
+
+def _trained(run: Run, row: Phase) -> bool:
+    """Whether a phase has anything to train."""
+    if row.name == "meta" and (run.recipe.meta.source or not run.recipe.meta.blocks_per_module):
+        return False
+    return getattr(run.recipe, row.section).epochs > 0
 
 
 def check_training(run: Run, row: Phase) -> None:

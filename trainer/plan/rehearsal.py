@@ -29,6 +29,7 @@ from trainer.context import Run
 from trainer.data.classes import describe, doubts
 from trainer.distributed.ranks import Dist
 from trainer.phases import code_of
+from trainer.plan import image_size
 from trainer.plan.preflight import check_training, said_of_features
 from trainer.request.graph import TABLE, Phase, in_one_job, last_round, learns_from_teacher
 from trainer.request.stages import chain, hub_names
@@ -155,7 +156,8 @@ class DryRun:
         note = f"; {teacher.classes_note}" if teacher.classes_note else ""
         return (
             f"{self.parameters / 1e6:.1f} M parameters{wrapped}, {size} px, {self.run.tokens} tokens, "
-            f"blocks per module {self.run.teacher_depths}{note}"
+            f"blocks per module {self.run.teacher_depths}{note}; "
+            + "; ".join([image_size.cost(self.run), *image_size.doubts(self.run)])
         )
 
     def rehearse(self, row: Phase, module: int | None = None) -> str:

@@ -12,6 +12,8 @@ from models.preprocessing import Preprocessing
 from trainer.context import Run
 from trainer.loop.fit import epoch_length
 
+FEW_STEPS = 10  # an epoch: with fewer a schedule of epochs learns little, whatever it learns from
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -59,11 +61,31 @@ def of_training(
         steps_per_epoch = epoch_length(run.data_for(None), settings)
     steps = schedule.epochs * steps_per_epoch
     passed = float(steps * settings.global_batch)
+    few = few_steps(section, images or len(run.sources[0]), settings.global_batch)
     text = (
-        f"{steps:,} steps of {settings.global_batch} images on {run.dist.world} ranks (micro-batch "
-        f"{settings.micro_batch} x {settings.accumulation}, ep {settings.ep_size})"
+        f"{steps:,} steps{f' ({few})' if few else ''} of {settings.global_batch} images on {run.dist.world} ranks "
+        f"(micro-batch {settings.micro_batch} x {settings.accumulation}, ep {settings.ep_size})"
     )
     return Rehearsed(text, {artifact: Cost(passed, passed * flops_per_image + extra_flops)})
+
+
+def few_steps(section: str, images: int, global_batch: int) -> str:
+    """What to change where an epoch of few images has hardly any step; empty where there is nothing to say.
+
+    Args:
+        section: of the recipe, whose batch it is.
+        images: of an epoch.
+    """
+    steps = images // global_batch
+    if steps >= FEW_STEPS:
+        return ""
+    smaller = global_batch
+    while smaller > 1 and images // smaller < FEW_STEPS:
+        smaller //= 2
+    return (
+        f"{steps} an epoch of {images:,} images, which is little: {section}.global_batch={smaller} makes "
+        f"{images // smaller}, or raise {section}.epochs"
+    )
 
 
 def blank_images(run: Run, preprocessing: Preprocessing | None = None) -> Tensor:
