@@ -38,6 +38,8 @@ def read_object(path: Path, files: CheckpointFiles) -> dict[str, Any]:
         raise ValueError(f"{path.name} of {files} holds a {type(values).__name__}, expected an object of settings.")
     return values
 
+LARGEST_PATCH = 32  # of timm's architectures, whose config.json need not say it
+
 
 def checked_weights(
     files: CheckpointFiles, config: Mapping[str, Any], keys: Mapping[str, str], left_out: str = NOTHING
@@ -121,7 +123,7 @@ def _check_counts(
         # the patch embedding, D kernels of channels x patch x patch
         "in_chans": sizes.get("in_chans", 0) * patch**2 * width,
         # position embeddings, D for each of (image / patch)^2 patches
-        "image_size": (sizes.get("image_size", 0) // patch) ** 2 * width,
+        "image_size": (sizes.get("image_size", 0) // sizes.get("patch_size", LARGEST_PATCH)) ** 2 * width,
     }
     held = sum(math.prod(weights.shape(name)) for name in used)
     numbered = (BLOCK.search(name) for name in used)
