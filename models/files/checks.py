@@ -19,6 +19,7 @@ BLOCK = re.compile(r"(?:^|\.)(?:blocks|layers?)\.(\d+)\.")
 DAMAGED = "Download it again, or save it anew with the library it comes from."
 NOTHING = r"(?!)"  # matches no name
 REASON_SHOWN = 300  # characters of what a library says
+LARGEST_PATCH = 32  # pixels, of timm's architectures, whose config.json need not say it
 
 
 def read_object(path: Path, files: CheckpointFiles) -> dict[str, Any]:
@@ -37,8 +38,6 @@ def read_object(path: Path, files: CheckpointFiles) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path.name} of {files} holds a {type(values).__name__}, expected an object of settings.")
     return values
-
-LARGEST_PATCH = 32  # of timm's architectures, whose config.json need not say it
 
 
 def checked_weights(
