@@ -17,6 +17,7 @@ from models.modules.stages import split
 from models.teacher.layouts import LAYOUTS
 from models.teacher.load import TIMM_CLASSES, TIMM_MODULES, fingerprint, load_teacher
 from models.teacher.refusals import REFUSED
+from models.teacher.resize import set_image_size
 
 TABLE = teachers.FILE.read_text()
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 48, "patch_size": 8}
@@ -156,6 +157,21 @@ def test_the_processor_says_the_size_where_every_size_goes(tmp_path, caplog):
     assert fingerprint(whole)["sha256"] == fingerprint(teacher)["sha256"]
 
 
+def test_what_both_libraries_resample_alike_is_compared_again(tmp_path, monkeypatch):
+    config = transformers.Dinov2WithRegistersConfig(**SIZES)
+    save(tmp_path, transformers.Dinov2WithRegistersModel(config), size=48)
+
+    def without_resampling(model, image_size):
+        changed = set_image_size(model, image_size)
+        model.pos_embed.data.zero_()
+        return changed
+
+    load_teacher(str(tmp_path), image_size=32)
+    monkeypatch.setattr("models.teacher.load.set_image_size", without_resampling)
+    with pytest.raises(RuntimeError, match="tokens differ from the original's"):
+        load_teacher(str(tmp_path), image_size=32)
+
+
 def test_a_processor_of_another_size_is_refused_where_one_size_goes(tmp_path):
     save(tmp_path, transformers.ViTModel(transformers.ViTConfig(**SIZES, intermediate_size=40)))
     with pytest.raises(ValueError, match=r"gives 32x32 images .* takes 48x48"):
@@ -267,9 +283,11 @@ def test_what_timm_has_no_model_for_is_said_in_one_line(tmp_path):
 
 def test_augmentation_of_training_is_off(tmp_path):
     """Coordinates of a rotary embedding and patches that are drawn in training: every stage would draw its own."""
-    model = tiny("dinov3", rope_rescale_coords=2.0, patch_drop_rate=0.5)
-    save_timm(tmp_path, model)
-    assert model.rope.aug_active and model.patch_drop is not None
+    save_timm(tmp_path, tiny("dinov3"))
+    arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
+    edit_config(tmp_path, model_args=arguments | {"rope_rescale_coords": 2.0, "patch_drop_rate": 0.5})
+    built = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    assert built.rope.aug_active and built.patch_drop is not None
     teacher = load_teacher(str(tmp_path)).model.train()
     stages = split(teacher, [2, 2])
     assert torch.equal(stages[1](stages[0](images())), teacher.forward_features(images()))
