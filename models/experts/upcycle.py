@@ -57,7 +57,8 @@ def norm_eps(dense: VisionTransformer) -> float:
     """
     strange_blocks = {type(block).__name__ for block in dense.blocks if type(block) not in BLOCKS}
     if strange_blocks:
-        raise ValueError(f"a V-MoE cannot start from a model with blocks of type {', '.join(sorted(strange_blocks))}.")
+        names = ", ".join(sorted(strange_blocks))
+        raise ValueError(f"a V-MoE cannot start from a {type(dense).__name__} with blocks of type {names}.")
     norms = []
     for block in dense.blocks:
         norms += [block.norm1, block.norm2]

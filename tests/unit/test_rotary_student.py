@@ -20,7 +20,7 @@ from models.experts.upcycle import norm_eps, upcycle
 from models.modules.meta import check_pair
 from models.modules.stages import assemble, split
 from models.modules.stitch import assemble_student, build_student_modules
-from models.modules.tokens import Rope, token_layout
+from models.modules.tokens import Rope, TokenLayout, token_layout
 from models.moe.layer import SWIGLU, MoE, MoEConfig
 from models.preprocessing import Preprocessing
 from models.teacher.load import Teacher
@@ -160,6 +160,13 @@ def test_rotations_of_other_kinds_are_refused():
     assert token_layout(mixed.model).rotary and token_layout(mixed.model).rope is None
     with pytest.raises(ValueError, match=r"cannot start from a mix, whose rotary positions \(RotaryEmbeddingMixed\)"):
         upcycle(student(mixed), mixed, range(4), IMAGES)
+
+
+def test_relative_positions_are_refused():
+    beit = timm.create_model("beit_base_patch16_224", **TINY)
+    assert token_layout(beit) == TokenLayout(class_token=True, reg_tokens=0)
+    with pytest.raises(ValueError, match="cannot start from a Beit with blocks of type Block"):
+        norm_eps(beit)
 
 
 @pytest.mark.parametrize("change, message", [
