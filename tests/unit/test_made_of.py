@@ -384,7 +384,7 @@ def test_a_hub_id_is_loaded_at_the_commit_it_resolved_to_first(tmp_path, monkeyp
 def test_a_data_set_of_the_hub_is_read_at_the_commit_it_resolved_to_first(tmp_path, monkeypatch):
     paths = []
 
-    def opened(data, split):
+    def opened(data, split, **_):
         paths.append(data.path)
         source = open_source(DataConfig(), split)
         source.origin = f"someone/set@{'1' * 40}, configuration full"

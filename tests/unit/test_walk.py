@@ -127,7 +127,7 @@ def test_many_kinds_are_cut(root):
 def test_the_dry_run_shows_it(root):
     lay(root / "val/dog/0.heic")
     sources = opened(root), opened(root, "val")
-    run = type("Run", (), {"sources": sources})
+    run = type("Run", (), {"sources": sources, "classifies": True})
     line = DryRun.data(type("OfARun", (), {"run": run}))
     assert line == (
         f"folder {root}/train, 3 training and 2 validation images, 2 classes; images per class (training + "
