@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from vit_families import save_timm, tiny
 
@@ -13,7 +14,7 @@ from trainer.config.student import StudentConfig
 from trainer.context import Run
 from trainer.distributed.ranks import Dist
 from trainer.plan import preflight
-from trainer.teaching.sizes import like_saved
+from trainer.teaching.sizes import like_saved, like_teacher
 from trainer.teaching.students import new_student, student_config, student_modules
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +67,22 @@ def test_a_student_of_the_teachers_sizes_starts_from_its_layers(tmp_path, teache
     student = new_student(run)
     assert torch.equal(student.patch_embed.proj.weight, run.teacher.model.patch_embed.proj.weight)
     assert torch.equal(student.pos_embed, run.teacher.model.pos_embed)
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("vit_tiny_patch16_224", (False, "erf", "token")),
+        ("vit_so400m_patch14_siglip_224", (False, "tanh", "token")),  # attention pooling, which no V-MoE has
+        ("eva02_tiny_patch14_224", (True, "erf", "mean")),
+        ("vit_small_patch16_dinov3", (False, "erf", "mean")),
+        ("beit_base_patch16_224", (False, "erf", "mean")),
+    ],
+)
+def test_a_student_of_the_teachers_sizes_has_its_kind_of_mlp_and_pooling(name, expected):
+    model = timm.create_model(name, img_size=56 if "14" in name else 64, depth=4, embed_dim=48, num_heads=4)
+    taken = like_teacher(StudentConfig(variant="teacher"), model, 2)
+    assert (taken.swiglu, taken.gelu, taken.pool) == expected
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from models.experts.dense_block import read_block
+from models.moe.layer import SWIGLU
 from trainer.config.student import LIKE_TEACHER, StudentConfig
 
 SIZES = ("patch_size", "width", "depth", "heads", "mlp_dim")
@@ -17,7 +19,8 @@ def like_teacher(student: StudentConfig, teacher: nn.Module, modules: int) -> St
     """Section student with numbers in place of what it leaves to the teacher: its patches, or with variant teacher all.
 
     Variant teacher has half the teacher's blocks (rounded up, and one for each module at least): a token goes through
-    two experts in a block of the student, so it costs about what the teacher does.
+    two experts in a block of the student, so it costs about what the teacher does. Its MLPs and its pooling are of the
+    teacher's kind, where a V-MoE has them.
 
     Raises:
         ValueError: sizes that do not fit to those that are set, or blocks that do not say how many heads they have and
@@ -39,7 +42,18 @@ def like_teacher(student: StudentConfig, teacher: nn.Module, modules: int) -> St
         "heads": attention.num_heads,
         "mlp_dim": mlp.fc2.in_features,  # of a gated MLP too: what its gate leaves of fc1
     }
-    return _filled(student, sizes)
+    if getattr(teacher, "global_pool", "") == "avg":
+        student = replace(student, pool="mean")
+    return replace(_filled(student, sizes), **_kind_of_mlp(block))
+
+
+def _kind_of_mlp(block: nn.Module) -> dict[str, Any]:
+    """The settings of section student that make MLPs like a block's; none where a V-MoE has no such block."""
+    try:
+        activation = read_block(block, 0).activation
+    except (ValueError, AttributeError):  # student.init says what stands in the way, where anything starts from it
+        return {}
+    return {"swiglu": True} if activation == SWIGLU else {"gelu": activation}
 
 
 def like_saved(student: StudentConfig, saved: Any) -> StudentConfig:
