@@ -73,14 +73,16 @@ def test_a_student_of_the_teachers_sizes_starts_from_its_layers(tmp_path, teache
     "name, expected",
     [
         ("vit_tiny_patch16_224", (False, "erf", "token")),
-        ("vit_so400m_patch14_siglip_224", (False, "tanh", "token")),  # attention pooling, which no V-MoE has
+        ("vit_base_patch16_siglip_224 gelu_tanh", (False, "tanh", "token")),  # attention pooling, which no V-MoE has
         ("eva02_tiny_patch14_224", (True, "erf", "mean")),
         ("vit_small_patch16_dinov3", (False, "erf", "mean")),
         ("beit_base_patch16_224", (False, "erf", "mean")),
     ],
 )
 def test_a_student_of_the_teachers_sizes_has_its_kind_of_mlp_and_pooling(name, expected):
-    model = timm.create_model(name, img_size=56 if "14" in name else 64, depth=4, embed_dim=48, num_heads=4)
+    architecture, _, activation = name.partition(" ")
+    changes = {"act_layer": activation} if activation else {}
+    model = timm.create_model(architecture, img_size=112, depth=4, embed_dim=48, num_heads=4, **changes)
     taken = like_teacher(StudentConfig(variant="teacher"), model, 2)
     assert (taken.swiglu, taken.gelu, taken.pool) == expected
 
