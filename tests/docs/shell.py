@@ -77,6 +77,9 @@ class Shell:
             assert done.returncode == 0, f"{command}\n{done.stderr}"
             return
         words = shlex.split(command)
+        if f"teacher.source={OWN_TEACHER}" in words:  # with a head for what images/ holds by now
+            classes = len(list((self.folder / "images/train").iterdir()))
+            seed_teacher(self.hub, self.folder.parent / "own_teacher", OWN_TEACHER, classes)
         variables = {}
         while "=" in words[0]:
             name, _, value = words.pop(0).partition("=")
@@ -204,11 +207,9 @@ def make_images(folder: Path) -> None:
                 picture.save(folder / split / label / f"{i:02d}.png")
 
 
-def seed_teacher(hub: HubServer, folder: Path) -> None:
-    """TEACHER and OWN_TEACHER on the stand-in, small, with a class for each digit and for each class of images/."""
+def seed_teacher(hub: HubServer, folder: Path, name: str = TEACHER, classes: int = 10) -> None:
+    """A hub teacher of the documents on the stand-in: of the family of TEACHER, small, with so many classes."""
     sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 4, "num_heads": 2}
-    for name, classes in ((TEACHER, 10), (OWN_TEACHER, 3)):
-        model = timm.create_model("deit3_small_patch16_224", num_classes=classes, **sizes)
-        directory = folder / str(classes)
-        timm.models.save_for_hf(model, directory, model_args=sizes, safe_serialization=True)
-        hub.seed(name, directory)
+    model = timm.create_model("deit3_small_patch16_224", num_classes=classes, **sizes)
+    timm.models.save_for_hf(model, folder, model_args=sizes, safe_serialization=True)
+    hub.seed(name, folder)
