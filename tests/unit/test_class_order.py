@@ -145,6 +145,10 @@ def test_a_teacher_far_below_chance_stops_the_run_unless_asked_for(turned, tmp_p
     assert [record.levelname for record in caplog.records if record.message == checked.doubt] == ["ERROR"]
     monkeypatch.setattr(hybrids, "evaluate", lambda *a, **k: {"accuracy": 0.1, "images": 100})
     assert hybrids.check_teacher(new_run(tmp_path / "run", turned), SETTINGS).doubt
+    monkeypatch.setattr(hybrids, "evaluate", lambda *a, **k: {"accuracy": 0.3, "images": 10})
+    checked = hybrids.check_teacher(new_run(tmp_path / "run", turned), SETTINGS)
+    assert "too few images to tell it from luck" in checked.doubt
+    assert [record.levelname for record in caplog.records if record.message == checked.doubt] == ["WARNING"]
     monkeypatch.setattr(hybrids, "evaluate", lambda *a, **k: {"accuracy": 0.5, "images": 100})
     assert not hybrids.check_teacher(new_run(tmp_path / "run", turned), SETTINGS).doubt
 

@@ -61,9 +61,14 @@ def check_teacher(run: Run, settings: Settings) -> TeacherCheck:
             f"{found}, {chance}: {cause}. Check teacher.classes={t.classes} and its id2label, or set "
             "teacher.allow_chance=true to go on"
         )
-    doubt = f"{found}, {chance}: nothing can be learnt from it; {cause}, or it is not trained"
+    if accuracy >= 2 / classes:
+        level = logging.WARNING
+        doubt = f"{found}, {chance}: too few images to tell it from luck; validate on more (data.val_share)"
+    else:
+        level = logging.ERROR
+        doubt = f"{found}, {chance}: nothing can be learnt from it; {cause}, or it is not trained"
     if run.dist.main:
-        log.error(doubt)
+        log.log(level, doubt)
     return TeacherCheck(accuracy, doubt)
 
 
