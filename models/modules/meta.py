@@ -7,10 +7,13 @@ import copy
 from collections.abc import Collection, Sequence
 
 import torch
+from timm.layers import RotaryEmbeddingMixed
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..moe.out import Out
+from .positions import learned_per_block
 from .stages import Stage, split, with_blocks
 
 INITS = ("teacher", "scratch")
@@ -39,7 +42,7 @@ class MetaModel(nn.Module):
         Args:
             blocks_per_module: of each stage; 0 = all of the teacher module's, so that the meta model is the teacher.
             init: "teacher" copies the embedding, norm, head and the first blocks of each teacher stage;
-                "scratch" starts the same architecture anew with timm's ViT initialisation, drawn from `seed`.
+                "scratch" starts the same architecture anew with timm's initialisation of its family, drawn from `seed`.
             teacher_depths: blocks per teacher module, `num_modules` of them.
 
         Raises:
@@ -62,10 +65,10 @@ class MetaModel(nn.Module):
             )
         depths = [blocks_per_module or depth for depth in teacher_depths]
         # the first blocks of each teacher module
-        blocks = []
+        numbers = []
         for stage, depth in zip(split(teacher_model, teacher_depths), depths):
-            blocks += list(stage.blocks.values())[:depth]
-        model = copy.deepcopy(with_blocks(teacher_model, blocks))
+            numbers += range(stage.start, stage.start + depth)
+        model = copy.deepcopy(with_blocks(teacher_model, numbers))
         model.requires_grad_(True).train()
         if init == "scratch":
             _initialise(model, seed)
@@ -83,7 +86,7 @@ class MetaModel(nn.Module):
         return not isinstance(last, Stage) or last.num_classes > 0
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> logits (B, C)."""
+        """Images (B, C, H, W) -> logits (B, C); of a teacher without classes, normalised tokens (B, T, D)."""
         for stage in self.stages:
             x = stage(x)
         return x
@@ -99,7 +102,7 @@ class MetaModel(nn.Module):
         return x
 
     def back(self, h: Tensor, i: int) -> Tensor:
-        """Logits (B, C) from the output of module i (B, T, D): the stages after i; h itself when i is the last module.
+        """What `forward` gives, from the output of module i (B, T, D): the stages after i; h itself after the last one.
 
         Raises:
             ValueError: a module that does not exist.
@@ -111,7 +114,7 @@ class MetaModel(nn.Module):
     def hidden_states(
         self, x: Tensor, stages: int | None = None, out: Out | None = None, states: Collection[int] = ()
     ) -> list[Tensor]:
-        """The output of every stage in turn, or of the first ones: N-1 border states (B, T, D), then logits (B, C).
+        """The output of every stage in turn, or of the first ones: N-1 border states (B, T, D), then the model's.
 
         Args:
             out, states: see run_blocks; the stages of one model write into one `out`.
@@ -157,6 +160,14 @@ def _initialise(model: VisionTransformer, seed: int) -> None:
         # a model built with weight_init="skip" remembers "reset", which is torch's initialisation and not the ViT's
         model.weight_init_mode = ""
         model.init_weights()
+        # what timm's Eva draws when it is built and never again
+        if isinstance(model, Eva) and model.attn_pool is not None:
+            model.attn_pool.init_weights()
+        rope = getattr(model, "rope", None)
+        if learned_per_block(rope):
+            drawn = RotaryEmbeddingMixed(rope.dim, rope.depth, rope.num_heads, rope.temperature)
+            with torch.no_grad():
+                rope.freqs.copy_(drawn.freqs)
 
 
 def _cuda_devices(model: nn.Module) -> list[torch.device]:

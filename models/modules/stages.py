@@ -2,13 +2,16 @@
 
 A stage is the model itself, shallowly copied, that keeps only its own parts: timm's own methods (positions, pooling,
 heads, of whatever subclass) keep serving, so running the stages in turn equals the model to the bit. State-dict keys of
-a stage are those of the whole model; blocks carry global numbers. B images, T tokens, D width, C classes.
+a stage are those of the whole model; blocks carry global numbers. What makes positions for every block (a rotary
+embedding, a relative bias shared by the blocks) is a part of the first stage that the others borrow.
+B images, T tokens, D width, C classes.
 """
 
 import copy
 import functools
 import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,11 +21,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..moe.out import Out, inside
+from .positions import Positions, block_positions, embed, learned_per_block
 
 # Parts before the blocks; "blocks" is shared out and whatever else a model has comes after them (norm, pooling, heads).
 EMBEDDING_PARTS = frozenset(
     {"patch_embed", "cls_token", "reg_token", "dist_token", "pos_embed", "pos_drop", "patch_drop", "norm_pre"}
 )
+# Parts that make what every block takes of positions. Some learn, so one state dict has them, the first stage's.
+POSITION_PARTS = ("rope", "rel_pos_bias")
 
 
 class Stage(nn.Module):
@@ -35,6 +41,8 @@ class Stage(nn.Module):
     stop: int
     first: bool
     last: bool
+    grid: tuple[int, int]  # patches down and across
+    borrowed: dict[str, nn.Module]  # POSITION_PARTS of a stage that is not the first: no parts of it, the first's
     grad_checkpointing: bool  # recompute each block's activations in backward instead of keeping them
 
     def forward(self, x: Tensor, out: Out | None = None, states: Collection[int] = ()) -> Tensor:
@@ -46,8 +54,10 @@ class Stage(nn.Module):
             out, states: see run_blocks.
         """
         if self.first:
-            x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        x = run_blocks(self.blocks, x, self.grad_checkpointing, out, states)
+            x = embed(self, x)
+        parts = {name: self.borrowed.get(name, getattr(self, name, None)) for name in POSITION_PARTS}
+        positions = block_positions(**parts, grid=self.grid, numbers=self.blocks)
+        x = run_blocks(self.blocks, x, self.grad_checkpointing, out, states, positions=positions)
         if not self.last:
             return x
         x = self.norm(x)
@@ -56,6 +66,12 @@ class Stage(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Stage":
+        """What `to`, `cuda` and the like do: to the borrowed parts too, so that a stage can be moved on its own."""
+        for part in self.borrowed.values():
+            part._apply(fn)
+        return super()._apply(fn, recurse)
+
 
 def run_blocks(
     blocks: nn.ModuleDict | Mapping[str, nn.Module],
@@ -63,6 +79,8 @@ def run_blocks(
     recompute: bool,
     out: Out | None = None,
     states: Collection[int] = (),
+    *,
+    positions: Positions = MappingProxyType({}),
     **masks: Any,
 ) -> Tensor:
     """Blocks one after another, by their number in the whole model; (B, T, D) in and out.
@@ -71,15 +89,17 @@ def run_blocks(
         recompute: each block's activations in backward instead of keeping them.
         out: what block n tells is left in out["blocks"]["n"]: "mlp" by an MoE block, and "state".
         states: numbers of the blocks whose output (B, T, D) is left there as "state"; others than these are ignored.
+        positions: what single blocks take, by their number.
         masks: of attention, for every block.
     """
     recompute = recompute and torch.is_grad_enabled()
     for number, block in blocks.items():
+        arguments = {**masks, **positions.get(number, {})}
         if recompute:
             # a block run on its own never sees timm's checkpointing flag, which lives in forward_features
-            x_BTD, told = checkpoint(_run_block, block, x_BTD, masks, use_reentrant=False)
+            x_BTD, told = checkpoint(_run_block, block, x_BTD, arguments, use_reentrant=False)
         else:
-            x_BTD, told = _run_block(block, x_BTD, masks)
+            x_BTD, told = _run_block(block, x_BTD, arguments)
         if int(number) in states:
             told["state"] = x_BTD
         if out is not None:
@@ -87,12 +107,12 @@ def run_blocks(
     return x_BTD
 
 
-def _run_block(block: nn.Module, x_BTD: Tensor, masks: dict[str, Any]) -> tuple[Tensor, Out]:
+def _run_block(block: nn.Module, x_BTD: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Out]:
     """Output of a block and what it tells: new at every call, as backward may run the block once more."""
     told: Out = {}
     if getattr(block, "routes", False):
-        return block(x_BTD, told, **masks), told
-    return block(x_BTD, **masks), told
+        return block(x_BTD, told, **arguments), told
+    return block(x_BTD, **arguments), told
 
 
 def split(model: VisionTransformer, depths: Sequence[int]) -> list[Stage]:
@@ -120,10 +140,11 @@ def assemble(stages: Sequence[Stage]) -> VisionTransformer:
     _check_order(stages)
     # plain attributes from the last stage: those that change after the split belong to the head (num_classes)
     model = shallow_copy(stages[-1], type(stages[-1]).__bases__[1])
-    for name in ("start", "stop", "first", "last"):
+    for name in ("start", "stop", "first", "last", "grid", "borrowed"):
         delattr(model, name)
     parts_of_last = dict(model._modules)
-    model._modules = {name: part for name, part in stages[0]._modules.items() if name in EMBEDDING_PARTS}
+    parts_of_first = (*EMBEDDING_PARTS, *POSITION_PARTS)
+    model._modules = {name: part for name, part in stages[0]._modules.items() if name in parts_of_first}
     model._parameters = {**stages[0]._parameters, **model._parameters}
     model._buffers = {**stages[0]._buffers, **model._buffers}
     model.blocks = nn.Sequential(*(block for stage in stages for block in stage.blocks.values()))
@@ -132,10 +153,19 @@ def assemble(stages: Sequence[Stage]) -> VisionTransformer:
     return model
 
 
-def with_blocks(model: VisionTransformer, blocks: Sequence[nn.Module]) -> VisionTransformer:
-    """The same model around other blocks, everything shared with its sources."""
+def with_blocks(model: VisionTransformer, numbers: Sequence[int]) -> VisionTransformer:
+    """The same model with these of its blocks, everything shared with it.
+
+    Where a rotary embedding has frequencies for every block, the result has copies of those of its blocks.
+    """
     result = shallow_copy(model)
-    result.blocks = nn.Sequential(*blocks)
+    result.blocks = nn.Sequential(*(model.blocks[number] for number in numbers))
+    rope = getattr(model, "rope", None)
+    if learned_per_block(rope):
+        result.rope = shallow_copy(rope)
+        result.rope.depth = len(numbers)
+        # (2, blocks, heads, frequencies)
+        result.rope.freqs = nn.Parameter(rope.freqs.detach()[:, list(numbers)], rope.freqs.requires_grad)
     return result
 
 
@@ -165,9 +195,14 @@ def _stage(model: VisionTransformer, blocks: list[nn.Module], start: int, stop: 
     stage.stop = stop
     stage.first = start == 0
     stage.last = stop == len(blocks)
+    stage.grid = tuple(model.patch_embed.grid_size)
+    stage.borrowed = {}
+    if not stage.first:
+        stage.borrowed = {name: part for name, part in model._modules.items() if name in POSITION_PARTS}
     for parts in (stage._parameters, stage._modules, stage._buffers):
         for name in list(parts):
-            keeps = stage.first if name in EMBEDDING_PARTS else stage.last
+            of_first = name in EMBEDDING_PARTS or name in POSITION_PARTS
+            keeps = stage.first if of_first else stage.last
             if name != "blocks" and not keeps:
                 del parts[name]
     stage.blocks = nn.ModuleDict({str(i): blocks[i] for i in range(start, stop)})

@@ -1,12 +1,13 @@
 """The meta model: its stages stand in for the teacher's around any one teacher module."""
 
 import pytest
+import timm
 import torch
 from torch import nn
-from vit_families import every_family, images, output, tiny
+from vit_families import FAMILIES, TINY, every_family, images, taught, tiny
 
 from models.modules.meta import MetaModel, check_pair
-from models.modules.stages import split
+from models.modules.stages import assemble, split
 
 DEPTHS = [2, 1, 3]
 
@@ -28,7 +29,7 @@ def test_front_and_back_make_forward_and_fit_the_teacher(family, init):
     meta = MetaModel.from_teacher(teacher, 3, init=init, teacher_depths=DEPTHS).eval()
     x = images()
     logits = meta(x)
-    assert logits.shape == output(teacher, x).shape
+    assert logits.shape == taught(teacher, x).shape
     outputs = meta.hidden_states(x)
     assert len(outputs) == meta.num_modules == 3
     assert torch.equal(outputs[-1], logits)
@@ -114,6 +115,44 @@ def test_scratch_is_seeded_and_is_the_vit_initialisation():
     assert first.stages[1].blocks["1"].attn.qkv.bias.abs().max() == 0
     assert torch.equal(first.stages[1].blocks["1"].norm1.weight, torch.ones(24))
     assert torch.equal(first.stages[0].blocks["0"].ls1.gamma, torch.full((24,), 1e-6))
+
+
+@every_family
+def test_scratch_keeps_nothing_of_the_teacher(family):
+    teacher = tiny(family, depth=6)
+    meta = MetaModel.from_teacher(teacher, 3, init="scratch", teacher_depths=DEPTHS)
+    whole = assemble(meta.stages).state_dict()
+    assert type(assemble(meta.stages)) is type(teacher)
+    for name, value in teacher.state_dict().items():
+        shallow = whole.get(name)
+        if shallow is not None and shallow.shape == value.shape:
+            assert not torch.equal(shallow, value), name
+
+
+@every_family
+def test_scratch_has_the_initial_values_of_its_family(family):
+    """As large as those of a model that timm has just built, parameter by parameter."""
+    name, differing = FAMILIES[family]
+    torch.manual_seed(0)
+    built = timm.create_model(name, **{**TINY, "depth": 3, **differing}).state_dict()
+    meta = MetaModel.from_teacher(tiny(family, depth=6), 3, init="scratch", teacher_depths=DEPTHS)
+    for name, value in assemble(meta.stages).state_dict().items():
+        expected = built[name].abs().mean().item()
+        chance = 0.8 if value.numel() < 100 else 0.25
+        assert value.abs().mean().item() == pytest.approx(expected, rel=chance, abs=1e-6), name
+
+
+def test_frequencies_of_each_block_go_with_it():
+    teacher = tiny("rope mixed", depth=6)
+    meta = MetaModel.from_teacher(teacher, 3, teacher_depths=DEPTHS)
+    assert torch.equal(meta.stages[0].rope.freqs, teacher.rope.freqs[:, [0, 2, 3]])
+    meta(images()).sum().backward()
+    assert (meta.stages[0].rope.freqs.grad.abs().sum((0, 2, 3)) > 0).all()
+    assert teacher.rope.freqs.grad is None
+    names = [name for name in meta.state_dict() if "rope" in name]
+    assert names == ["stages.0.rope.freqs"]
+    scratch = MetaModel.from_teacher(teacher, 3, init="scratch", teacher_depths=DEPTHS)
+    assert not torch.isclose(scratch.stages[0].rope.freqs, meta.stages[0].rope.freqs).any()
 
 
 def test_gradients_reach_through_the_back():

@@ -22,6 +22,13 @@ FAMILIES = {
     "clip": ("vit_base_patch32_clip_224", {}),
     "gap reg4": ("vit_medium_patch16_reg4_gap_256", {}),
     "siglip": ("vit_base_patch16_siglip_224", {}),
+    "aimv2": ("aimv2_large_patch14_224", {"num_classes": 0}),
+    "eva02": ("eva02_tiny_patch14_224", {}),
+    "dinov3": ("vit_small_patch16_dinov3", {"num_classes": 0}),
+    "perception encoder": ("vit_pe_core_tiny_patch16_384", {"num_classes": 0}),
+    "rope mixed": ("vit_small_patch16_rope_mixed_224", {}),
+    "beit": ("beit_base_patch16_224", {}),
+    "beit, one bias": ("beit_base_patch16_224", {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}),
 }
 TINY = {"img_size": IMAGE_SIZE, "patch_size": 8, "embed_dim": WIDTH, "num_heads": 3, "num_classes": 5}
 
@@ -34,6 +41,11 @@ def tiny(family: str, depth: int = 4, seed: int = 0, **arguments) -> VisionTrans
     model = timm.create_model(name, **{**TINY, "depth": depth, **differing, **arguments}).eval()
     scramble(model, seed)
     return model
+
+
+def taught(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """What a model teaches: its logits (B, C), or the normalised tokens (B, T, D) of one without classes."""
+    return model(images) if model.num_classes else model.forward_features(images)
 
 
 @torch.no_grad()
@@ -66,8 +78,3 @@ def save_timm(directory: Path, model: torch.nn.Module, **data_config) -> None:
 def edit_config(directory: Path, **changes) -> None:
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
-
-
-def output(model, x):
-    """What the last stage of a model gives: logits, or without a head the normalised tokens."""
-    return model(x) if model.num_classes else model.forward_features(x)
