@@ -36,7 +36,7 @@ def from_timm_config(model: nn.Module) -> Preprocessing:
     height, width = model.patch_embed.img_size
     if height != width:
         raise ValueError(
-            f"the model takes {height}x{width} images; only square ones are supported. Set its image size."
+            f"the model takes {height}x{width} images; only square ones are supported: set teacher.image_size."
         )
     return Preprocessing(
         image_size=height,
