@@ -5,6 +5,7 @@ and logits where both models have them, on one batch of images of the model's ow
 """
 
 import re
+from typing import Any
 
 import timm
 import torch
@@ -125,22 +126,34 @@ def _encoder_of(original: nn.Module) -> tuple[nn.Module, Layout]:
 
 
 def _outputs_of_original(original: nn.Module, images: Tensor) -> Outputs:
+    """What a model of transformers gives; its encoder runs once."""
     encoder, layout = _encoder_of(original)
     if has_classes(original):
-        classified = original(pixel_values=images)
-        # a classifier of CLIP does not use the norm behind the blocks
-        last = encoder(pixel_values=images).last_hidden_state
-        return {"tokens": last, "logits": classified.logits}
+        seen = []
+        handle = encoder.register_forward_hook(lambda module, arguments, output: seen.append(output.last_hidden_state))
+        logits = original(pixel_values=images).logits
+        handle.remove()
+        return {"tokens": seen[0], "logits": logits}  # a classifier of CLIP does not use the norm behind the blocks
+    given = _unmasked(encoder, images) if layout.hides_patches else encoder(pixel_values=images)
+    tokens = given.last_hidden_state
+    if layout.last_norm:
+        tokens = getattr(encoder, layout.last_norm)(tokens)
     if predicts_words(original):
-        return {"tokens": original.layernorm(encoder(pixel_values=images).last_hidden_state)}
-    if layout.tokens:
-        outputs: Outputs = {"tokens": layout.tokens(encoder, images)}
-    else:
-        outputs = {"tokens": encoder(pixel_values=images).last_hidden_state}
-    pooled = encoder(pixel_values=images).pooler_output if layout.pools else None
-    if pooled is not None:
-        outputs["pooled"] = pooled
-    return outputs
+        return {"tokens": original.layernorm(tokens)}
+    if layout.pools and given.pooler_output is not None:
+        return {"tokens": tokens, "pooled": given.pooler_output}
+    return {"tokens": tokens}
+
+
+def _unmasked(encoder: nn.Module, images: Tensor) -> Any:
+    """The output of a MAE that sees all patches, in their own order."""
+    in_order = torch.arange(encoder.embeddings.patch_embeddings.num_patches, dtype=torch.float32)
+    ratio = encoder.config.mask_ratio
+    encoder.config.mask_ratio = 0.0
+    try:
+        return encoder(pixel_values=images, noise=in_order.expand(len(images), -1))
+    finally:
+        encoder.config.mask_ratio = ratio
 
 
 def _outputs_of_timm(model: nn.Module, images: Tensor) -> Outputs:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from timm.layers import LayerNorm, RmsNorm, SwiGLU
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from .pooling import ClassAndMean
 
@@ -126,9 +125,8 @@ class Layout:
     build: Callable[[Any, int, nn.Module], nn.Module]  # configuration, number of classes, original -> a timm model
     whole: str = ""  # class whose `vision_model` is taken, where the encoder's does not read what such a model saves
     left_out: str = OF_PRETRAINING  # regular expression of tensors the teacher has no use for
-    tokens: Callable[[nn.Module, Tensor], Tensor] | None = (
-        None  # normalised tokens of the encoder, where not its output
-    )
+    last_norm: str = ""  # part of the encoder that normalises its tokens, where its output is not normalised
+    hides_patches: bool = False  # the encoder shuffles patches and leaves some out, unless it is told not to
     pools: bool = False  # the encoder's pooled output is what timm's model pools, too
     any_size: bool = False  # the original takes images of every size: its image processor says which
     same_at_other_sizes: bool = False  # original and timm make positions of another size alike
@@ -317,26 +315,7 @@ def _square(config: Any) -> tuple[int, int]:
     return config.image_size, config.patch_size
 
 
-# normalised tokens (B, T, D) of the originals
-
-
-def _normed_by_post_layernorm(encoder: nn.Module, images: Tensor) -> Tensor:
-    return encoder.post_layernorm(encoder(pixel_values=images).last_hidden_state)
-
-
-def _unmasked(encoder: nn.Module, images: Tensor) -> Tensor:
-    """A MAE hides most patches and shuffles the others: none of them here, in their own order."""
-    batch = len(images)
-    in_order = torch.arange(encoder.embeddings.patch_embeddings.num_patches, dtype=torch.float32).expand(batch, -1)
-    ratio = encoder.config.mask_ratio
-    encoder.config.mask_ratio = 0.0
-    try:
-        return encoder(pixel_values=images, noise=in_order).last_hidden_state
-    finally:
-        encoder.config.mask_ratio = ratio
-
-
-_CLIP = {"names": CLIP_NAMES, "build": _clip, "left_out": OF_TEXT, "tokens": _normed_by_post_layernorm, "pools": True}
+_CLIP = {"names": CLIP_NAMES, "build": _clip, "left_out": OF_TEXT, "last_norm": "post_layernorm", "pools": True}
 _SIGLIP = {"names": SIGLIP_NAMES, "build": _siglip, "left_out": OF_TEXT, "pools": True}
 _AIMV2 = {"names": AIMV2_NAMES, "build": _aimv2, "left_out": OF_TEXT}
 _BEIT = {"names": BEIT_NAMES, "build": _beit, "left_out": OF_BEIT, "pools": True, "any_size": True}
@@ -346,7 +325,7 @@ _DINO = {"pools": True, "any_size": True}
 LAYOUTS: Mapping[str, Layout] = {
     "vit": Layout("ViT", "ViTModel", VIT_NAMES, _vit),
     "deit": Layout("DeiT", "DeiTModel", VIT_NAMES, _deit),
-    "vit_mae": Layout("MAE", "ViTMAEModel", VIT_NAMES, _vit, tokens=_unmasked),
+    "vit_mae": Layout("MAE", "ViTMAEModel", VIT_NAMES, _vit, hides_patches=True),
     "vit_msn": Layout("MSN", "ViTMSNModel", VIT_NAMES, _vit),
     "ijepa": Layout("I-JEPA", "IJepaModel", VIT_NAMES, _ijepa),
     "dinov2": Layout("DINOv2", "Dinov2Model", DINOV2_NAMES, _dinov2, **_DINO),

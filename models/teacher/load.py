@@ -126,13 +126,7 @@ def _load_transformers(
     layout = LAYOUTS.get(model_type) if isinstance(model_type, str) else None
     if layout is None:
         raise ValueError(refusal(files, f"transformers model type {model_type!r}", str(model_type)))
-    processor_path = files.find("preprocessor_config.json")
-    if processor_path is None:
-        raise ValueError(
-            f"{files} has no preprocessor_config.json: mean, std and size of its images are unknown. Save the image "
-            f"processor it was trained with beside it (ViTImageProcessor(...).save_pretrained(directory))."
-        )
-    _check_one_processor(files, read_object(processor_path, files))
+    _check_processor_files(files)
     weights = checked_weights(files, _of_vision(files, config), TRANSFORMERS_SIZES, layout.left_out)
     original, report, processor = _originals(files, directory, layout, weights)
     _check_loaded(files, config, report, layout)
@@ -218,7 +212,7 @@ def _without_load_report() -> Iterator[None]:
 
 
 def _check_at_new_size(original: nn.Module, model: nn.Module, layout: Layout) -> None:
-    """Compare both models once more, where they make positions of another size alike."""
+    """Positions are computed where the original computes them; both are compared where they make them alike."""
     computed = computes_positions(original)
     if computed:
         with torch.no_grad():
@@ -236,11 +230,23 @@ def _transformers_labels(files: CheckpointFiles, original: nn.Module) -> list[st
     return labels
 
 
-def _check_one_processor(files: CheckpointFiles, settings: dict[str, Any]) -> None:
-    """transformers prefers an image processor inside processor_config.json: refuse one that is another."""
+def _check_processor_files(files: CheckpointFiles) -> None:
+    """Refuse a checkpoint without an image processor, or with two that differ.
+
+    New releases of transformers save it inside processor_config.json, and read it there first.
+    """
+    path = files.find("preprocessor_config.json")
+    settings = read_object(path, files) if path else None
     path = files.find("processor_config.json", optional=True)
     nested = read_object(path, files).get("image_processor") if path else None
     if not isinstance(nested, dict):
+        nested = None
+    if settings is None and nested is None:
+        raise ValueError(
+            f"{files} has no preprocessor_config.json: mean, std and size of its images are unknown. Save the image "
+            f"processor it was trained with beside it (ViTImageProcessor(...).save_pretrained(directory))."
+        )
+    if settings is None or nested is None:
         return
     different = sorted(key for key in settings.keys() & nested.keys() if settings[key] != nested[key])
     if different:

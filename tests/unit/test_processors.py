@@ -93,6 +93,51 @@ def test_pixels_are_those_of_the_processor(saved, changes):
     same_pixels(*saved(changes))
 
 
+IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+OPENAI = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
+OLD = {"do_rescale": None, "rescale_factor": None}  # not written by early releases
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "expected"),
+    [
+        ("dinov2", {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 36}, **CROP, **IMAGENET,
+                    "resample": 3, "do_convert_rgb": True}, ("bicubic", 32 / 36, "center")),
+        ("dinov3_vit", {"image_processor_type": "DINOv3ViTImageProcessorFast", "crop_size": None, "device": None,
+                        "do_center_crop": None, **IMAGENET}, ("bilinear", 1.0, "squash")),
+        ("clip", {"image_processor_type": None, "feature_extractor_type": "CLIPFeatureExtractor", "crop_size": 32,
+                  "do_center_crop": True, "size": 32, "resample": 3, **OPENAI, **OLD}, ("bicubic", 1.0, "center")),
+        ("metaclip_2", {"image_processor_type": "CLIPImageProcessorFast", "size": {"shortest_edge": 32}, **CROP,
+                        "resample": 3, **OPENAI}, ("bicubic", 1.0, "center")),
+        ("siglip", {"image_processor_type": "SiglipImageProcessor", "processor_class": "SiglipProcessor"},
+         ("bilinear", 1.0, "squash")),
+        ("vit_mae", {"image_processor_type": None, "feature_extractor_type": "ViTFeatureExtractor", "size": 32,
+                     "resample": 3, **IMAGENET, **OLD}, ("bicubic", 1.0, "squash")),
+        ("beit", {"image_processor_type": None, "feature_extractor_type": "BeitFeatureExtractor", "crop_size": 32,
+                  "do_center_crop": False, "size": 32, "reduce_labels": False, **OLD}, ("bilinear", 1.0, "squash")),
+    ],
+)  # fmt: skip
+def test_processors_as_the_hub_has_them(tmp_path, model_type, changes, expected):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    settings = {key: value for key, value in (PLAIN | changes).items() if value is not None or key not in OLD}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    model = SimpleNamespace(patch_embed=SimpleNamespace(img_size=(32, 32)), in_chans=3)
+    preprocessing = from_processor(processor, model)
+    assert (preprocessing.interpolation, preprocessing.crop_pct, preprocessing.crop_mode) == expected
+    assert list(preprocessing.mean) == settings["image_mean"]
+
+
+def test_a_processor_that_knows_no_pil_differs_by_rounding(saved):
+    """DINOv3's resizes floats; PIL rounds to 8 bits in between."""
+    processor, preprocessing = saved({"image_processor_type": "DINOv3ViTImageProcessorFast"})
+    steps = torch.tensor(preprocessing.std).view(3, 1, 1) * 255
+    for picture in pictures():
+        theirs = processor(images=picture, return_tensors="pt").pixel_values[0]
+        difference = (eval_transform(preprocessing)(picture) - theirs).abs() * steps
+        assert 0.1 < difference.max() < 1.1
+
+
 @pytest.mark.parametrize("resample", range(6))
 def test_every_way_to_resize_is_its_own(saved, resample):
     same_pixels(*saved({"resample": resample}))
@@ -166,6 +211,9 @@ def test_two_processors_in_one_folder_must_agree(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(PLAIN))
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": PLAIN}))
     assert load_teacher(str(tmp_path)).preprocessing.mean == (0.5, 0.4, 0.3)
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert load_teacher(str(tmp_path)).preprocessing.mean == (0.5, 0.4, 0.3)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PLAIN))
     (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": PLAIN | {"image_mean": [0.5] * 3}}))
     with pytest.raises(
         ValueError, match=r"two image processors: image_mean is \[0.5, 0.4, 0.3\] in preprocessor_config"

@@ -1,6 +1,7 @@
 """Teachers from transformers and timm directories."""
 
 import json
+import shlex
 
 import pytest
 import timm
@@ -299,15 +300,21 @@ def test_missing_preprocessing_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["transformers", "timm"])
-def test_pickled_weights_are_refused(tmp_path, layout):
+def test_pickled_weights_are_refused(tmp_path, layout, monkeypatch):
     if layout == "timm":
         save_timm(tmp_path, tiny("vit"))
     else:
         save_transformers(tmp_path, "ViTForImageClassification")
     torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="Only safetensors"):
+    with pytest.raises(ValueError, match="Only safetensors") as refused:
         load_teacher(str(tmp_path))
+    # the command it names makes the weights that are read
+    command = shlex.split(str(refused.value).partition("FOLDER): ")[2])
+    assert command[:2] == ["python", "-c"]
+    monkeypatch.chdir(tmp_path)
+    exec(command[2], {})
+    load_teacher(str(tmp_path))
 
 
 def test_code_of_a_checkpoint_never_runs(tmp_path):
