@@ -16,7 +16,7 @@ from models.teacher.load import Teacher, fingerprint, load_teacher
 from tests.report_folder import complete_run, put
 from tests.unit import vit_families
 from tests.unit.checkpoint_ranks import run_ranks
-from tests.unit.test_class_order import saved_teacher
+from tests.unit.test_class_order import LIKE_THE_TEACHER, saved_teacher
 from tests.unit.test_reuse import new_run
 from tests.unit.vit_families import every_family
 from trainer import heads, made_of
@@ -30,7 +30,8 @@ from trainer.hub import card
 from trainer.phases import probe
 from trainer.report.data import read_phases, teacher_accuracy, teacher_head
 from trainer.report.write import write_report
-from trainer.teaching import features
+from trainer.teaching import features, upcycling
+from trainer.teaching.students import new_student
 from trainer.teaching.teachers import before_the_probe
 
 IMAGES = 100
@@ -320,6 +321,14 @@ def test_the_teacher_goes_on_as_an_ordinary_classifier(other_classes, tmp_path):
     assert result["metrics"]["accuracy"] == pytest.approx(float(correct.float().mean()))
 
 
+def test_a_student_started_from_the_teacher_has_the_probe_as_its_head(other_classes, tmp_path):
+    student = LIKE_THE_TEACHER | {"init": "teacher"}
+    run = probed_run(tmp_path / "run", other_classes, student=student)
+    saved = load_file(run.out / "probe/model.safetensors")
+    assert torch.equal(new_student(run).head.weight, saved["head.weight"])
+    assert upcycling.record(run)["student_start"]["sha256"] == run.teacher_record["sha256"]
+
+
 def test_a_complete_probe_is_not_made_again(other_classes, tmp_path, monkeypatch):
     run = probed_run(tmp_path / "run", other_classes)
     monkeypatch.setattr(features, "compute", lambda *_, **__: pytest.fail("computed twice"))
@@ -348,14 +357,16 @@ def test_a_checkpoint_that_was_replaced_after_its_probe_is_refused(other_classes
 
 def test_a_head_that_fits_needs_no_probe(tmp_path, caplog):
     source = saved_teacher(tmp_path / "digits", [str(digit) for digit in range(10)])
-    run = new_run(tmp_path / "run", source)
+    knobs = {"finetune_epochs": 2}
+    run = new_run(tmp_path / "run", source, teacher=knobs)
     before = run.teacher_record
     probe.run(run)
+    assert "teacher.finetune_epochs=2 has no effect" in caplog.text
     result = json.loads((run.out / "probe/result.json").read_text())
     assert result["head"] == {"kind": "own", "why": f"teacher {source} has the data's classes"}
     assert not (run.out / "probe/features").exists() and result["flops"] == 0
-    assert new_run(tmp_path / "run", source).teacher_record == before
-    assert new_run(tmp_path / "unprobed", source).teacher_record == before  # nothing waits for the phase
+    assert new_run(tmp_path / "run", source, teacher=knobs).teacher_record == before
+    assert new_run(tmp_path / "unprobed", source, teacher=knobs).teacher_record == before  # nothing waits for the phase
 
 
 def test_a_missing_probe_names_its_phase(other_classes, tmp_path):
