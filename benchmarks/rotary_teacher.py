@@ -68,7 +68,6 @@ RECIPE = [
     "student.moe_blocks=none",
 ]
 LR = 2e-3  # of the teacher and the meta model
-MODULE_LR = 1e-2  # their stitches have a long way to go
 
 
 def main() -> None:
@@ -78,6 +77,7 @@ def main() -> None:
     parser.add_argument("--teacher-epochs", type=int, default=12)
     parser.add_argument("--meta-epochs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5, help="of every module")
+    parser.add_argument("--lr", type=float, default=1e-2, help="of the modules: their stitches have a long way to go")
     parser.add_argument("--weights", type=Path, help="file to keep teacher and meta model in, or to take them from")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
@@ -109,7 +109,7 @@ def main() -> None:
             seeded = replace(run, recipe=replace(recipe, seed=seed)).with_student(rope=rope)
             for i, module in enumerate(student_modules(seeded)[:-1]):  # the last one has no border
                 objective, _ = distill.objective(seeded, i, module, meta)
-                fit(objective, train, options.epochs, seed, MODULE_LR)
+                fit(objective, train, options.epochs, seed, options.lr)
                 error = border_error(objective, val)
                 hybrid = accuracy(objective.predict, val)
                 results[i, rope].append((error, hybrid))
