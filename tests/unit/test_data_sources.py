@@ -306,6 +306,10 @@ def test_an_empty_folder_and_a_folder_around_the_class_folders_are_told(tmp_path
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="empty' is an empty folder, expected folders of pictures, one per class"):
         open_source(DataConfig(path=str(tmp_path / "empty")), "train")
+    (tmp_path / "flat").mkdir()
+    picture(9).save(tmp_path / "flat" / "0.png")
+    with pytest.raises(ValueError, match=r"no class folders in .*flat; expected images in .*flat/<class>/"):
+        open_source(DataConfig(path=str(tmp_path / "flat")), "train")
     drawn(tmp_path / "unpacked" / "flowers")
     with pytest.raises(ValueError, match=r"holds one folder, 'flowers', with folders in it: .*'.*/flowers'"):
         open_source(DataConfig(path=str(tmp_path / "unpacked")), "train")

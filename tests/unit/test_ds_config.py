@@ -261,6 +261,7 @@ def test_overrides(tmp_path):
 # file -> the (world, ranks per node, experts, global batches of the recipes) it is meant for, and its micro-batches
 MEANT_FOR = {
     "cpu_debug.json": [(1, 1, 4, {64: (64, 1)}), (2, 2, 4, {64: (32, 1)})],
+    "one_machine.json": [(1, 1, 4, {32: (32, 1)}), (2, 2, 4, {32: (16, 1)}), (4, 4, 4, {32: (8, 1)})],
     "single_gpu.json": [(1, 1, 8, {2048: (128, 16), 1024: (128, 8)})],
     "single_gpu_offload.json": [(1, 1, 8, {2048: (64, 32), 1024: (64, 16)})],
     "node8_zero1_ep8.json": [(8, 8, 8, {2048: (128, 2), 1024: (128, 1)})],

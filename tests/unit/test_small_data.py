@@ -52,18 +52,22 @@ def run_with(out, *arguments):
     "images, batch, expected",
     [
         (640, 64, ""),
-        (143, 64, "2 an epoch of 143 images, which is little: train.global_batch=8 makes 17, or raise train.epochs"),
-        (9, 8, "1 an epoch of 9 images, which is little: train.global_batch=1 makes 9, or raise train.epochs"),
+        (
+            143,
+            64,
+            "2 steps an epoch of 143 images, which is little: t.global_batch=8 makes 17, or raise t.epochs",
+        ),
+        (9, 8, "1 step an epoch of 9 images, which is little: t.global_batch=1 makes 9, or raise t.epochs"),
     ],
 )
 def test_few_steps_name_a_batch_that_makes_more(images, batch, expected):
-    assert few_steps("train", images, batch) == expected
+    assert few_steps("t", images, batch) == expected
 
 
 def test_a_start_on_few_and_small_pictures_at_a_dear_size_says_so(tmp_path, teacher, caplog):
     preflight.check(run_with(tmp_path, drawn(tmp_path / "d", 20, 40), teacher), ["meta", "distill", "refine", "train"])
     said = caplog.text
-    assert "phase refine, steps: 1 an epoch of 54 images" in said and "phase train, steps: 1 an epoch" in said
+    assert "phase refine: 1 step an epoch of 54 images" in said and "phase train: 1 step an epoch" in said
     assert "phase meta" not in said and "phase distill" not in said  # nothing is trained in them
     assert (
         "the teacher's own image size of 464 pixels makes 257 tokens of every image: set teacher.image_size=203 for 50"

@@ -333,7 +333,7 @@ def _without_split_folders(data: DataConfig, labels_needed: bool) -> DataConfig:
         split_folder(root, data.train_split, "data.train_split")
     except ValueError:
         known = set(itertools.chain.from_iterable(SPLIT_NAMES))
-        if not folders or known & set(map(str.lower, folders)):
+        if known & set(map(str.lower, folders)):
             raise
         return replace(data, train_split="")
     return data

@@ -67,7 +67,7 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
                 if _trained(run, row):
                     few = few_steps(row.section, len(run.sources[0]), settings.global_batch)
                     if few:
-                        log.warning("phase %s, steps: %s", row.name, few)
+                        log.warning("phase %s: %s", row.name, few)
             check_training(run, row)
     for row in asked:
         if hasattr(code_of(row.name), "check"):

@@ -63,9 +63,11 @@ def of_training(
     passed = float(steps * settings.global_batch)
     few = few_steps(section, images or len(run.sources[0]), settings.global_batch)
     text = (
-        f"{steps:,} steps{f' ({few})' if few else ''} of {settings.global_batch} images on {run.dist.world} ranks "
-        f"(micro-batch {settings.micro_batch} x {settings.accumulation}, ep {settings.ep_size})"
+        f"{steps:,} steps of {settings.global_batch} images on {run.dist.world} ranks (micro-batch "
+        f"{settings.micro_batch} x {settings.accumulation}, ep {settings.ep_size})"
     )
+    if few:
+        text += f" ({few})"
     return Rehearsed(text, {artifact: Cost(passed, passed * flops_per_image + extra_flops)})
 
 
@@ -82,8 +84,9 @@ def few_steps(section: str, images: int, global_batch: int) -> str:
     smaller = global_batch
     while smaller > 1 and images // smaller < FEW_STEPS:
         smaller //= 2
+    count = "1 step" if steps == 1 else f"{steps} steps"
     return (
-        f"{steps} an epoch of {images:,} images, which is little: {section}.global_batch={smaller} makes "
+        f"{count} an epoch of {images:,} images, which is little: {section}.global_batch={smaller} makes "
         f"{images // smaller}, or raise {section}.epochs"
     )
 
