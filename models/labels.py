@@ -22,6 +22,14 @@ UNNAMED = re.compile(r"LABEL_(\d+)")  # transformers' own words where nobody gav
 POLICIES = ("names", "subset", "numbers")  # of teacher.classes
 
 
+class OtherClasses(ValueError):
+    """A head does not have the data's classes; `problem` says it in short, without a next step."""
+
+    def __init__(self, problem: str, message: str) -> None:
+        super().__init__(message)
+        self.problem = problem
+
+
 @dataclass(frozen=True)
 class Match:
     """Where the classes of a head are found.
@@ -40,6 +48,16 @@ class Match:
 def tidy(name: str) -> str:
     """A class name in the one form all are kept in: composed Unicode (macOS writes names decomposed)."""
     return unicodedata.normalize("NFC", name)
+
+
+def names_tell(data: Sequence[str], head: Sequence[Any] | None) -> bool:
+    """Whether the names of the data's classes mean something in the words of a head with more classes than the data.
+
+    They do where the head has names, and where the data has the synsets of ImageNet; numbers as names tell nothing.
+    """
+    if all(name.isascii() and name.isdigit() for name in data):
+        return False
+    return known_names(head) is not None or all(SYNSET.fullmatch(name) for name in data)
 
 
 def folded(name: str) -> str:
@@ -99,7 +117,8 @@ def match_classes(
         policy_key: the knob that sets it, for messages; empty = there is none.
 
     Raises:
-        ValueError: other classes, another number of them, or names that leave open which is which.
+        OtherClasses: other classes, or another number of them.
+        ValueError: names that leave open which is which.
     """
     data = [tidy(name) for name in data]
     head = known_names(head)
@@ -107,7 +126,7 @@ def match_classes(
     by_number = tuple(range(len(data)))
     if policy == "numbers":
         if num_classes != len(data):
-            raise ValueError(f"{counts}: {policy_key}=numbers needs as many. Use one fine-tuned on this data")
+            raise OtherClasses(counts, f"{counts}: {policy_key}=numbers needs as many. Use one fine-tuned on this data")
         if head == data:
             return Match(by_number)
         return Match(by_number, f"{what}: class i of the data is row i of its head, as {policy_key}=numbers says")
@@ -121,7 +140,7 @@ def match_classes(
         return Match(by_number)
     rows = _rows(data, head)
     if rows is None or (len(head) > len(data) and policy != "subset"):
-        raise ValueError(_refusal(data, head, rows is not None, counts, what, policy_key))
+        raise _refusal(data, head, rows is not None, counts, what, policy_key)
     order, how = rows
     if len(head) > len(data):
         kept = [head[row] for row in order]
@@ -208,6 +227,8 @@ def _names_of_unnamed(
     subset = policy == "subset"
     if all(name.isascii() and name.isdigit() for name in data):
         numbers = [int(name) for name in data]
+        if not subset and len(data) != num_classes:
+            return None
         if numbers != sorted(numbers):
             say_so = f"Set {policy_key}=numbers if its head has them in this order, or" if policy_key else "Please"
             raise ValueError(
@@ -227,7 +248,7 @@ def _names_of_unnamed(
 
 def _by_number(data: Sequence[str], num_classes: int, counts: str, why: str, policy_key: str) -> Match:
     if num_classes != len(data):
-        raise ValueError(f"{counts}: use one fine-tuned on this data")
+        raise OtherClasses(counts, f"{counts}: use one fine-tuned on this data")
     hint = f"; {policy_key}=numbers says that it is so" if policy_key else ""
     text = f"{why}: class i of the data is taken to be row i of the head ({first_names(data)}){hint}"
     return Match(tuple(range(len(data))), text, sure=False)
@@ -263,7 +284,9 @@ def _looked_up(data: Sequence[str], head: Sequence[str]) -> tuple[int, ...] | No
     return tuple(row_of[name] for name in data)
 
 
-def _refusal(data: list[str], head: list[str], all_found: bool, counts: str, what: str, policy_key: str) -> str:
+def _refusal(
+    data: list[str], head: list[str], all_found: bool, counts: str, what: str, policy_key: str
+) -> OtherClasses:
     step = "use one fine-tuned on this data"
     if policy_key and all_found:
         step += f", or set {policy_key}=subset to keep the rows of the data's classes alone"
@@ -279,7 +302,7 @@ def _refusal(data: list[str], head: list[str], all_found: bool, counts: str, wha
     text = f"{problem}: {differences(data, head, 'its head')}"
     if repeated:
         text += f"; {first_names(repeated)} stands more than once in its head, so which is which is open"
-    return f"{text}. {step[0].upper()}{step[1:]}"
+    return OtherClasses(problem, f"{text}. {step[0].upper()}{step[1:]}")
 
 
 def _as_synsets(data: list[str], head: list[str]) -> tuple[list[str], list[str]] | None:

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.flops import num_tokens
-from models.labels import Match, match_classes
+from models.labels import Match
 from models.modules.stages import split
 from models.teacher.classes import with_classes, without_head
 from models.teacher.load import Teacher, fingerprint, load_teacher
-from trainer import artifacts, made_of, pins
+from trainer import artifacts, heads, made_of, pins
 from trainer.config.ds_config import Settings, resolve, without_training
 from trainer.config.load import module_depths
 from trainer.config.phases import ScheduleConfig
@@ -32,6 +32,7 @@ from trainer.disk import replacing
 from trainer.distributed.engine import build_engine, working_type
 from trainer.distributed.ranks import Dist, seed_everything
 from trainer.evaluation.accuracy import eval_batch, evaluate
+from trainer.heads import Head
 from trainer.loop.fit import Data, Outcome, Task, epoch_length, fit
 from trainer.request.graph import (
     artifact_name,
@@ -46,7 +47,8 @@ from trainer.request.graph import (
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-REUSED = ("teacher", "meta", "distill", "train", "evaluate")  # whose results name their classes: other runs read them
+# whose results name their classes: other runs read them
+REUSED = ("teacher", "probe", "meta", "distill", "train", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ class Opened:
         if name not in self._things:
             self._things[name] = make()
         return self._things[name]
+
+    def taken(self, name: str, make: Callable[[], T]) -> T:
+        """The same for one who changes it: it is not kept."""
+        return self._things.pop(name, None) or make()
 
 
 @dataclass(frozen=True)
@@ -121,27 +127,53 @@ class Run:
         """The teacher of the recipe, on the CPU; made by phase teacher or assemble when the recipe names none.
 
         Raises:
-            ValueError: not found, not supported, or its head has other classes than the data.
+            ValueError: not found, not supported, its head has other classes than the data, or its probe is missing.
         """
-        return self.planned_teacher or self.opened.once("teacher", self._load_teacher)
+        return self.planned_teacher or self.opened.once("teacher", self.load_teacher)
 
-    def _load_teacher(self) -> Teacher:
+    def load_teacher(self) -> Teacher:
+        """The same once more, apart from what training moves and rounds."""
+        teacher = self.take_checkpoint()
+        head = self.head_of(teacher)
+        if head.kind == "none":
+            return without_head(teacher)
+        if head.kind == "own":
+            return with_classes(teacher, self.labels, head.match)
+        needed_by = f"the head of the teacher ({head.why})"
+        folder, result = artifacts.require(self.out, "probe", self.recipe, needed_by)
+        return heads.with_fitted_probe(teacher, self.labels, folder, whole=result["epochs"] > 0)
+
+    @property
+    def checkpoint(self) -> Teacher:
+        """The teacher as its checkpoint has it, with whatever head; not to be changed."""
+        return self.opened.once("checkpoint", self._load_checkpoint)
+
+    def take_checkpoint(self) -> Teacher:
+        """The same to be changed."""
+        return self.opened.taken("checkpoint", self._load_checkpoint)
+
+    def _load_checkpoint(self) -> Teacher:
         source = self.recipe.teacher.source
         for name in own_teacher(self.recipe):
             source = str(artifacts.require(self.out, name, self.recipe, "a recipe without teacher.source")[0])
         teacher = load_teacher(self.pinned(source))
         self.resolved(source, teacher.source)
-        if self.recipe.teacher.head == "none":
-            return without_head(teacher)
-        return self.fitted(teacher, self.recipe.teacher.classes)
+        return teacher
+
+    def head_of(self, checkpoint: Teacher) -> Head:
+        """Who tells the classes of a teacher, as teacher.head and the data say; see heads.head_of."""
+        head = heads.head_of(checkpoint, self.recipe.teacher, self.sources[0])
+        if head.match is not None:
+            self._say_once(head.match)
+        return head
 
     @property
     def classifies(self) -> bool:
         """Whether teacher and student tell classes; else they give features, and nothing is taught by labels."""
         return self.teacher.num_classes > 0
 
-    def fitted(self, dense: Teacher, policy: str, what: str = "teacher") -> Teacher:
-        """A dense model whose head has the data's classes in the data's order.
+    def fitted(self, dense: Teacher, policy: str, what: str) -> Teacher:
+        """Another dense model than the teacher, its head with the data's classes in the data's order.
 
         Args:
             policy: how they are found, as teacher.classes says it.
@@ -150,18 +182,13 @@ class Run:
         Raises:
             ValueError: it has other classes than the data; what is only on either side is named.
         """
-        match = match_classes(
-            self.labels,
-            dense.labels,
-            dense.num_classes,
-            data_named=self.sources[0].named,
-            what=f"{what} {dense.source}",
-            where=self.sources[0].name,
-            policy=policy,
-            policy_key="teacher.classes" if what == "teacher" else "",
-        )
-        self.opened.once(f"said: {match.note}", lambda: self.say(match))  # also where it is loaded more than once
+        match = heads.match(dense, policy, self.sources[0], f"{what} {dense.source}")
+        self._say_once(match)
         return with_classes(dense, self.labels, match)
+
+    def _say_once(self, match: Match) -> None:
+        """Also where a teacher is loaded more than once."""
+        self.opened.once(f"said: {match.note}", lambda: self.say(match))
 
     @staticmethod
     def say(match: Match) -> None:
@@ -286,7 +313,8 @@ class Run:
             for name in artifacts_of(recipe, needed, start):
                 if name != folder.name and (self.out / name / "result.json").is_file():
                     accepted += made_of.compare(made_of.read(self.out / name), of_inputs, self.out / name, accept)
-        if (folder / "checkpoints").is_dir() and not (folder / "result.json").is_file():
+        begun = any((folder / part).is_dir() for part in ("checkpoints", "features"))
+        if begun and not (folder / "result.json").is_file():
             before = made_of.read(folder)
             accepted = [*before.get("accepted", ()), *accepted]
             accepted += made_of.compare(before, now, folder, accept)
@@ -297,6 +325,8 @@ class Run:
         """The data and the teacher of a phase, as far as it reads them."""
         row = row_of(phase)
         now = {"data": self.data_record}
+        if phase == "probe":  # the teacher it gives a head is recorded with its result
+            return now | {"checkpoint": fingerprint(self.checkpoint)}
         before_the_teacher = phase in ("teacher", "incubate", "assemble") or (phase == "meta" and recipe.teacher.grown)
         asks_teacher = learns_from_teacher(recipe, recipe.train.start) if row.by_start else not before_the_teacher
         is_there = all((self.out / name / "result.json").is_file() for name in own_teacher(recipe))

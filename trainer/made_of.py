@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WAY_ON = "Put it back, use another --out, or go on all the same with 'run.accept=[{}]'"
 # of the project's sources, those that decide numbers; the rest reads the request, plans, submits, reports and pushes
 CODE = ("models", *(f"trainer/{room}" for room in ("data", "distributed", "evaluation", "loop", "objectives")))
-CODE += ("trainer/phases", "trainer/teaching", "trainer/checkpoint", "trainer/context.py")
+CODE += ("trainer/phases", "trainer/teaching", "trainer/checkpoint", "trainer/context.py", "trainer/heads.py")
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path, accep
     """Refuse what differs from what made `folder`.
 
     Args:
-        then, now: teacher, data, ds_config, code, versions, as far as they are known and count.
+        then, now: teacher, checkpoint, data, ds_config, code, versions, as far as they are known and count.
         accept: those that may differ.
 
     Returns:
@@ -72,8 +72,9 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path, accep
         if not difference:
             continue
         line = f"{folder} was made with another {NAMED[kind]}: {difference}"
-        if kind not in accept:
-            raise ValueError(f"{line}. {WAY_ON.format(kind)}")
+        accepted_as = "teacher" if kind == "checkpoint" else kind
+        if accepted_as not in accept:
+            raise ValueError(f"{line}. {WAY_ON.format(accepted_as)}")
         log.warning("%s; accepted by run.accept", line)
         accepted.append(line)
     changed = _changed(then.get("versions"), now.get("versions"))
@@ -155,8 +156,15 @@ def _code(then: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-DESCRIBED = {"teacher": _teacher, "data": _data, "ds_config": _ds_config, "code": _code}
-NAMED = {"teacher": "teacher", "data": "data set", "ds_config": "DeepSpeed JSON", "code": "version of the code"}
+# checkpoint: the teacher before its probe
+DESCRIBED = {"teacher": _teacher, "checkpoint": _teacher, "data": _data, "ds_config": _ds_config, "code": _code}
+NAMED = {
+    "teacher": "teacher",
+    "checkpoint": "teacher",
+    "data": "data set",
+    "ds_config": "DeepSpeed JSON",
+    "code": "version of the code",
+}
 
 
 def _changed(then: Any, now: Any) -> list[str]:

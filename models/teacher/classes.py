@@ -1,11 +1,11 @@
-"""A teacher whose head has the classes of the data, in the data's order."""
+"""A teacher whose head has the classes of the data, in the data's order; or a new one; or none."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..labels import Match
 from .load import Teacher
@@ -47,6 +47,44 @@ def without_head(dense: Teacher) -> Teacher:
     model.num_classes = 0
     dense.num_classes = 0
     dense.labels = None
+    return dense
+
+
+@torch.no_grad()
+def feature_width(dense: Teacher) -> int:
+    """Numbers that a classifier of its images reads: F of forward_head(tokens, pre_logits=True) (B, F)."""
+    model = dense.model
+    tokens = model.patch_embed.num_patches + model.num_prefix_tokens
+    parameter = next(model.parameters())
+    # a view of one number, (1, T, D)
+    blank_BTD = parameter.new_zeros(1).expand(1, tokens, model.embed_dim)
+    return model.forward_head(blank_BTD, pre_logits=True).shape[1]
+
+
+@torch.no_grad()
+def with_probe(dense: Teacher, weight: Tensor, bias: Tensor, labels: Sequence[str]) -> Teacher:
+    """The same dense model, changed in place so that a linear classifier of the data's classes is its head.
+
+    A distilled DeiT, which averages two heads, has it twice. Unlike the order of a head's rows it is not what the
+    checkpoint is, so the fingerprint of the model is another one with every probe.
+
+    Args:
+        weight, bias: (C, F) and (C,), on the features that forward_head(tokens, pre_logits=True) gives.
+        labels: names of the C classes.
+    """
+    model = dense.model
+    like = next(model.parameters())
+    for name in HEADS:
+        if hasattr(model, name):
+            head = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), dtype=like.dtype, device=like.device)
+            head.weight.copy_(weight)
+            head.bias.copy_(bias)
+            setattr(model, name, head.train(model.training).requires_grad_(like.requires_grad))
+    model.num_classes = len(weight)
+    dense.num_classes = len(weight)
+    dense.labels = list(labels)
+    dense.as_saved = {}
+    dense.classes_note = f"its head is a probe of the data's {len(weight)} classes"
     return dense
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     "trainer.disk trainer.request trainer.writer_lock",
     "trainer.made_of trainer.pins",
     "trainer.artifacts trainer.data trainer.distributed trainer.tracking trainer.objectives",
-    "trainer.checkpoint trainer.evaluation trainer.report",
+    "trainer.checkpoint trainer.evaluation trainer.heads trainer.report",
     "trainer.hub trainer.loop",
     "trainer.context",
     "trainer.teaching",

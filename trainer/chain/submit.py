@@ -26,7 +26,7 @@ from trainer.config.ds_config import read_ds_config, resolve
 from trainer.config.load import load_recipe, to_dict
 from trainer.config.recipe import Recipe
 from trainer.disk import lock
-from trainer.request.graph import experts_in, row_of
+from trainer.request.graph import experts_in, section_of_batch
 from trainer.request.stages import DOWNLOAD, FOLLOWING, Stage, chain
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,7 +84,7 @@ def load(settings: Settings) -> tuple[Recipe, dict]:
     recipe = load_recipe(settings.recipe, settings.recipe_overrides)
     ds_values = read_ds_config(settings.ds_config, settings.ds_overrides)
     for stage in chain(recipe):
-        section = "" if stage.phase == DOWNLOAD else row_of(stage.phase).section
+        section = "" if stage.phase == DOWNLOAD else section_of_batch(recipe, stage.phase)
         if section:
             local = settings.ranks_per_node
             resolve(

@@ -67,6 +67,11 @@ class TeacherConfig(ScheduleConfig):
         "how its classes are found in the data: by their names, in whatever order; the same where it may have more of "
         "them; or by number, the same classes in the same order whatever they are called",
     )
+    finetune_epochs: int = knob(
+        0,
+        "after its probe, epochs of training the whole teacher with the new head by this section's schedule; 0 = none",
+        OFF_OR_EPOCHS,
+    )
     allow_chance: bool = knob(
         False, "go on with a teacher.source that is far below chance on the validation images, instead of stopping"
     )
@@ -91,6 +96,22 @@ class TeacherConfig(ScheduleConfig):
             check_heads("teacher", self.width, self.heads)
             expected = f"a divisor of teacher.image_size={self.image_size}"
             require(self.image_size % self.patch_size == 0, "teacher.patch_size", self.patch_size, expected)
+        self._check_head()
+
+    def _check_head(self) -> None:
+        """Only a teacher that is given can be probed; classes say how its own head is read."""
+        if not self.source:
+            expected = "auto, own or none without teacher.source: the teacher of this run is trained with its head"
+            require(self.head != "probe", "teacher.head", self.head, expected)
+        if self.classes != "names":
+            expected = f"auto or own with teacher.classes={self.classes}, which says how its own head is read"
+            require(self.head in ("auto", "own"), "teacher.head", self.head, expected)
+        if self.finetune_epochs:
+            expected = "0 without a probe: it needs teacher.source and teacher.head=auto or probe"
+            may_be_probed = bool(self.source) and self.head in ("auto", "probe") and self.classes == "names"
+            require(may_be_probed, "teacher.finetune_epochs", self.finetune_epochs, expected)
+            expected = f"0 to teacher.finetune_epochs={self.finetune_epochs}, as that is what is trained"
+            require(self.warmup_epochs <= self.finetune_epochs, "teacher.warmup_epochs", self.warmup_epochs, expected)
 
 
 @dataclass(frozen=True)

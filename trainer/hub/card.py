@@ -16,7 +16,7 @@ from trainer.config.data import DataConfig
 from trainer.config.recipe import Recipe
 from trainer.report.data import RUNS, PhaseRecord
 from trainer.report.page import load_drawing
-from trainer.request.graph import artifact_name, own_teacher, preparation, taught_in
+from trainer.request.graph import artifact_name, own_teacher, preparation, taught_in, teacher_results
 from trainer.tracking.metrics import read_metrics
 
 PICTURE = "expert_load.png"
@@ -100,7 +100,7 @@ def _records(run_dir: Path, recipe: Recipe) -> dict[str, PhaseRecord]:
     if taught(recipe):
         if recipe.teacher.grown:
             names += [artifact_name("incubate", module) for module in range(recipe.modules)]
-        names += [*own_teacher(recipe), *preparation(recipe)]
+        names += [*teacher_results(recipe), *preparation(recipe)]
     start = recipe.train.start
     names += [artifact_name("train", start=start), artifact_name("evaluate", start=start)]
     return {name: _record(run_dir / name) for name in names}

@@ -86,7 +86,7 @@ def plan(run_dir: Path, recipe: Recipe, teacher_license: str | None = None) -> P
     name = graph.artifact_name("train", start=recipe.train.start)
     folder, result = artifacts.require(run_dir, name, recipe, "--phase push")
     files = _published(folder, result, "")
-    stages = _stages(recipe)
+    stages = _stages(run_dir, recipe)
     for stage in stages:
         stage_folder, stage_result = artifacts.require(run_dir, stage, recipe, "--phase push with hub.stages=all")
         files += _published(stage_folder, stage_result, f"{stage}/")
@@ -165,7 +165,7 @@ def find_teacher_license(run_dir: Path, recipe: Recipe) -> str | None:
     return card.get("license") if card else None
 
 
-def _stages(recipe: Recipe) -> list[str]:
+def _stages(run_dir: Path, recipe: Recipe) -> list[str]:
     """Artifacts pushed beside the student."""
     if recipe.hub.stages == "last":
         return []
@@ -173,7 +173,10 @@ def _stages(recipe: Recipe) -> list[str]:
         log.warning("hub.stages=all has no effect: this student was not taught by modules")
         return []
     distilled = [graph.artifact_name("distill", module) for module in range(recipe.modules)]
-    return [*graph.own_teacher(recipe), "meta", *distilled]
+    teacher = [*graph.own_teacher(recipe)]
+    if (run_dir / "probe" / "result.json").is_file():  # with head auto there may be none
+        teacher.append("probe")
+    return [*teacher, "meta", *distilled]
 
 
 def _published(folder: Path, result: dict[str, Any], place: str) -> list[PlannedFile]:

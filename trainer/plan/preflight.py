@@ -22,7 +22,7 @@ from trainer.phases import code_of
 from trainer.request.graph import TABLE, Phase, own_teacher, taking_part
 from trainer.teaching.meta import new_meta
 from trainer.teaching.students import student_modules
-from trainer.teaching.teachers import planned_teacher
+from trainer.teaching.teachers import before_the_probe, planned_teacher
 from trainer.tracking import trackers
 
 STAND_IN = Preprocessing(image_size=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -48,9 +48,11 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
     labels = run.labels  # opens the data, which may be a download of hours
     if _teacher_comes_later(run, phases):
         run = run.with_teacher(planned_teacher(run.recipe.teacher, labels))
+    if "probe" in phases:
+        run = before_the_probe(run)
     asked = [row for row in TABLE if row.name in phases]
     for row in asked:
-        if row.trains:
+        if row.trains(run.recipe):
             settings = run.settings(row.section)
             check_zero(settings.config["zero_optimization"])
             if row.repeated != "expert":  # whose share may be smaller than a batch: it is repeated
@@ -67,7 +69,7 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
             student_modules(run)
             if run.planned_teacher is not None:
                 new_meta(run)
-    if any(row.trains for row in asked):
+    if any(row.trains(run.recipe) for row in asked):
         # once: all phases share the transforms. A given student brings its own preprocessing, in place of the teacher's
         without_teacher = given and all(row.name == "train" for row in asked if row.section)
         preprocessing = STAND_IN if without_teacher else run.teacher.preprocessing

@@ -33,7 +33,7 @@ from trainer.plan.preflight import check_training
 from trainer.request.graph import TABLE, Phase, in_one_job, last_round, learns_from_teacher
 from trainer.request.stages import chain, hub_names
 from trainer.teaching.estimate import Cost
-from trainer.teaching.teachers import new_teacher_of, trained_preprocessing, with_seedling
+from trainer.teaching.teachers import before_the_probe, new_teacher_of, trained_preprocessing, with_seedling
 
 
 def main() -> int:
@@ -77,6 +77,7 @@ class DryRun:
         costs: images passed through a result in training and FLOPs, by its name.
         parameters: of the largest model.
         apart: parameters of all experts that are taught alone.
+        files: bytes of what is kept beside weights.
     """
 
     def __init__(self, recipe: Recipe, ds_values: dict, out: Path, ranks: dict[str, list[int]], scratch: str):
@@ -85,6 +86,7 @@ class DryRun:
         self.costs: dict[str, Cost] = {}
         self.parameters = 0
         self.apart = 0
+        self.files = 0
 
     def checks(self, phases: Collection[str]) -> Iterator[tuple[str, Callable[[], str]]]:
         """(name, check) pairs for these phases; a check returns what it found or raises."""
@@ -141,6 +143,8 @@ class DryRun:
             self.run = self.run.with_teacher(load_teacher(self.scratch))
             teacher = next(row for row in TABLE if row.name == "teacher")
             self.rehearse(teacher)
+        else:
+            self.run = before_the_probe(self.run)
         self.parameters = sum(p.numel() for p in self.run.teacher.model.parameters())
         size = self.run.teacher.preprocessing.image_size
         teacher = self.run.teacher
@@ -154,22 +158,25 @@ class DryRun:
     def rehearse(self, row: Phase, module: int | None = None) -> str:
         """Everything of a phase but its training, on the ranks of its jobs."""
         run = replace(self.run, dist=self._dist(row.name))
-        if row.trains:
+        if row.trains(run.recipe):
             check_training(run, row)
         rehearsed = code_of(row.name).rehearse(run, module, self.costs)
         self.costs |= rehearsed.costs
         self.parameters = max(self.parameters, rehearsed.parameters)
         self.apart += rehearsed.apart
+        self.files += rehearsed.files
         return rehearsed.text
 
     def disk(self) -> str:
         """Room for the checkpoints of the largest model and for the results of every stage."""
         r = self.recipe
         second_round = last_round(r) != "distill"
-        rounds = 2 + second_round + 2 * r.teacher.grown  # modules, whole student, ...
+        # modules, whole student, ...
+        rounds = 2 + second_round + 2 * r.teacher.grown + (r.teacher.finetune_epochs > 0)
         bytes_per_parameter = BYTES_PER_PARAMETER + (AVERAGE_BYTES if r.train.ema else 0)
         checkpoints = bytes_per_parameter * (r.run.keep + 1)
         needed = self.parameters * (checkpoints * rounds + 4 * (r.modules + 4)) + self.apart * (checkpoints + 4)
+        needed += self.files
         folder = next(p for p in (self.out, *self.out.parents) if p.is_dir())
         free = shutil.disk_usage(folder).free
         if free < needed:

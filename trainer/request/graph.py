@@ -36,6 +36,17 @@ def own_teacher(recipe: Recipe) -> tuple[str, ...]:
     return ("assemble",) if recipe.teacher.grown else ("teacher",)
 
 
+def may_be_probed(recipe: Recipe) -> bool:
+    """Whether the teacher's head may be a probe; with head auto only its classes tell whether it is."""
+    t = recipe.teacher
+    return bool(t.source) and t.classes == "names" and t.head in ("auto", "probe")
+
+
+def teacher_results(recipe: Recipe) -> tuple[str, ...]:
+    """The results that a teacher with a fitting head comes from: its training, or the probe of one that is given."""
+    return ("probe",) if may_be_probed(recipe) else own_teacher(recipe)
+
+
 def taught_by_expert(recipe: Recipe) -> bool:
     """Whether this run teaches the experts of its modules one by one before the modules."""
     return recipe.distill.level == "expert" and not recipe.distill.source
@@ -64,11 +75,11 @@ def learns_from_teacher(recipe: Recipe, start: str) -> bool:
 
 
 def _teacher_of_meta(recipe: Recipe, _start: str) -> tuple[str, ...]:
-    return () if recipe.teacher.grown else own_teacher(recipe)
+    return () if recipe.teacher.grown else teacher_results(recipe)
 
 
 def _teacher_and_meta(recipe: Recipe, _start: str) -> tuple[str, ...]:
-    return (*own_teacher(recipe), "meta")
+    return (*teacher_results(recipe), "meta")
 
 
 def _clusters_too(recipe: Recipe, start: str) -> tuple[str, ...]:
@@ -85,10 +96,10 @@ def _first_round_too(recipe: Recipe, start: str) -> tuple[str, ...]:
 
 def _of_training(recipe: Recipe, start: str) -> tuple[str, ...]:
     if start == "scratch_equal_cost":  # it is given what all of them cost
-        return (*own_teacher(recipe), *(row.name for row in taking_part(recipe) if row.prepares))
+        return (*teacher_results(recipe), *(row.name for row in taking_part(recipe) if row.prepares))
     if start == "distilled" and not recipe.train.init:
-        return (*own_teacher(recipe), "meta", last_round(recipe))
-    needed = own_teacher(recipe) if learns_from_teacher(recipe, start) else ()
+        return (*teacher_results(recipe), "meta", last_round(recipe))
+    needed = teacher_results(recipe) if learns_from_teacher(recipe, start) else ()
     return (*needed, "meta") if recipe.train.border_weight else needed  # borders lie in the bases of the meta model
 
 
@@ -101,6 +112,22 @@ def _refuse_teacher(recipe: Recipe) -> str:
             "or set teacher.source='' to train one"
         )
     return ""
+
+
+def _refuse_probe(recipe: Recipe) -> str:
+    t = recipe.teacher
+    if may_be_probed(recipe):
+        return ""
+    if not t.source:
+        return "--phase probe has no meaning without teacher.source: a teacher of this run is trained with its head"
+    if t.classes != "names":
+        return (
+            f"--phase probe has no meaning with teacher.classes={t.classes}, which takes the checkpoint's own head: go "
+            "on with --phase meta, or set teacher.classes=names"
+        )
+    return (
+        f"--phase probe has no meaning with teacher.head={t.head}: set teacher.head=probe, or go on with --phase meta"
+    )
 
 
 def _refuse_growing(recipe: Recipe, phase: str) -> str:
@@ -141,7 +168,7 @@ class Phase:
         defined_by_start: the same where end-to-end training starts otherwise than from distilled modules.
         needs: (recipe, start of end-to-end training) -> phases whose results it reads.
         section: of the recipe, whose batch its job runs under; empty = none is checked.
-        trains: whether it trains by that section's schedule.
+        trains: (recipe) -> whether it trains by that section's schedule.
         routed: whether what it trains has MoE blocks, which expert parallelism spreads.
         prepares: its cost comes before end-to-end training.
         refused: (recipe) -> why it has no meaning there; empty = it takes part.
@@ -157,7 +184,7 @@ class Phase:
     defined_by_start: dict[str, tuple[str, ...]] | None = None
     needs: Callable[[Recipe, str], tuple[str, ...]] = lambda recipe, start: ()
     section: str = ""
-    trains: bool = True
+    trains: Callable[[Recipe], bool] = lambda recipe: True
     routed: bool = False
     prepares: bool = False
     refused: Callable[[Recipe], str] = lambda recipe: ""
@@ -183,6 +210,14 @@ TABLE = [
         defined_by=OF_TEACHER,
         section="teacher",
         refused=_refuse_teacher,
+    ),
+    Phase(
+        "probe",
+        "give a teacher.source without a fitting head a linear classifier of the data's classes (teacher.head)",
+        defined_by=OF_TEACHER,
+        section="teacher",
+        trains=lambda recipe: recipe.teacher.finetune_epochs > 0,
+        refused=_refuse_probe,
     ),
     Phase(
         "meta",
@@ -216,7 +251,7 @@ TABLE = [
         defined_by=(*OF_META, "expert", "student"),
         needs=_teacher_and_meta,
         section="expert",
-        trains=False,
+        trains=lambda recipe: False,
         prepares=True,
         refused=lambda recipe: _refuse_by_expert(recipe, "cluster"),
     ),
@@ -269,14 +304,14 @@ TABLE = [
         defined_by=OF_TRAINING,
         defined_by_start=_OF_OTHER_STARTS,
         needs=lambda recipe, start: ("train",),
-        trains=False,
+        trains=lambda recipe: False,
     ),
     Phase(
         "push",
         "push the student (or every stage, see hub.stages) to hub.repo with a model card",
         defined_by=OF_TRAINING,
         needs=lambda recipe, start: ("train", "evaluate"),
-        trains=False,
+        trains=lambda recipe: False,
         on_wish=lambda recipe: bool(recipe.hub.repo),
     ),
 ]
@@ -295,6 +330,14 @@ def row_of(phase: str) -> Phase:
 def taking_part(recipe: Recipe) -> list[Phase]:
     """The phases that --phase all runs, in order."""
     return [row for row in TABLE if row.on_wish(recipe) and not row.refused(recipe)]
+
+
+def section_of_batch(recipe: Recipe, phase: str) -> str:
+    """The section of the recipe whose batch must fit the ranks of a phase's job; empty = any number of them will do."""
+    row = row_of(phase)
+    if phase == "probe" and not row.trains(recipe):  # it only computes features
+        return ""
+    return row.section
 
 
 def by_module() -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 
 from trainer.config.load import close, load_recipe, read_yaml, shown, to_dict
 from trainer.config.recipe import Recipe
-from trainer.request.graph import TABLE, artifact_name, artifacts_of, defining, own_teacher, preparation
+from trainer.request.graph import TABLE, artifact_name, artifacts_of, defining, preparation, teacher_results
 
 KEYS = ("title", "base", "ds_config", "seeds", "share_teacher", "teacher_overrides", "overrides", "variants")
 VARIANT_KEYS = ("label", "overrides", "phases", "reference", "group")
@@ -178,7 +178,7 @@ def steps(recipe: Recipe, phases: Sequence[str] = ()) -> tuple[Step, ...]:
     """
     start = recipe.train.start
     taught = start == "scratch_equal_cost" or (start == "distilled" and not recipe.train.init)
-    first = list(own_teacher(recipe))
+    first = list(teacher_results(recipe))
     if recipe.teacher.grown:
         first = ["meta", *artifacts_of(recipe, "incubate"), *first]
     train = artifact_name("train", start=start)

@@ -33,12 +33,14 @@ class Rehearsed:
         costs: of every result it would make, by name.
         parameters: of the largest model in it that checkpoints would hold; 0 = not more than what is known already.
         apart: parameters of all models that are trained side by side, each with checkpoints of its own.
+        files: bytes of what it keeps beside weights.
     """
 
     text: str
     costs: dict[str, Cost] = field(default_factory=dict)
     parameters: int = 0
     apart: int = 0
+    files: int = 0
 
 
 def of_training(

@@ -1,19 +1,26 @@
-"""A teacher that is grown inside the meta model (teacher.grown), as in Deep Incubation (arXiv 2212.04129).
+"""Teachers before they are what the run will work with: to be trained, to be grown, to be given a head (phase probe).
 
-The phases in order: meta (labels, from scratch), incubate 0..N-1 (independent of each other), assemble.
+One that is grown inside the meta model (teacher.grown) is as in Deep Incubation (arXiv 2212.04129); its phases: meta
+(labels, from scratch), incubate 0..N-1 (independent of each other), assemble.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from models.modules.stages import shallow_copy
 from models.preprocessing import Preprocessing
+from models.teacher.classes import with_probe
 from models.teacher.convert import to_timm
 from models.teacher.load import Teacher, TransformersTeacher, new_teacher
 from trainer.config.phases import TeacherConfig
 from trainer.context import Run
 from trainer.distributed.ranks import seed_everything
+from trainer.heads import blank_probe
+from trainer.request.graph import may_be_probed
 
 
 def with_seedling(run: Run) -> Run:
@@ -61,6 +68,28 @@ def planned_teacher(t: TeacherConfig, labels: list[str]) -> Teacher:
             num_classes=len(labels),
         )
     return Teacher(model, trained_preprocessing(t), "to be trained", labels, len(labels))
+
+
+def before_the_probe(run: Run) -> Run:
+    """The same run with its teacher as it will be once phase probe has fitted its head, if that is still to come.
+
+    Raises:
+        ValueError: what Run.head_of raises.
+    """
+    if not may_be_probed(run.recipe) or (run.out / "probe" / "result.json").is_file():
+        return run
+    checkpoint = run.checkpoint
+    head = run.head_of(checkpoint)
+    if head.kind != "probe":
+        return run
+    # its parts are those of the checkpoint, which stays as it is
+    planned = with_probe(
+        replace(checkpoint, model=shallow_copy(checkpoint.model)),
+        *blank_probe(checkpoint, len(run.labels)),
+        run.labels,
+    )
+    planned.classes_note = f"phase probe fits a head of the data's {len(run.labels)} classes ({head.why})"
+    return run.with_teacher(planned)
 
 
 def trained_preprocessing(t: TeacherConfig) -> Preprocessing:

@@ -48,7 +48,7 @@ def dense_start(run: Run) -> Teacher:
 def _load_dense(run: Run) -> Teacher:
     init = run.recipe.student.init
     if init == "teacher":
-        return run.planned_teacher or run.fitted(load_teacher(run.teacher.source), run.recipe.teacher.classes)
+        return run.planned_teacher or run.load_teacher()
     dense = load_teacher(run.pinned(init))
     run.resolved(init, dense.source)
     if dense.num_classes == len(run.labels):
