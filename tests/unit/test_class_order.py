@@ -56,7 +56,7 @@ def test_the_rows_of_the_head_follow_the_data(turned, tmp_path, caplog):
 def test_a_head_of_more_classes_keeps_those_of_the_data(tmp_path):
     source = saved_teacher(tmp_path / "more", ["ten", *DIGITS[::-1]])
     with pytest.raises(ValueError, match=r"has 11 classes .* has 10: .*only in its head: ten.*teacher\.classes=subset"):
-        _ = new_run(tmp_path / "run", source).teacher
+        _ = new_run(tmp_path / "run", source, teacher={"head": "own"}).teacher
     teacher = new_run(tmp_path / "run", source, teacher={"classes": "subset"}).teacher
     expected = load_teacher(str(source)).model(IMAGES)[:, 1:].flip(1)
     torch.testing.assert_close(teacher.model(IMAGES), expected)
@@ -66,7 +66,7 @@ def test_a_head_of_more_classes_keeps_those_of_the_data(tmp_path):
 def test_as_many_classes_under_other_names_are_refused_unless_asked_for(tmp_path):
     source = saved_teacher(tmp_path / "words", [f"class {digit}" for digit in DIGITS])
     with pytest.raises(ValueError, match=r"only in its head: class 0, class 1.*or set teacher\.classes=numbers"):
-        _ = new_run(tmp_path / "run", source).teacher
+        _ = new_run(tmp_path / "run", source, teacher={"head": "own"}).teacher
     teacher = new_run(tmp_path / "run", source, teacher={"classes": "numbers"}).teacher
     assert torch.equal(teacher.model(IMAGES), load_teacher(str(source)).model(IMAGES))
 

@@ -39,12 +39,12 @@ def toy(monkeypatch):
         defined_by=(*OF_META, "run"),
         needs=lambda recipe, start: ("meta",),
         section="meta",
-        trains=False,
+        trains=lambda recipe: False,
         refused=lambda recipe: "no toys with three modules" if recipe.modules == 3 else "",
         code=__name__,
     )
     table = list(TABLE)
-    table.insert(2, row)
+    table.insert(3, row)
     monkeypatch.setattr(graph, "TABLE", table)
     monkeypatch.setattr("trainer.request.stages.TABLE", table)
     monkeypatch.setattr("trainer.plan.rehearsal.TABLE", table)
@@ -61,7 +61,7 @@ def job_for(phase, *overrides, module=None):
 
 
 def test_a_new_row_is_a_phase(toy):
-    assert graph.phase_help()["toy"] == toy.help and list(graph.phase_help())[2] == "toy"
+    assert graph.phase_help()["toy"] == toy.help and list(graph.phase_help())[3] == "toy"
     assert job_for("all").phases[:3] == ["teacher", "meta", "toy"]
     assert job_for("toy").artifacts == ["toy_0", "toy_1"]
     assert job_for("toy", module="1").artifacts == ["toy_1"]

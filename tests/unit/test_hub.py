@@ -109,8 +109,11 @@ def test_all_stages_lie_beside_the_student_and_go_with_it(server, tmp_path):
     push.push(push.plan(tmp_path, RECIPE), RECIPE.hub)
     assert set(server.files(REPO)) == SENT | {".gitattributes"}
     from_hub = new_recipe(hub={"stages": "all"}, teacher={"source": "someone/vit"})
-    assert push._stages(from_hub) == ["meta", "distill_0", "distill_1"]
-    assert push._stages(new_recipe(hub={"stages": "all"}, train={"start": "scratch"})) == []
+    assert push._stages(tmp_path, from_hub) == ["meta", "distill_0", "distill_1"]
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe/result.json").write_text("{}")
+    assert push._stages(tmp_path, from_hub) == ["probe", "meta", "distill_0", "distill_1"]
+    assert push._stages(tmp_path, new_recipe(hub={"stages": "all"}, train={"start": "scratch"})) == []
 
 
 def test_another_branch_is_made_and_main_stays(server, runs, plans, tmp_path):

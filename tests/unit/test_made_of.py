@@ -372,7 +372,7 @@ def test_a_hub_id_is_loaded_at_the_commit_it_resolved_to_first(tmp_path, monkeyp
         return SimpleNamespace(source=f"{name}@{commit or commits.pop(0)}", num_classes=10, labels=None)
 
     monkeypatch.setattr(context, "fingerprint", lambda teacher: {"source": teacher.source, "sha256": "a" * 64})
-    monkeypatch.setattr(Run, "fitted", lambda run, dense, policy: dense)
+    monkeypatch.setattr(context, "with_classes", lambda dense, labels, match: dense)
     for module in (0, 1):
         recipe = load_recipe(ROOT / "tests/fixtures/tiny.yaml", ["teacher.source=someone/teacher"])
         run = Run(recipe, DS_VALUES, tmp_path, Dist(0, 1, 0, 1, torch.device("cpu")), "a command")

@@ -108,7 +108,10 @@ def bad(arguments):
         (["--out", "x", *START, "--phase", "meta", "epochs"], "cannot read the override 'epochs'"),
         (["--out", "x", *START, "--phase", "meta", "ds.zero=1"], 'unknown key "zero"'),
         (["--out", "x", *START, "--phase", "meta", "ds=1"], "unknown key ds."),
-        (["--out", "x", *START, "--phase", "zzz"], "there is no phase zzz. Known: teacher, meta, incubate, assemble"),
+        (
+            ["--out", "x", *START, "--phase", "zzz"],
+            "there is no phase zzz. Known: teacher, probe, meta, incubate, assemble",
+        ),
         (["--out", "x", *START, "--phase", "meta", "--layout", "y"], "--layout has no meaning for a phase"),
         (["inspekt", "x"], "there is no command inspekt. Did you mean inspect?"),
         (["--out", "x", *START, "--phase", "meta", "--module", "1"], "--module 1 has no meaning for --phase meta"),
@@ -155,7 +158,7 @@ def test_the_phases_of_all():
     start = [*START, "--phase", "all", "--out", "x"]
     assert read(start).phases == ["teacher", "meta", "distill", "train", "evaluate"]
     assert read([*start, "teacher.source=a/b", "hub.repo=c/d"]).phases == [
-        "meta", "distill", "train", "evaluate", "push"]  # fmt: skip
+        "probe", "meta", "distill", "train", "evaluate", "push"]  # fmt: skip
     assert read([*START, "--phase", "push", "--out", "x"]).phases == ["push"]
 
 

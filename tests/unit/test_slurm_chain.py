@@ -107,8 +107,8 @@ def test_stages_of_a_recipe_with_baselines_and_a_hub_teacher():
     recipe = load_recipe(RECIPE, ["train.baselines=[scratch, scratch_equal_cost]", "teacher.source=someone/vit"])
     found = {stage.name: stage.needs for stage in chain(recipe)}
     assert found == {
-        "download": (), "meta": ("download",), "distill": ("meta",), "train": ("distill",),
-        "train_scratch": ("download",), "train_scratch_equal_cost": ("distill",), "evaluate": ("train",),
+        "download": (), "probe": ("download",), "meta": ("probe",), "distill": ("meta",), "train": ("distill",),
+        "train_scratch": ("probe",), "train_scratch_equal_cost": ("distill",), "evaluate": ("train",),
     }  # fmt: skip
     assert [s.name for s in chain(load_recipe(RECIPE))] == ["teacher", "meta", "distill", "train", "evaluate"]
     *_, train, evaluate = chain(load_recipe(RECIPE, ["train.start=scratch"]))

@@ -83,7 +83,8 @@ def test_the_steps_of_each_start():
     assert names("refine.epochs=1") == [*chain[:-1], "refine_0", "refine_1", "train"]
     assert names("train.start=scratch") == ["teacher", "train_scratch"]
     assert names("train.start=scratch_equal_cost") == [*chain[:-1], "train_scratch_equal_cost"]
-    assert names("teacher.source=a/b") == chain[1:]
+    assert names("teacher.source=a/b") == ["probe", *chain[1:]]
+    assert names("teacher.source=a/b", "teacher.head=own") == chain[1:]
     assert names("train.init=a/b") == ["teacher", "train"]
     assert names(phases=["train", "evaluate", "meta"]) == ["meta", "train", "evaluate"]
     by_expert = names("distill.level=expert", phases=["cluster", "expert"])

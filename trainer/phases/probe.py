@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.flops import forward_flops
+from models.flops import forward_flops, num_tokens
 from models.labels import first_names
 from models.modules.stages import set_drop_path
 from models.teacher.classes import feature_width, with_probe
@@ -55,7 +55,7 @@ def run(run: Run) -> None:
         log.info("the teacher's head is a probe: %s", head.why)
     fit, metrics = _fit(run, teacher, folder, settings)
     images = sum(map(len, run.sources))
-    feature_flops = images * forward_flops(teacher.model, _tokens(teacher))
+    feature_flops = images * _flops(teacher)
     seconds = time.perf_counter() - started
     trained = Trained(Outcome({}, seconds, steps=0, images_seen=images), {}, epochs=0, flops_per_image=0)
     weights = {"head.weight": fit.weight, "head.bias": fit.bias}
@@ -121,7 +121,7 @@ def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
     training, validation = map(len, run.sources)
     images = training + validation
     width = feature_width(run.teacher)
-    flops = images * forward_flops(run.teacher.model, run.tokens)
+    flops = images * _flops(run.teacher)
     files = images * width * NUMBER
     memory = COPIES * training * width * NUMBER
     text = (
@@ -236,8 +236,9 @@ def _tune(run: Run, folder: Any) -> tuple[Trained, Any]:
     return trained, settings
 
 
-def _tokens(teacher: Teacher) -> int:
-    return teacher.model.patch_embed.num_patches + teacher.model.num_prefix_tokens
+def _flops(teacher: Teacher) -> int:
+    """FLOPs of the features of one image: a forward without the head."""
+    return forward_flops(teacher.model, num_tokens(teacher.model)) - forward_flops(teacher.model.head, 1)
 
 
 def _size(number: float) -> str:
