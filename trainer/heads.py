@@ -61,7 +61,7 @@ def head_of(checkpoint: Teacher, t: TeacherConfig, images: ImageSource) -> Head:
         found = match(checkpoint, t.classes, images, what, policy_key="teacher.classes")
     except OtherClasses as error:
         if not may_be_probed:
-            raise
+            raise ValueError(f"{error}, or teacher.head=probe to fit a new head on this data") from None
         return Head("probe", error.problem)
     return Head("own", found.note or f"{what} has the data's classes", found)
 
@@ -89,7 +89,8 @@ def match(dense: Teacher, policy: str, images: ImageSource, what: str, policy_ke
 
 def blank_probe(dense: Teacher, num_classes: int) -> tuple[Tensor, Tensor]:
     """Weight (C, F) and bias (C,) of zeros: the probe before it is fitted."""
-    return torch.zeros(num_classes, feature_width(dense)), torch.zeros(num_classes)
+    with torch.device("cpu"):  # also where the caller builds on the meta device
+        return torch.zeros(num_classes, feature_width(dense)), torch.zeros(num_classes)
 
 
 def with_fitted_probe(dense: Teacher, labels: list[str], folder: Path, *, whole: bool) -> Teacher:
