@@ -231,11 +231,21 @@ def _teacher(recipe: Recipe, records: Mapping[str, PhaseRecord], teacher_license
         measured = f" Its accuracy on the same images: {accuracy:.4g}."
     if phases:
         return f"A small vision transformer trained in the same run (phase {phases[0]} of `recipe.yaml`).{measured}"
+    measured = _probe(records) + measured
     source = trained_with(records["meta"].folder.parent, recipe)
     if not hub_id(source):
         return f"{_link(source)}.{measured}"
     terms = f"licence {teacher_license}" if teacher_license else "its licence is on its page"
     return f"{_link(source)}; {terms}.{measured}"
+
+
+def _probe(records: Mapping[str, PhaseRecord]) -> str:
+    """That the teacher's classes come from a probe; empty where they come from its checkpoint."""
+    result = records["probe"].result if "probe" in records else None
+    if not result or result["head"]["kind"] != "probe":
+        return ""
+    tuned = f", and it was fine-tuned with it for {result['epochs']} epochs" if result["epochs"] else ""
+    return f" Its head is a linear classifier fitted to its features of the training images (phase probe){tuned}."
 
 
 def _link(source: str) -> str:

@@ -108,6 +108,8 @@ def read_phases(run_dir: Path) -> dict[str, PhaseRecord]:
     records = {path.name: read_phase(path) for path in run_dir.glob("*") if path.is_dir()}
     if "assemble" in records:  # a teacher that was grown
         records["teacher"] = records["assemble"]
+    elif "probe" in records:  # a teacher that was given, and what its head is
+        records.setdefault("teacher", records["probe"])
     modules = [int(name.removeprefix("distill_")) for name in records if re.fullmatch(r"distill_\d{1,4}", name)]
     if "meta" in records and records["meta"].result:
         measured = (re.fullmatch(r"hybrid_accuracy/(\d{1,4})", key) for key in records["meta"].result["metrics"])
@@ -186,6 +188,29 @@ def teacher_accuracy(phases: Mapping[str, PhaseRecord]) -> float | None:
     if accuracy is None:
         accuracy = phases["meta"].metric("teacher_accuracy")
     return accuracy
+
+
+def teacher_head(phases: Mapping[str, PhaseRecord]) -> str:
+    """Which head a given teacher has and why, as phase probe found it, in one line; empty without that phase."""
+    record = phases["teacher"]
+    head = (record.result or {}).get("head")
+    if not isinstance(head, dict):
+        return ""
+    kind, why = head.get("kind"), head.get("why")
+    if kind != "probe":
+        return f"Head of the teacher: {kind} ({why})."
+    accuracy, held_out = record.metric("accuracy"), record.metric("held_out_accuracy")
+    epochs = record.value("epochs")
+    text = f"Head of the teacher: a probe of its features ({why})"
+    if held_out is not None:
+        text += f", {100 * held_out:.1f}% on held-out training images"
+    if epochs:
+        fitted = record.metric("probe_accuracy")
+        text += f", {100 * fitted:.1f}% on validation images" if fitted is not None else ""
+        text += f"; after {epochs:g} epochs of fine-tuning"
+    if accuracy is not None:
+        text += f", {100 * accuracy:.1f}% on validation images"
+    return f"{text}."
 
 
 def hybrids(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, float | None, float | None]]:

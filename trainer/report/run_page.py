@@ -25,6 +25,7 @@ from trainer.report.data import (
     speed,
     student_accuracy,
     teacher_accuracy,
+    teacher_head,
     total,
 )
 from trainer.report.page import duration, figure, figures, flops, gigabytes, page, percent, percent_tick, table
@@ -142,7 +143,8 @@ def _summary(phases: Mapping[str, PhaseRecord]) -> str:
     shown = "".join(
         f'<div class="card"><span>{title}</span><b>{value}</b><span>{text}</span></div>' for title, value, text in cards
     )
-    return f'<p class="verdict">{_verdict(phases)}</p><div class="cards">{shown}</div><p class="muted">{CHAIN}</p>'
+    told = f"{CHAIN} {escape(teacher_head(phases))}".strip()
+    return f'<p class="verdict">{_verdict(phases)}</p><div class="cards">{shown}</div><p class="muted">{told}</p>'
 
 
 def _hours(seconds: float) -> str:

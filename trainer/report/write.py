@@ -19,6 +19,7 @@ from trainer.report.data import (
     routing_measures,
     runs_of,
     teacher_accuracy,
+    teacher_head,
     total,
 )
 from trainer.report.page import NO_PICTURES, load_drawing
@@ -130,6 +131,9 @@ def _notes(phases: dict[str, PhaseRecord]) -> list[str]:
         "goes with them: clusters, experts, second round; summed as if run one after the other); the "
         "teacher is not counted."
     ]
+    head = teacher_head(phases)
+    if head:
+        notes.append(head)
     for run, name in runs_of(phases).items():
         epochs = phases[run].value("epochs")
         for fraction in FRACTIONS:
