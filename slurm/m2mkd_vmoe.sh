@@ -3,7 +3,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
 #SBATCH --time=00:20:00
-# The m2mKD chain on Slurm: (download ->) (teacher ->) meta -> one distillation job per module -> train -> evaluate.
+# The m2mKD chain on Slurm: (download ->) (teacher or probe ->) meta -> one distillation job per module -> train -> evaluate.
 # With LEVEL=expert one job per expert of each module before that; what else a recipe asks for is in docs/slurm.md.
 #
 #   sbatch slurm/m2mkd_vmoe.sh                    a small driver job submits the chain (start it in the repository)
