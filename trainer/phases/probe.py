@@ -44,7 +44,6 @@ def run(run: Run) -> None:
     folder, complete = run.open("probe")
     if complete:
         return
-    started = time.perf_counter()
     teacher = run.take_checkpoint()
     head = run.head_of(teacher)
     settings = run.settings_without_training()
@@ -53,19 +52,19 @@ def run(run: Run) -> None:
         return
     if run.dist.main:
         log.info("the teacher's head is a probe: %s", head.why)
-    fit, metrics = _fit(run, teacher, folder, settings)
+    fit, metrics, seconds = _fit(run, teacher, folder, settings)
     images = sum(map(len, run.sources))
     feature_flops = images * _flops(teacher)
-    seconds = time.perf_counter() - started
     trained = Trained(Outcome({}, seconds, steps=0, images_seen=images), {}, epochs=0, flops_per_image=0)
     weights = {"head.weight": fit.weight, "head.bias": fit.bias}
+    del teacher  # on the device, and rounded to the type it was run in
     if run.recipe.teacher.finetune_epochs:
-        probed = with_probe(teacher, fit.weight, fit.bias, run.labels)
+        probed = with_probe(run.take_checkpoint(), fit.weight, fit.bias, run.labels)
         trained, settings = _tune(run.with_teacher(probed), folder)
+        weights = trained.weights
         metrics |= trained.outcome.evaluation | {"probe_accuracy": metrics["accuracy"]}
         outcome = replace(trained.outcome, seconds=trained.outcome.seconds + seconds)
-        trained, weights = replace(trained, outcome=outcome), trained.weights
-    del teacher
+        trained = replace(trained, outcome=outcome)
     with run.dist.together():
         if run.dist.main:
             save_weights(folder / "model.safetensors", weights)
@@ -152,8 +151,8 @@ def _record(head: Head) -> dict[str, str]:
     return {"kind": head.kind, "why": head.why}
 
 
-def _fit(run: Run, teacher: Teacher, folder: Any, settings: Any) -> tuple[LinearFit, dict[str, float]]:
-    """The classifier, on every rank, and what it reaches (collective)."""
+def _fit(run: Run, teacher: Teacher, folder: Any, settings: Any) -> tuple[LinearFit, dict[str, float], float]:
+    """The classifier, on every rank, what it reaches, and the seconds it took, also in starts before (collective)."""
     dtype = working_type(settings)
     model = teacher.model.to(run.dist.device, dtype).eval()
 
@@ -182,8 +181,11 @@ def _fit(run: Run, teacher: Teacher, folder: Any, settings: Any) -> tuple[Linear
             log.info("features of %s images, %s of them computed now", f"{images:,}", f"{computed:,}")
             train = features.read(run.sources[0], kept["train"])
             val = features.read(run.sources[1], kept["val"])
-            found = _fitted(train, val, len(run.labels), run.recipe.seed, _where(train, run.dist.device))
-    fit, metrics = run.dist.gather(found)[0]
+            started = time.perf_counter()
+            fit, metrics = _fitted(train, val, len(run.labels), run.recipe.seed, _where(train, run.dist.device))
+            seconds = (train.seconds + val.seconds) / run.dist.world + time.perf_counter() - started
+            found = fit, metrics, seconds
+    fit, metrics, seconds = run.dist.gather(found)[0]
     if run.dist.main:
         log.info(
             "probe: accuracy %.1f%% on %s validation images, %.1f%% on held-out training images, L2 %g",
@@ -192,7 +194,7 @@ def _fit(run: Run, teacher: Teacher, folder: Any, settings: Any) -> tuple[Linear
             100 * fit.held_out_accuracy,
             fit.regularisation,
         )
-    return fit, metrics
+    return fit, metrics, seconds
 
 
 def _fitted(
@@ -228,7 +230,7 @@ def _tune(run: Run, folder: Any) -> tuple[Trained, Any]:
     """Train the whole teacher with its new head; resumed from the checkpoints of `folder`."""
     run = _for_tuning(run)
     schedule = run.recipe.teacher
-    model = run.teacher.model.float()
+    model = run.teacher.model
     set_drop_path(model, schedule.drop_path)
     model.requires_grad_(True)
     settings = run.settings("teacher")

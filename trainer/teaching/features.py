@@ -6,6 +6,7 @@ any number of ranks, computes what is missing and nothing else. N images, F feat
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trainer.data.base import ImageSource
@@ -33,6 +35,7 @@ class Features:
 
     features: Tensor  # (N, F) float32
     labels: Tensor  # (N,) int64
+    seconds: float  # of all ranks together that they took
 
 
 def shards(images: int) -> list[range]:
@@ -103,18 +106,21 @@ def read(source: ImageSource, folder: Path) -> Features:
     Raises:
         ValueError: a shard is missing or damaged.
     """
-    features, labels = [], []
+    features = []
+    labels = []
+    seconds = 0.0
     for shard in shards(len(source)):
         path = _path(folder, shard)
         try:
-            tensors = load_file(path)
-            readable = tensors["readable"]
-            features.append(tensors["features"][readable])
+            with safe_open(path, "pt") as file:
+                readable = file.get_tensor("readable")
+                features.append(file.get_tensor("features")[readable])
+                seconds += float(file.metadata()["seconds"])
         except Exception as error:  # safetensors has errors of its own
             raise ValueError(f"{path} cannot be read ({error}): delete it and run --phase probe again") from None
         targets = torch.from_numpy(np.asarray(source.targets[shard.start : shard.stop], dtype=np.int64))
         labels.append(targets[readable])
-    return Features(torch.cat(features), torch.cat(labels))
+    return Features(torch.cat(features), torch.cat(labels), seconds)
 
 
 def _path(folder: Path, shard: range) -> Path:
@@ -139,6 +145,7 @@ def _each_batch(
     places = np.concatenate([np.arange(shard.start, shard.stop) for shard in mine])
     to_write = iter(mine)
     shard = next(to_write)
+    begun = time.perf_counter()
     rows: list[Tensor] = []  # features, and in the last column whether the image could be read
     for padded in eval_batches(source.subset(places), preprocessing, batch=batch, workers=workers):
         b = padded.without_padding()
@@ -147,7 +154,9 @@ def _each_batch(
         rows.append(torch.cat([features, b.mask[:, None].float()], 1))
         there = torch.cat(rows)
         while shard is not None and len(there) >= len(shard):
-            _write(_path(folder, shard), there[: len(shard)])
+            now = time.perf_counter()
+            _write(_path(folder, shard), there[: len(shard)], now - begun)
+            begun = now
             there = there[len(shard) :]
             shard = next(to_write, None)
         rows = [there]
@@ -164,7 +173,7 @@ def _check(features: Tensor, source: ImageSource, places: np.ndarray) -> None:
         )
 
 
-def _write(path: Path, rows: Tensor) -> None:
+def _write(path: Path, rows: Tensor, seconds: float) -> None:
     tensors = {"features": rows[:, :-1].contiguous(), "readable": rows[:, -1] > 0}
     with replacing(path) as unfinished:
-        save_file(tensors, unfinished)
+        save_file(tensors, unfinished, {"seconds": str(seconds)})
