@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from models.preprocessing import Preprocessing
 from models.teacher.classes import feature_width, with_probe
 from models.teacher.load import Teacher, fingerprint, load_teacher
+from tests.report_folder import complete_run, put
 from tests.unit import vit_families
 from tests.unit.checkpoint_ranks import run_ranks
 from tests.unit.test_class_order import saved_teacher
@@ -20,10 +22,14 @@ from tests.unit.vit_families import every_family
 from trainer import heads, made_of
 from trainer.config.data import DataConfig
 from trainer.config.phases import TeacherConfig
+from trainer.context import Run
 from trainer.data.decode import UnreadableImageError
 from trainer.data.sources import DigitsSource
 from trainer.distributed.interrupt import Interrupted
+from trainer.hub import card
 from trainer.phases import probe
+from trainer.report.data import read_phases, teacher_accuracy, teacher_head
+from trainer.report.write import write_report
 from trainer.teaching import features
 from trainer.teaching.teachers import before_the_probe
 
@@ -269,6 +275,7 @@ def test_the_head_of_every_family_reads_what_was_fitted(family):
     weight, bias = torch.randn(7, read.shape[1], generator=draws), torch.randn(7, generator=draws)
     labels = [f"class {number}" for number in range(7)]
     before = fingerprint(teacher)["sha256"]
+    teacher.as_saved = {"head.weight": torch.zeros(3, 3)}  # of a head whose rows were put into another order
     probed = with_probe(teacher, weight, bias, labels)
     torch.testing.assert_close(probed.model(images), read @ weight.T + bias)
     assert probed.labels == labels and probed.num_classes == probed.model.num_classes == 7
@@ -415,3 +422,78 @@ def test_ranks_do_not_change_the_classifier(other_classes, tmp_path):
     run_ranks(3, work)
     kept = features.read(whole.sources[0], whole.out / "probe/features/train")
     torch.testing.assert_close(features.read(run.sources[0], tmp_path / "three/train").features, kept.features)
+
+
+class Begun(Exception):
+    """Training would begin here."""
+
+
+def test_tuning_starts_from_the_checkpoints_own_numbers(other_classes, tmp_path, monkeypatch):
+    """Not from those that the features were computed with, in bf16."""
+    knobs = {"finetune_epochs": 1, "global_batch": 4, "drop_path": 0.1}
+    run = new_run(tmp_path / "run", other_classes, data={"limit": 120}, teacher=knobs)
+    run = replace(run, ds_values={"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}})
+    started = {}
+
+    def train(run, objective, data, schedule, settings, *_, **__):
+        started.update(objective.module.state_dict())
+        assert (schedule.epochs, settings.global_batch) == (1, 4)
+        assert all(parameter.requires_grad for parameter in objective.module.parameters())
+        raise Begun
+
+    monkeypatch.setattr(Run, "train", train)
+    with pytest.raises(Begun):
+        probe.run(run)
+    checkpoint = load_teacher(str(other_classes)).model.state_dict()
+    assert started.keys() == checkpoint.keys()
+    for name, value in checkpoint.items():
+        assert name.startswith("head") or torch.equal(started[name], value), name
+    assert len(started["head.weight"]) == 10
+
+
+def test_a_plan_says_what_tuning_costs(other_classes, tmp_path):
+    knobs = {"finetune_epochs": 2, "global_batch": 4}
+    alone = probe.rehearse(before_the_probe(new_run(tmp_path / "a", other_classes)), None, {}).costs["probe"]
+    run = new_run(tmp_path / "b", other_classes, teacher=knobs)
+    run = before_the_probe(replace(run, ds_values={"zero_optimization": {"stage": 1}}))
+    tuned = probe.rehearse(run, None, {})
+    assert tuned.costs["probe"].images == alone.images + 2 * 20 and tuned.parameters > 0
+    assert "then 10 steps of 4 images" in tuned.text
+    per_image = (tuned.costs["probe"].flops - alone.flops) / 40
+    assert per_image == 3 * (alone.flops / 40 + 2 * 16 * 10)  # forward and backward, with the head
+
+
+# --- what people read
+
+
+def test_the_report_says_which_head_was_taken(tmp_path):
+    complete_run(tmp_path)
+    assert teacher_head(read_phases(tmp_path)) == ""  # a teacher that was trained here
+    shutil.rmtree(tmp_path / "teacher")
+    head = {"kind": "probe", "why": "teacher a/b has no head"}
+    put(tmp_path / "probe", {"accuracy": 0.75, "held_out_accuracy": 0.625}, head=head)
+    phases = read_phases(tmp_path)
+    said = "Head of the teacher: a probe of its features (teacher a/b has no head), 62.5% on held-out training images"
+    assert teacher_head(phases) == f"{said}, 75.0% on validation images."
+    assert teacher_accuracy(phases) == 0.75
+    write_report(tmp_path)
+    assert said in (tmp_path / "report.md").read_text() and said in (tmp_path / "report.html").read_text()
+    shutil.rmtree(tmp_path / "probe")
+    tuned = {"accuracy": 0.875, "probe_accuracy": 0.75, "held_out_accuracy": 0.625}
+    put(tmp_path / "probe", tuned, head=head, epochs=3)
+    ending = "75.0% on validation images; after 3 epochs of fine-tuning, 87.5% on validation images."
+    assert teacher_head(read_phases(tmp_path)).endswith(ending)
+    shutil.rmtree(tmp_path / "probe")
+    put(tmp_path / "probe", {}, head={"kind": "own", "why": "teacher a/b has the data's classes"})
+    phases = read_phases(tmp_path)
+    assert teacher_head(phases) == "Head of the teacher: own (teacher a/b has the data's classes)."
+    assert teacher_accuracy(phases) == 0.5  # as phase meta measured it
+
+
+def test_the_model_card_says_that_the_head_is_a_probe():
+    record = SimpleNamespace(result={"head": {"kind": "probe"}, "epochs": 0})
+    assert "linear classifier fitted to its features" in card._probe({"probe": record})
+    record.result["epochs"] = 3
+    assert "fine-tuned with it for 3 epochs" in card._probe({"probe": record})
+    record.result["head"]["kind"] = "own"
+    assert card._probe({"probe": record}) == card._probe({}) == ""
