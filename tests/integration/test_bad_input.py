@@ -237,7 +237,7 @@ def save_teacher_of(out: Path, classes: int) -> Path:
 def test_teacher_directory(warm, out):
     """A head with another number of classes, an unsupported family, no directory at all."""
     folder = save_teacher_of(out, 7)
-    arguments = [*TINY, "--phase", "all", f"teacher.source={folder}"]
+    arguments = [*TINY, "--phase", "all", f"teacher.source={folder}", "teacher.head=own"]
     fresh = out.parent / "fresh"
     refused(warm, fresh, arguments, str(folder), "has 7 classes", "has 10")
     config = json.loads((folder / "config.json").read_text())

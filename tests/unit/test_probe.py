@@ -16,7 +16,7 @@ from models.teacher.load import Teacher, fingerprint, load_teacher
 from tests.report_folder import complete_run, put
 from tests.unit import vit_families
 from tests.unit.checkpoint_ranks import run_ranks
-from tests.unit.test_class_order import saved_teacher
+from tests.unit.test_class_order import LIKE_THE_TEACHER, saved_teacher
 from tests.unit.test_reuse import new_run
 from tests.unit.vit_families import every_family
 from trainer import heads, made_of
@@ -30,7 +30,8 @@ from trainer.hub import card
 from trainer.phases import probe
 from trainer.report.data import read_phases, teacher_accuracy, teacher_head
 from trainer.report.write import write_report
-from trainer.teaching import features
+from trainer.teaching import features, upcycling
+from trainer.teaching.students import new_student
 from trainer.teaching.teachers import before_the_probe
 
 IMAGES = 100
@@ -318,6 +319,14 @@ def test_the_teacher_goes_on_as_an_ordinary_classifier(other_classes, tmp_path):
         logits.append(kept @ saved["head.weight"].T + saved["head.bias"])
     correct = torch.stack(logits).argmax(1) == torch.from_numpy(np.asarray(run.sources[1].targets))
     assert result["metrics"]["accuracy"] == pytest.approx(float(correct.float().mean()))
+
+
+def test_a_student_started_from_the_teacher_has_the_probe_as_its_head(other_classes, tmp_path):
+    student = LIKE_THE_TEACHER | {"init": "teacher"}
+    run = probed_run(tmp_path / "run", other_classes, student=student)
+    saved = load_file(run.out / "probe/model.safetensors")
+    assert torch.equal(new_student(run).head.weight, saved["head.weight"])
+    assert upcycling.record(run)["student_start"]["sha256"] == run.teacher_record["sha256"]
 
 
 def test_a_complete_probe_is_not_made_again(other_classes, tmp_path, monkeypatch):
