@@ -357,14 +357,16 @@ def test_a_checkpoint_that_was_replaced_after_its_probe_is_refused(other_classes
 
 def test_a_head_that_fits_needs_no_probe(tmp_path, caplog):
     source = saved_teacher(tmp_path / "digits", [str(digit) for digit in range(10)])
-    run = new_run(tmp_path / "run", source)
+    knobs = {"finetune_epochs": 2}
+    run = new_run(tmp_path / "run", source, teacher=knobs)
     before = run.teacher_record
     probe.run(run)
+    assert "teacher.finetune_epochs=2 has no effect" in caplog.text
     result = json.loads((run.out / "probe/result.json").read_text())
     assert result["head"] == {"kind": "own", "why": f"teacher {source} has the data's classes"}
     assert not (run.out / "probe/features").exists() and result["flops"] == 0
-    assert new_run(tmp_path / "run", source).teacher_record == before
-    assert new_run(tmp_path / "unprobed", source).teacher_record == before  # nothing waits for the phase
+    assert new_run(tmp_path / "run", source, teacher=knobs).teacher_record == before
+    assert new_run(tmp_path / "unprobed", source, teacher=knobs).teacher_record == before  # nothing waits for the phase
 
 
 def test_a_missing_probe_names_its_phase(other_classes, tmp_path):

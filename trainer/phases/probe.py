@@ -141,6 +141,9 @@ def _leave_as_it_is(run: Run, folder: Any, head: Head, settings: Any) -> None:
     """The result of a teacher that needs no probe."""
     if run.dist.main:
         log.info("nothing to fit: %s", head.why)
+        epochs = run.recipe.teacher.finetune_epochs
+        if epochs:
+            log.warning("teacher.finetune_epochs=%d has no effect without a probe: the teacher stays as it is", epochs)
     nothing = Trained(Outcome({}, 0.0, steps=0, images_seen=0), {}, epochs=0, flops_per_image=0)
     made_with = {"head": _record(head), "teacher": run.teacher_record if run.dist.main else {}}
     run.finish(folder, "probe", None, nothing, settings, metrics={}, made_with=made_with)
