@@ -228,7 +228,7 @@ def _check_head(student: VMoE, dense: Teacher, own_classes: bool) -> list[str]:
     """Whether the dense head can be copied; what is left behind."""
     model = dense.model
     config = student.config
-    if not student.num_classes and not dense.num_classes:
+    if not student.num_classes:
         return []
     if student.num_classes != dense.num_classes or not isinstance(model.head, nn.Linear):
         if own_classes:
