@@ -338,7 +338,7 @@ class Run:
         """The data and the teacher of a phase, as far as it reads them."""
         row = row_of(phase)
         now = {"data": self.data_record}
-        if phase == "probe":  # the teacher it gives a head is recorded with its result
+        if phase == "probe" and not (self.out / phase / "result.json").is_file():  # which records the teacher it made
             return now | {"checkpoint": fingerprint(self.checkpoint)}
         before_the_teacher = phase in ("teacher", "incubate", "assemble") or (phase == "meta" and recipe.teacher.grown)
         asks_teacher = learns_from_teacher(recipe, recipe.train.start) if row.by_start else not before_the_teacher
