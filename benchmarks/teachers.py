@@ -254,6 +254,7 @@ def measure(row: Row) -> list[Result | None]:
             results += [None, None]
             continue
         with tempfile.TemporaryDirectory() as folder:
+            torch.manual_seed(0)
             original = row.classifier(num_classes) if num_classes else row.headless()
             # frozen, as teachers are: torch picks other kernels where gradients are wanted
             _scramble(original.eval().requires_grad_(False))
