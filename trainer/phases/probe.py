@@ -24,7 +24,7 @@ from models.teacher.load import Teacher, fingerprint
 from trainer import heads
 from trainer.context import Run, Trained, save_weights
 from trainer.distributed.engine import working_type
-from trainer.distributed.interrupt import HEARTBEAT
+from trainer.distributed.main_rank import on_main
 from trainer.evaluation.linear import LinearFit, fit_linear
 from trainer.heads import Head
 from trainer.loop.fit import Outcome
@@ -177,18 +177,18 @@ def _fit(run: Run, teacher: Teacher, folder: Any, settings: Any) -> tuple[Linear
             workers=data.workers,
             description=f"probe, features of {name}",
         )
-    found = None
-    with run.dist.together():
-        if run.dist.main:
-            images = sum(map(len, run.sources))
-            log.info("features of %s images, %s of them computed now", f"{images:,}", f"{computed:,}")
-            train = features.read(run.sources[0], kept["train"])
-            val = features.read(run.sources[1], kept["val"])
-            started = time.perf_counter()
-            fit, metrics = _fitted(train, val, len(run.labels), run.recipe.seed, _where(train, run.dist.device))
-            seconds = (train.seconds + val.seconds) / run.dist.world + time.perf_counter() - started
-            found = fit, metrics, seconds
-    fit, metrics, seconds = run.dist.gather(found)[0]
+
+    def fitted() -> tuple[LinearFit, dict[str, float], float]:
+        images = sum(map(len, run.sources))
+        log.info("features of %s images, %s of them computed now", f"{images:,}", f"{computed:,}")
+        train = features.read(run.sources[0], kept["train"])
+        val = features.read(run.sources[1], kept["val"])
+        started = time.perf_counter()
+        fit, metrics = _fitted(train, val, len(run.labels), run.recipe.seed, _where(train, run.dist.device))
+        seconds = (train.seconds + val.seconds) / run.dist.world + time.perf_counter() - started
+        return fit, metrics, seconds
+
+    fit, metrics, seconds = run.dist.gather(on_main(run.dist, fitted))[0]
     if run.dist.main:
         log.info(
             "probe: accuracy %.1f%% on %s validation images, %.1f%% on held-out training images, L2 %g",
@@ -205,7 +205,6 @@ def _fitted(
 ) -> tuple[LinearFit, dict[str, float]]:
     fit = fit_linear(train.features.to(device), train.labels, num_classes, seed=seed)
     fit = replace(fit, weight=fit.weight.cpu(), bias=fit.bias.cpu())
-    HEARTBEAT.beat()
     predicted_N = (val.features @ fit.weight.T + fit.bias).argmax(1)
     return fit, {
         "accuracy": float((predicted_N == val.labels).float().mean()),

@@ -7,30 +7,24 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, wait
-from typing import TypeVar
 
 from trainer import artifacts
 from trainer.context import Run
-from trainer.distributed.interrupt import HEARTBEAT
-from trainer.distributed.ranks import Dist
+from trainer.distributed.main_rank import on_main
 from trainer.hub.push import Plan, find_teacher_license, plan, push
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def run(run: Run) -> None:
     """Push OUT/train and write OUT/push."""
     target, started = run.recipe.hub, time.perf_counter()
-    planned = _on_main(run.dist, lambda: _plan(run))
+    planned = on_main(run.dist, lambda: _plan(run))
     folder, done = run.open("push")
     if done:
         return
-    commit = _on_main(run.dist, lambda: push(planned[0], target))
+    commit = on_main(run.dist, lambda: push(planned[0], target))
     if run.dist.main:
         what, teacher_license = planned
         result = {
@@ -63,25 +57,3 @@ def _plan(run: Run) -> tuple[Plan, str | None]:
     if there != [planned.repo, planned.revision, planned.digests]:
         path.unlink(missing_ok=True)
     return planned, known
-
-
-def _on_main(dist: Dist, work: Callable[[], T]) -> T | None:
-    """work() on rank 0, None on the others (collective).
-
-    All ranks stay in touch meanwhile: an upload may outlast the time after which a waiting rank takes the others for
-    dead, or itself for hung.
-    """
-    outcome: Future[T] = Future()
-
-    def body() -> None:
-        try:
-            outcome.set_result(work())
-        except BaseException as error:
-            outcome.set_exception(error)
-
-    if dist.main:
-        threading.Thread(target=body, daemon=True, name="push").start()  # daemon: Ctrl-C need not wait for it
-    while not dist.gather(dist.main and bool(wait([outcome], timeout=1.0).done))[0]:
-        HEARTBEAT.beat()
-    with dist.together():
-        return outcome.result() if dist.main else None
