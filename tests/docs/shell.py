@@ -77,9 +77,8 @@ class Shell:
             assert done.returncode == 0, f"{command}\n{done.stderr}"
             return
         words = shlex.split(command)
-        if f"teacher.source={OWN_TEACHER}" in words:  # with a head for what images/ holds by now
-            classes = len(list((self.folder / "images/train").iterdir()))
-            seed_teacher(self.hub, self.folder.parent / "own_teacher", OWN_TEACHER, classes)
+        if f"teacher.source={OWN_TEACHER}" in words:  # DINOv2 has no head
+            seed_teacher(self.hub, self.folder.parent / "own_teacher", OWN_TEACHER, classes=0)
         variables = {}
         while "=" in words[0]:
             name, _, value = words.pop(0).partition("=")
