@@ -116,7 +116,8 @@ RECIPES = sorted(path for path in (ROOT / "recipes").glob("*.yaml") if not path.
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_shipped_recipe_augments_thousands_of_images(path):
     """One image in a thousand has a strength that others do not: a run would meet it in its first epoch."""
-    augment = load_recipe(path).augment
+    given = ["data.path=images", "teacher.source=owner/name"] if "???" in path.read_text() else []
+    augment = load_recipe(path, given).augment
     transform = train_transform(Preprocessing(16, HALF, HALF), augment)
     image = photo(20, 18)
     seed_draws(0, 0, 0)
