@@ -22,6 +22,9 @@ from ..vmoe.config import POOLS
 from ..vmoe.model import VMoE
 from .dense_block import BLOCKS, Affine, DenseBlock, is_identity, read_block
 
+# what to do where nothing can be copied
+INSTEAD = ": give the student new weights, 'student.init=\"\"', which learn from every kind of teacher."
+
 
 def chosen_layers(dense_depths: Sequence[int], student_depths: Sequence[int]) -> list[int]:
     """Number of the dense layer that starts each of the student's blocks, module by module.
@@ -58,7 +61,7 @@ def norm_eps(dense: VisionTransformer) -> float:
     strange_blocks = {type(block).__name__ for block in dense.blocks if type(block) not in BLOCKS}
     if strange_blocks:
         names = ", ".join(sorted(strange_blocks))
-        raise ValueError(f"a V-MoE cannot start from a {type(dense).__name__} with blocks of type {names}.")
+        raise ValueError(f"a V-MoE cannot start from a {type(dense).__name__} with blocks of type {names}{INSTEAD}")
     norms = []
     for block in dense.blocks:
         norms += [block.norm1, block.norm2]
@@ -66,10 +69,10 @@ def norm_eps(dense: VisionTransformer) -> float:
     strange_norms = {type(norm).__name__ for norm in norms if not isinstance(norm, nn.LayerNorm)}
     if strange_norms:
         names = ", ".join(sorted(strange_norms))
-        raise ValueError(f"a V-MoE cannot start from a model with {names} in place of LayerNorm.")
+        raise ValueError(f"a V-MoE cannot start from a model with {names} in place of LayerNorm{INSTEAD}")
     all_eps = {norm.eps for norm in norms}
     if len(all_eps) > 1:
-        raise ValueError(f"a V-MoE has one LayerNorm eps, and the dense model has {sorted(all_eps)}.")
+        raise ValueError(f"a V-MoE has one LayerNorm eps, and the dense model has {sorted(all_eps)}{INSTEAD}")
     return norms[0].eps
 
 
@@ -179,7 +182,7 @@ def _read_blocks(student: VMoE, dense: Teacher, layers: Sequence[int]) -> list[D
             raise ValueError(f"a patch embedding {embedding} that is more than one convolution")
         return [read_block(model.blocks[layer], layer) for layer in layers]
     except ValueError as error:
-        raise ValueError(f"a V-MoE cannot start from {dense.source}, which has {error}.") from None
+        raise ValueError(f"a V-MoE cannot start from {dense.source}, which has {error}{INSTEAD}") from None
 
 
 def _check_rope(student: VMoE, dense: Teacher) -> None:
@@ -189,7 +192,7 @@ def _check_rope(student: VMoE, dense: Teacher) -> None:
         embedding = type(dense.model.rope).__name__
         raise ValueError(
             f"a V-MoE cannot start from {dense.source}, whose rotary positions ({embedding}) have learned or other "
-            f"frequencies than a V-MoE's: leave student.init empty."
+            f"frequencies than a V-MoE's{INSTEAD}"
         )
     rope = student.config.rope
     if layout.rope == rope:

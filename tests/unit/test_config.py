@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import models.moe
+from tests.launch import ROOT
 from trainer.config import phases, student
 from trainer.config.load import build, first_difference, load_recipe, parse_override, split_evenly, to_dict
 from trainer.config.recipe import Recipe
@@ -274,6 +275,12 @@ def test_split_evenly():
     assert split_evenly(4, 4, "x") == (1, 1, 1, 1)
     with pytest.raises(ValueError, match="the teacher has 3 blocks, too few for 4 modules"):
         split_evenly(3, 4, "the teacher")
+
+
+def test_an_unset_variable_of_the_shell_empties_nothing():
+    with pytest.raises(ValueError, match=r"teacher\.source is null, expected text; .* write 'teacher\.source=\"\"'"):
+        load_recipe(ROOT / "recipes/demo.yaml", ["teacher.source="])
+    assert load_recipe(ROOT / "recipes/demo.yaml", ['teacher.source=""']).teacher.source == ""
 
 
 def test_parse_override():

@@ -365,6 +365,10 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         str: isinstance(value, str),
     }
     choices = typing.get_args(hint)  # of a Literal
+    if hint is str and value is None:  # `teacher.source=$UNSET` in a shell: nobody may have meant to empty it
+        raise ValueError(
+            f"{name} is null, expected text; to leave it empty on purpose write '{name}=\"\"', quotes included"
+        )
     if not fits.get(hint, isinstance(value, str) and value in choices):
         raise ValueError(f"{name} is {shown(value)}, expected {describe(hint)}")
     if isinstance(value, str) and _CONTROL.search(value):
