@@ -461,6 +461,7 @@ class Run:
                 "device": str(self.dist.device.type),
                 "command": self.command,
                 "data": self.sources[0].origin,
+                "held_out": self.sources[1].held_out,
                 "health": outcome.health,
                 **made_with,
             }

@@ -338,6 +338,7 @@ def test_a_tenth_is_held_out_where_there_is_no_validation_split(tmp_path, split,
     assert (train.counts.tolist(), val.counts.tolist()) == ([9, 9], [1, 1])
     expected = "no split 'validation': 0.1 of the training images of each class are held out"
     assert (train.remarks, val.remarks, caplog.text.count(expected)) == ("", expected, 1)
+    assert (train.held_out, val.held_out) == (0, 0.1)
 
 
 def test_a_set_without_validation_split_names_the_one_that_could_be_measured_on(tmp_path):

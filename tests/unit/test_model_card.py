@@ -102,6 +102,18 @@ def test_what_others_trained_is_named(tmp_path, student):
     assert "| meta, from [someone/pair](https://huggingface.co/someone/pair), revision `abc` | 1e+09 |" in text
 
 
+def test_images_that_were_held_out_are_said_to_be(tmp_path, student):
+    recipe = new_recipe(data={"source": "hub", "path": "someone/pets"})
+    finish_run(tmp_path, recipe, student)
+    for name in ("train", "evaluate"):
+        path = tmp_path / name / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"held_out": 0.1}))
+    card = ModelCard(write_card(tmp_path, recipe, None, ())["README.md"].decode())
+    assert "on every image of the 10% of split `train` that were held out." in card.text
+    assert "trained on split `train`, measured on the 10% of split `train` that were held out." in card.text
+    assert {result.dataset_split for result in card.data.eval_results} == {"train"}
+
+
 def test_the_card_does_not_tell_paths_of_this_machine(tmp_path, student):
     images = tmp_path / "private" / "pets"
     card = card_of(tmp_path / "out", student, data={"source": "folder", "path": str(images)},

@@ -32,6 +32,7 @@ class ImageSource(ABC):
 
     origin: str  # where they come from, for the record: a folder, or a hub id with the commit it resolved to
     remarks: str = ""  # what was left out of a folder and why, in one line
+    held_out: float = 0.0  # share of the training split that these validation images are; 0 = a split of their own
 
     def __init__(self, name: str, labels: Sequence[str], targets: np.ndarray, data: DataConfig, *, named: bool = True):
         if not len(targets):

@@ -309,6 +309,7 @@ def _held_out(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
     side = is_val if split == "val" else ~is_val
     source = whole.subset(np.flatnonzero(side))
     source.counts = np.bincount(source.targets, minlength=len(source.labels))
+    source.held_out = data.val_share if split == "val" else 0.0
     source.name = f"{whole.name}, {'the' if split == 'val' else 'without the'} {data.val_share:g} held out"
     return source.spread(data.limit) if data.limit else source
 

@@ -53,11 +53,11 @@ def write_card(run_dir: Path, recipe: Recipe, teacher_license: str | None, folde
     picture = _picture(student)
     results = [(metric, f"{value:.4g}") for metric, value in measured.items()]
     parts = [
-        f"---\n{_metadata(recipe, name, measured)}\n---",
+        f"---\n{_metadata(recipe, name, measured, student)}\n---",
         f"# {name}",
         _what(recipe, config, student),
         f"## Result\n\n{_table(('metric', 'value'), results)}\n\n{where}",
-        f"## Data\n\n{_data(recipe.data, config)}",
+        f"## Data\n\n{_data(recipe.data, config, student)}",
         f"## Teacher\n\n{_teacher(recipe, records, teacher_license)}",
     ]
     if taught(recipe):
@@ -132,7 +132,15 @@ def _measured(records: Mapping[str, PhaseRecord], recipe: Recipe) -> tuple[dict[
     precision = ""
     if record.result.get("dtype"):
         precision = f", in {record.result['dtype']}"
-    return metrics, f"Measured {how}{precision}, on every image of split `{recipe.data.val_split}`."
+    return metrics, f"Measured {how}{precision}, on every image of {_measured_on(recipe.data, record)}."
+
+
+def _measured_on(data: DataConfig, record: PhaseRecord) -> str:
+    """The validation split in words; `record` says whether it was held out of the training split."""
+    held_out = (record.result or {}).get("held_out")
+    if held_out:
+        return f"the {held_out:.0%} of split `{data.train_split}` that were held out"
+    return f"split `{data.val_split}`"
 
 
 def _written(record: PhaseRecord) -> float:
@@ -140,9 +148,10 @@ def _written(record: PhaseRecord) -> float:
     return (record.folder / "result.json").stat().st_mtime
 
 
-def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float]) -> str:
+def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float], student: PhaseRecord) -> str:
     """The YAML head, with model-index."""
     task = _task(measured)
+    is_held_out = bool((student.result or {}).get("held_out"))
     dataset = None
     revision = None
     source = _source(recipe.data)
@@ -156,7 +165,7 @@ def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float]) -> str:
             task_type=task,
             dataset_type=kind,
             dataset_name=_data_name(recipe.data),
-            dataset_split=recipe.data.val_split,
+            dataset_split=recipe.data.train_split if is_held_out else recipe.data.val_split,
             dataset_revision=revision,
             metric_type=metric,
             metric_value=value,
@@ -226,7 +235,7 @@ def _source(data: DataConfig) -> str:
     return "hub" if hub_id(data.path) else "folder"
 
 
-def _data(data: DataConfig, config: Mapping[str, Any]) -> str:
+def _data(data: DataConfig, config: Mapping[str, Any], student: PhaseRecord) -> str:
     name = _data_name(data)
     where = ""
     dataset = hub_id(data.path)
@@ -235,7 +244,8 @@ def _data(data: DataConfig, config: Mapping[str, Any]) -> str:
         where = f" at revision `{revision}`" if revision else ""
         name = f"[{name}](https://huggingface.co/datasets/{name})"
     part = f", {data.limit} images of each" if data.limit else ""
-    text = f"{name}{where}: trained on split `{data.train_split}`, measured on `{data.val_split}`{part}."
+    measured_on = _measured_on(data, student)
+    text = f"{name}{where}: trained on split `{data.train_split}`, measured on {measured_on}{part}."
     preprocessing = config.get("preprocessing")
     if not preprocessing:
         return text
