@@ -46,6 +46,12 @@ def names(config: FractalConfig) -> set[str]:
     return {path.name for path in Path(config.cache).iterdir() if path.suffix != ".lock"}
 
 
+def test_classes_of_another_seed_have_other_names(config):
+    """A teacher of one set would else be taken to know the classes of the other."""
+    labels = opened(config(seed=3)).labels
+    assert labels[0] == "fractal of seed 3, 000" and not set(labels) & set(opened(config()).labels)
+
+
 def test_splits_are_stratified_and_a_limit_keeps_them_so(config):
     train, val = opened(config()), opened(config(), "val")
     assert (len(train), len(val)) == (24, 12)

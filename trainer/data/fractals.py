@@ -52,7 +52,9 @@ class FractalSource(ImageSource):
         self._images_NSS = np.load(folder / "images.npy", mmap_mode="r")
         self._palettes_N23 = np.load(folder / "palettes.npy", mmap_mode="r")
         labels_N = np.load(folder / "labels.npy")
-        names = [f"fractal {label:03d}" for label in range(data.fractals.classes)]
+        seed = data.fractals.seed  # sets of two seeds have no class in common, so their names must not agree
+        kind = f"fractal of seed {seed}," if seed else "fractal"
+        names = [f"{kind} {label:03d}" for label in range(data.fractals.classes)]
         self.origin = f"procedural fractals, {folder.name}"
         super().__init__(f"fractals {split}", names, labels_N, data)
 
