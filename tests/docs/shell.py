@@ -180,6 +180,7 @@ def _quick(recipe: str, words: list[str]) -> list[str]:
     if resolved.student.variant == "teacher":  # which is small
         overrides = {key: value for key, value in overrides.items() if not key.startswith("student.")}
         overrides["teacher.image_size"] = 16
+        overrides["data.limit"] = 288  # a probe needs two images of each class
     json_file = dict(itertools.pairwise(words)).get("--ds_config", "")
     if "8" in Path(json_file).stem:  # made for eight ranks
         overrides |= {"ds.trainer.ep_size": "auto"}

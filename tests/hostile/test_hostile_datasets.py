@@ -180,7 +180,7 @@ def test_data_set(hostile, tmp_path, name):
 def test_teacher_of_other_classes(hostile, finished_run, tmp_path):
     """As many classes, but other ones: nothing may be learnt from their rows."""
     parquet(tmp_path / "data", [f"class {i}" for i in range(10)] * 4)
-    arguments = ["--phase", "meta", f"teacher.source={finished_run / 'teacher'}", "data.source=hub",
+    arguments = ["--phase", "meta", "teacher.head=own", f"teacher.source={finished_run / 'teacher'}", "data.source=hub",
                  f"data.path={tmp_path / 'data'}", "data.val_split=train"]  # fmt: skip
     expected = ["has other classes than the data", "only in its head: 0, 1, 2", "teacher.classes=numbers"]
     hostile.refuse("data sets: teacher of other classes", tmp_path, arguments, *expected)
