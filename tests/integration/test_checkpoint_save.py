@@ -95,10 +95,19 @@ def one_rank_dies(folder: str) -> None:
         train(engine, dist)
         saver.save(5, state={}, own={}, wait=True)
         if dist.rank == 1:
-            writer.write_tensors = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            written_by_0 = Path(folder) / "checkpoints/step_00000006/rank_00000.json"
+            writer.write_tensors = lambda *_: _die_after(written_by_0)
         saver.save(6, state={}, own={})
         train(engine, dist)
         saver.close()
+
+
+def _die_after(path: Path) -> None:
+    """kill -9 of this process once a file is there: else the other rank may end before it got as far as meant."""
+    deadline = time.monotonic() + 20
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def goes_on(folder: str) -> None:
