@@ -85,7 +85,8 @@ def started(run: Run, config: Any, depths: tuple[int, ...]) -> nn.Module:
     if student.pos_embed.is_meta:
         return student
     if left_behind:
-        log.info("the student starts from %s without %s", dense.source, ", ".join(left_behind))
+        said = f"the student starts from {dense.source} without {', '.join(left_behind)}"
+        run.opened.once(f"said: {said}", lambda: log.info(said))  # every phase builds it again
     if s.experts == "clusters" and torch.distributed.is_initialized():
         student.load_state_dict(_clustered(run, student, layers))
     return student
