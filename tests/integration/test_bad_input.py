@@ -205,8 +205,14 @@ def test_disk_full_while_saving(warm, chain, out, full):
 
 def test_loss_that_is_not_finite(warm, out):
     """Both ranks stop by themselves and name the step; no checkpoint holds the damage."""
-    wild = ["train.optimizer=sgd", "train.lr=1000", "train.warmup_epochs=0", "train.clip=0", "run.save_every=1000",
-            "run.save_epochs=9"]  # fmt: skip
+    wild = [
+        "train.optimizer=sgd",
+        "train.lr=1000",
+        "train.warmup_epochs=0",
+        "train.clip=0",
+        "run.save_every=1000",
+        "run.save_epochs=9",
+    ]
     finished = warm.run([*TINY, "--phase", "train", "--out", out, *wild], ranks=2)
     errors = [line for line in finished.output.splitlines() if "error: " in line]
     assert finished.code == 1 and "Traceback" not in finished.output, finished.output

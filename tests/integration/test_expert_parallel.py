@@ -170,8 +170,9 @@ def train_in_deepspeed(folder: Path, routing: str) -> None:
     state = full_state_dict(parallel)
     for name, value in plain.state_dict().items():
         assert_close_by_size(state[name], value, what=name)
-    assert not torch.equal(state["blocks.1.mlp.experts.3.fc2.weight"],
-                           build(routing).state_dict()["blocks.1.mlp.experts.3.fc2.weight"])  # fmt: skip
+    assert not torch.equal(
+        state["blocks.1.mlp.experts.3.fc2.weight"], build(routing).state_dict()["blocks.1.mlp.experts.3.fc2.weight"]
+    )
     with pytest.raises(ValueError, match="full_state_dict"):
         parallel.save_pretrained(folder)
     if rank == 0:

@@ -204,8 +204,17 @@ def test_a_start_after_a_kill_computes_what_is_missing_alone(tmp_path):
     source = digits()
     killed = Counting(dies_at=70)
     with pytest.raises(KeyboardInterrupt):
-        features.compute(killed, source, PREPROCESSING, tmp_path, new_run(tmp_path, tmp_path).dist, dtype=torch.float32,
-                         batch=16, workers=0, description="probe")  # fmt: skip
+        features.compute(
+            killed,
+            source,
+            PREPROCESSING,
+            tmp_path,
+            new_run(tmp_path, tmp_path).dist,
+            dtype=torch.float32,
+            batch=16,
+            workers=0,
+            description="probe",
+        )
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
     assert len(kept) == 2  # of 32 images each
     (tmp_path / "00000064-00000096.safetensors.tmp").write_bytes(b"half of a shard")

@@ -163,7 +163,13 @@ def test_the_phases_of_all():
     start = [*START, "--phase", "all", "--out", "x"]
     assert read(start).phases == ["teacher", "meta", "distill", "train", "evaluate"]
     assert read([*start, "teacher.source=a/b", "hub.repo=c/d"]).phases == [
-        "probe", "meta", "distill", "train", "evaluate", "push"]  # fmt: skip
+        "probe",
+        "meta",
+        "distill",
+        "train",
+        "evaluate",
+        "push",
+    ]
     assert read([*START, "--phase", "push", "--out", "x"]).phases == ["push"]
 
 

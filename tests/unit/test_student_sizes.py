@@ -62,8 +62,15 @@ def test_what_is_left_open_is_the_teachers(tmp_path, teacher, overrides, expecte
 
 
 def test_a_student_of_the_teachers_sizes_starts_from_its_layers(tmp_path, teacher):
-    run = run_with(tmp_path, teacher, "student.variant=teacher", "student.init=teacher", "distill.stitches=tied",
-                   "meta.blocks_per_module=0", "teacher.image_size=28")  # fmt: skip
+    run = run_with(
+        tmp_path,
+        teacher,
+        "student.variant=teacher",
+        "student.init=teacher",
+        "distill.stitches=tied",
+        "meta.blocks_per_module=0",
+        "teacher.image_size=28",
+    )
     student = new_student(run)
     assert torch.equal(student.patch_embed.proj.weight, run.teacher.model.patch_embed.proj.weight)
     assert torch.equal(student.pos_embed, run.teacher.model.pos_embed)

@@ -61,7 +61,11 @@ class Objective(ABC):
         """Logits (B, classes) that are evaluated, or without classes final tokens (B, T, D); `out` as in a step."""
 
     def compare(self, images: Tensor, out: Out | None = None) -> Pairs:
-        """Without classes: what is evaluated beside the teacher's; see border_pairs for the names."""
+        """Without classes: what is evaluated beside the teacher's; see border_pairs for the names.
+
+        Raises:
+            NotImplementedError: an objective that knows classes only, which evaluation judges by its logits.
+        """
         raise NotImplementedError(f"{type(self).__name__} is evaluated by its logits")
 
     @abstractmethod
