@@ -53,14 +53,16 @@ def test_the_strength_with_the_highest_held_out_accuracy_is_chosen(monkeypatch):
     """Many classes of round clouds: strong shrinking gives the best accuracy, and a poor cross-entropy."""
     features, labels = clouds(images=1500, features=64, classes=50, spread=3)
     chosen = fit_linear(features, labels, 50, seed=0)
+    many = fit_linear(*clouds(images=4000, features=10, spread=1), 5, seed=0)
     alone = []
     for strength in linear.STRENGTHS:
         monkeypatch.setattr(linear, "STRENGTHS", (strength,))
         alone.append(fit_linear(features, labels, 50, seed=0))
     best = max(alone, key=lambda fit: fit.held_out_accuracy)
-    assert chosen.held_out_accuracy == best.held_out_accuracy > alone[-1].held_out_accuracy + 0.05
+    # a fit that starts from the last strength's ends a rounding away from one that starts at zero: one image of 1,500
+    assert chosen.held_out_accuracy == pytest.approx(best.held_out_accuracy, abs=1.5 / 1500)
+    assert best.held_out_accuracy > alone[-1].held_out_accuracy + 0.05
     assert chosen.regularisation == best.regularisation == 0.1
-    many = fit_linear(*clouds(images=4000, features=10, spread=1), 5, seed=0)
     assert many.regularisation < chosen.regularisation
     assert many.held_out_accuracy > 0.8
 
@@ -75,12 +77,44 @@ def test_held_out_accuracy_is_of_unseen_images():
     assert abs(fit.held_out_accuracy - 0.5) < 0.2 < seen - 0.6
 
 
-def test_held_out_images_are_stratified_and_seeded():
-    labels = torch.tensor([0] * 50 + [1] * 2 + [2] + [3] * 10)
-    held = linear._held_out(labels, 5, seed=3)
-    assert torch.bincount(labels[held], minlength=5).tolist() == [10, 1, 0, 2, 0]
-    assert torch.equal(held, linear._held_out(labels, 5, seed=3))
-    assert not torch.equal(held, linear._held_out(labels, 5, seed=4))
+def test_folds_are_stratified_of_one_size_and_seeded():
+    labels = torch.tensor([0] * 50 + [1] * 2 + [2] + [3] * 11)
+    folds = linear._folds(labels, 5, seed=3)
+    assert torch.bincount(folds[labels == 0]).tolist() == [10] * 5
+    assert len(folds[labels == 1].unique()) == 2  # each of the two is learned from while the other is held out
+    assert folds[labels == 2].tolist() == [-1]  # never held out: nothing would be left of its class
+    assert sorted(torch.bincount(folds[labels == 3], minlength=5).tolist()) == [2, 2, 2, 2, 3]
+    sizes = torch.bincount(folds[folds >= 0], minlength=5)
+    assert sizes.max() - sizes.min() <= 1
+    assert torch.equal(folds, linear._folds(labels, 5, seed=3))
+    assert not torch.equal(folds, linear._folds(labels, 5, seed=4))
+
+
+def test_every_image_is_held_out_once_and_of_many_images_one_fold(monkeypatch):
+    features, labels = clouds(images=100)
+    monkeypatch.setattr(linear, "STRENGTHS", (1.0,))
+    learned = []
+    fit = linear._fit
+
+    def noted(features_NF, labels, strength, start):
+        learned.append(len(labels))
+        return fit(features_NF, labels, strength, start)
+
+    monkeypatch.setattr(linear, "_fit", noted)
+    every = fit_linear(features, labels, 5, seed=0).held_out_accuracy
+    assert learned == [80, 80, 80, 80, 80, 100]
+    assert every * 100 == pytest.approx(round(every * 100))  # each of the 100 images once
+    learned.clear()
+    monkeypatch.setattr(linear, "ALL_FOLDS", 99)
+    one = fit_linear(features, labels, 5, seed=0).held_out_accuracy
+    assert learned == [80, 100]
+    assert one * 20 == pytest.approx(round(one * 20))
+
+
+def test_the_strength_does_not_depend_on_the_seed():
+    """Few images of many classes: one held-out fifth chose strengths a factor of 10,000 apart."""
+    features, labels = clouds(images=400, features=20, classes=20, spread=1)
+    assert len({fit_linear(features, labels, 20, seed=seed).regularisation for seed in range(3)}) == 1
 
 
 def test_is_deterministic_and_the_same_in_parts(monkeypatch):

@@ -1,4 +1,4 @@
-"""A linear classifier on features: multinomial logistic regression, its regularisation chosen on held-out images.
+"""A linear classifier on features: multinomial logistic regression, its regularisation chosen by cross-validation.
 
 N images, F features of each, C classes.
 """
@@ -14,7 +14,8 @@ from torch import Tensor
 # lambda of: mean cross-entropy + lambda / 2 * |weight|^2, on features of mean 0 and deviation 1; scikit-learn's C is
 # 1 / (lambda N). Tried from the strongest on, each fit starting from the last
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
-HELD_OUT = 0.2  # of the images of a class; at least one where it has two
+FOLDS = 5  # of cross-validation: a fifth of every class's images is held out at a time
+ALL_FOLDS = 50_000  # images at most for which every fold is held out in turn; of more, the first fold says enough
 ITERATIONS = 300  # of L-BFGS for one strength, at most
 LOGITS_AT_ONCE = 2**25  # 128 MiB in fp32: more images are gone through in parts
 NO_SPREAD = 1e-6  # of the largest deviation: a feature that varies less than that is constant, but for rounding
@@ -27,15 +28,16 @@ class LinearFit:
     weight: Tensor  # (C, F) float32
     bias: Tensor  # (C,) float32
     regularisation: float  # the lambda that was chosen
-    held_out_accuracy: float  # 0..1, of the fit that had not seen these images
+    held_out_accuracy: float  # 0..1, of held-out images by fits that had not seen them
 
 
 def fit_linear(features: Tensor, labels: Tensor, num_classes: int, *, seed: int) -> LinearFit:
     """Multinomial logistic regression by L-BFGS on standardised features.
 
-    The L2 strength is the one of STRENGTHS with the highest accuracy on a fifth of every class's images, which are held
-    out (stratified, by `seed`); of several, the one with the lowest cross-entropy. By cross-entropy alone the choice
-    would be too weak where there are many classes (docs/log.md). The classifier is then fitted on all images with it.
+    The L2 strength is the one of STRENGTHS with the highest accuracy in stratified cross-validation with FOLDS folds
+    drawn by `seed` (of more than ALL_FOLDS images the first fold alone is held out); of several, the one with the lowest
+    cross-entropy. By cross-entropy alone the choice would be too weak where there are many classes, and on one fold of
+    few images it would be drawn by the seed (both in docs/log.md). The classifier is then fitted on all images with it.
     The intercept is not regularised. The same features, labels and seed give the same classifier on the same kind of
     machine.
 
@@ -53,50 +55,69 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int, *, seed: int)
             "weights or images with numbers out of range; compute in fp32, or use other weights"
         )
     labels = labels.to(features.device)
-    held_N = _held_out(labels, num_classes, seed)
+    folds_N = _folds(labels, num_classes, seed)
     mean_F, deviation_F = _moments(features)
     standard_NF = (features - mean_F) / deviation_F
-    learned = standard_NF[~held_N], labels[~held_N]
-    held = standard_NF[held_N], labels[held_N]
-    parameters = standard_NF.new_zeros(num_classes, standard_NF.shape[1] + 1)  # weight, and the intercept behind it
-    best = parameters
-    regularisation = STRENGTHS[0]
-    best_accuracy = -1.0
-    best_loss = float("inf")
-    for strength in STRENGTHS:
-        parameters = _fit(*learned, strength, parameters)
-        loss, accuracy = _measure(*held, parameters)
-        if (accuracy, -loss) > (best_accuracy, -best_loss):
-            best = parameters
-            regularisation = strength
-            best_accuracy = accuracy
-            best_loss = loss
-    del learned, held
-    final = _fit(standard_NF, labels, regularisation, best)
+    chosen = _cross_validate(standard_NF, labels, folds_N, num_classes)
+    start = standard_NF.new_zeros(num_classes, standard_NF.shape[1] + 1)  # weight, and the intercept behind it
+    final = _fit(standard_NF, labels, chosen.strength, start)
     # (x - mean) / deviation @ W + b, as a classifier of x itself
     weight_CF = final[:, :-1] / deviation_F
     bias_C = final[:, -1] - weight_CF @ mean_F
-    return LinearFit(weight_CF, bias_C, regularisation, best_accuracy)
+    return LinearFit(weight_CF, bias_C, chosen.strength, chosen.accuracy)
 
 
-def _held_out(labels: Tensor, num_classes: int, seed: int) -> Tensor:
-    """Which images are held out, (N,) bool: a fifth of each class, drawn by the seed; none of a class with one."""
+@dataclass(frozen=True)
+class _Choice:
+    """A strength and what fits with it made of held-out images."""
+
+    strength: float
+    accuracy: float  # 0..1
+    loss: float  # mean cross-entropy
+
+
+def _cross_validate(features_NF: Tensor, labels: Tensor, folds_N: Tensor, num_classes: int) -> _Choice:
+    """The strength with the highest accuracy on held-out images, then with the lowest loss."""
+    held_out = [fold for fold in range(FOLDS) if (folds_N == fold).any()]
+    if len(labels) > ALL_FOLDS:
+        held_out = held_out[:1]
+    losses = dict.fromkeys(STRENGTHS, 0.0)
+    correct = dict.fromkeys(STRENGTHS, 0)
+    images = 0
+    for fold in held_out:
+        held_N = folds_N == fold
+        learned = features_NF[~held_N], labels[~held_N]
+        held = features_NF[held_N], labels[held_N]
+        images += len(held[1])
+        parameters = features_NF.new_zeros(num_classes, features_NF.shape[1] + 1)
+        for strength in STRENGTHS:
+            parameters = _fit(*learned, strength, parameters)
+            loss, right = _measure(*held, parameters)
+            losses[strength] += loss
+            correct[strength] += right
+    choices = [_Choice(strength, correct[strength] / images, losses[strength] / images) for strength in STRENGTHS]
+    return max(choices, key=lambda choice: (choice.accuracy, -choice.loss))
+
+
+def _folds(labels: Tensor, num_classes: int, seed: int) -> Tensor:
+    """The fold of every image, (N,) int64: 0..FOLDS - 1, drawn by the seed; -1, never held out, for the only one of a class.
+
+    The images of a class are dealt to the folds in turn, and the next class goes on where it ended: the folds are of one
+    size, and each leaves an image of every class to learn from.
+    """
     labels_N = labels.cpu()
-    order_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
-    shuffled_N = labels_N[order_N]
-    by_class_N = order_N[torch.argsort(shuffled_N, stable=True)]
-    held_N = torch.zeros(len(labels_N), dtype=torch.bool)
-    start = 0
-    for count in torch.bincount(labels_N, minlength=num_classes).tolist():
-        held = max(1, round(HELD_OUT * count)) if count > 1 else 0
-        held_N[by_class_N[start : start + held]] = True
-        start += count
-    if not held_N.any():
+    several_N = torch.bincount(labels_N, minlength=num_classes)[labels_N] > 1
+    if not several_N.any():
         raise ValueError(
             f"no class has two images ({len(labels_N)} images, {num_classes} classes), so none can be held out to "
             "choose the regularisation: give more images of each class"
         )
-    return held_N.to(labels.device)
+    order_N = torch.randperm(len(labels_N), generator=torch.Generator().manual_seed(seed))
+    by_class_N = order_N[torch.argsort(labels_N[order_N], stable=True)]
+    dealt = by_class_N[several_N[by_class_N]]
+    folds_N = torch.full_like(labels_N, -1)
+    folds_N[dealt] = torch.arange(len(dealt)) % FOLDS
+    return folds_N.to(labels.device)
 
 
 def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,14 +157,14 @@ def _fit(features_NF: Tensor, labels: Tensor, strength: float, start: Tensor) ->
 
 
 @torch.no_grad()
-def _measure(features_NF: Tensor, labels: Tensor, parameters: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (0..1)."""
+def _measure(features_NF: Tensor, labels: Tensor, parameters: Tensor) -> tuple[float, int]:
+    """Cross-entropy, summed over the images, and how many of them are told right."""
     loss, correct = 0.0, 0
     for part_NF, labels_part in _parts(features_NF, labels, len(parameters)):
         logits_NC = _logits(part_NF, parameters)
         loss += float(F.cross_entropy(logits_NC, labels_part, reduction="sum"))
         correct += int((logits_NC.argmax(1) == labels_part).sum())
-    return loss / len(labels), correct / len(labels)
+    return loss, correct
 
 
 def _logits(features_NF: Tensor, parameters: Tensor) -> Tensor:
