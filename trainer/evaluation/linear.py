@@ -35,9 +35,10 @@ def fit_linear(features: Tensor, labels: Tensor, num_classes: int, *, seed: int)
     """Multinomial logistic regression by L-BFGS on standardised features.
 
     The L2 strength is the one of STRENGTHS with the highest accuracy in stratified cross-validation with FOLDS folds
-    drawn by `seed` (of more than ALL_FOLDS images the first fold alone is held out); of several, the one with the lowest
-    cross-entropy. By cross-entropy alone the choice would be too weak where there are many classes, and on one fold of
-    few images it would be drawn by the seed (both in docs/log.md). The classifier is then fitted on all images with it.
+    drawn by `seed` (of more than ALL_FOLDS images the first fold alone is held out); of several, the one with the
+    lowest cross-entropy. By cross-entropy alone the choice would be too weak where there are many classes, and on one
+    fold of few images it would be drawn by the seed (both in docs/log.md). The classifier is then fitted on all images
+    with it.
     The intercept is not regularised. The same features, labels and seed give the same classifier on the same kind of
     machine.
 
@@ -100,10 +101,10 @@ def _cross_validate(features_NF: Tensor, labels: Tensor, folds_N: Tensor, num_cl
 
 
 def _folds(labels: Tensor, num_classes: int, seed: int) -> Tensor:
-    """The fold of every image, (N,) int64: 0..FOLDS - 1, drawn by the seed; -1, never held out, for the only one of a class.
+    """The fold of every image, (N,) int64: 0..FOLDS - 1, drawn by the seed; -1, never held out, for a class's only one.
 
-    The images of a class are dealt to the folds in turn, and the next class goes on where it ended: the folds are of one
-    size, and each leaves an image of every class to learn from.
+    The images of a class are dealt to the folds in turn, and the next class goes on where it ended: the folds are of
+    one size, and each leaves an image of every class to learn from.
     """
     labels_N = labels.cpu()
     several_N = torch.bincount(labels_N, minlength=num_classes)[labels_N] > 1
