@@ -29,7 +29,7 @@ from PIL import Image
 
 from trainer.config.data import DataConfig, FractalConfig
 from trainer.data.base import ImageSource
-from trainer.data.fractal_images import POINTS
+from trainer.data.drawing.fractals import POINTS
 from trainer.data.sources import open_source
 
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # of ridge regression, relative to the number of images

@@ -322,7 +322,7 @@ def test_what_is_neither_folder_nor_hub_id_is_told(path, tmp_path, monkeypatch):
         open_source(DataConfig(path=path), "train")
 
 
-@pytest.mark.parametrize("source", ["digits", "fractals"])
+@pytest.mark.parametrize("source", ["digits", "fractals", "textures"])
 def test_a_path_that_would_be_passed_over_is_refused(source, tmp_path):
     with pytest.raises(ValueError, match=rf"data\.source is '{source}', which reads no path: set data\.source=auto"):
         open_source(DataConfig(source=source, path=str(tmp_path)), "train")

@@ -12,11 +12,12 @@ import pytest
 
 from benchmarks.fractals import grey, linear_accuracy, shortcuts
 from trainer.config.data import DataConfig, FractalConfig
-from trainer.data import fractal_images
-from trainer.data.fractal_images import CELLS, TRAIN, UNIT, VAL, ZERO, draw_images, draw_maps, draw_poses, stream
+from trainer.data.drawing import common, fractals
+from trainer.data.drawing.common import CELLS, TRAIN, UNIT, VAL, ZERO, stream
+from trainer.data.drawing.fractals import draw_images, draw_maps, draw_poses
 from trainer.data.sources import open_source
 
-# SHA-256 of what draw_images(*arguments) returns, also under numpy 1.26. When it changes, raise fractals.FORMAT.
+# SHA-256 of what draw_images(*arguments) returns, also under numpy 1.26. When it changes, raise procedural.FORMAT.
 KNOWN = {
     (0, TRAIN, 3, range(4), 64, 0.5): "85cc3ec06db87bd0ad025297fc2b2306a60fc8015acc6e9aaf01db7485792a4c",
     (7, VAL, 11, range(3), 20, 1.0): "7d305fe76bc0a404c164819f29efaff54ace112f7a5756a0e4a5211fc4862382",
@@ -33,9 +34,9 @@ def test_images_are_the_known_bytes(arguments):
 
 
 def test_images_are_the_same_on_a_processor_without_avx():
-    folder = str(Path(fractal_images.__file__).parent)
+    folder = str(Path(fractals.__file__).parents[1])
     code = (
-        f"import hashlib, sys; sys.path.insert(0, {folder!r}); from fractal_images import draw_images\n"
+        f"import hashlib, sys; sys.path.insert(0, {folder!r}); from drawing.fractals import draw_images\n"
         "images, palettes = draw_images(0, 1, 3, range(4), 64, 0.5)\n"
         "print(hashlib.sha256(images.tobytes() + palettes.tobytes()).hexdigest())"
     )
@@ -83,24 +84,24 @@ def test_maps_contract_even_with_the_largest_jitter():
         stretch = np.linalg.svd(matrices, compute_uv=False)
         assert 0.35 - 1e-9 < stretch.min() <= stretch.max() < 0.85 + 1e-9
         signs = np.random.default_rng(label).choice([-1, 1], (200, *matrices.shape))
-        jittered = matrices * (1 + fractal_images.JITTER * signs)
+        jittered = matrices * (1 + fractals.JITTER * signs)
         assert np.linalg.svd(jittered, compute_uv=False).max() < 1
 
 
 def test_a_direction_is_cosine_and_sine():
     turns = np.linspace(-1, 1, 101)
-    cos, sin = fractal_images.direction(turns)
+    cos, sin = common.direction(turns)
     assert cos == pytest.approx([math.cos(2 * math.pi * turn) for turn in turns], abs=1e-14)
     assert sin == pytest.approx([math.sin(2 * math.pi * turn) for turn in turns], abs=1e-14)
 
 
 def test_maps_are_chosen_by_area():
-    chosen = fractal_images._choices(np.array([3.0, 1.0]))  # 256 x 3/4 = 192 bytes, 64 bytes
+    chosen = fractals._choices(np.array([3.0, 1.0]))  # 256 x 3/4 = 192 bytes, 64 bytes
     assert np.bincount(chosen).tolist() == [192, 64]
 
 
 def test_colours_are_level_and_contrast_per_deviation():
-    table = fractal_images.colours(np.array([[100, 50, 200], [32, 16, 32]], dtype=np.uint8))
+    table = common.colours(np.array([[100, 50, 200], [32, 16, 32]], dtype=np.uint8))
     # stored 64 = the mean, 96 = one deviation more, 0 = two less: 50 - 2 x 16 = 18; 255 = 5.97 more, cut at 255
     assert table[[64, 96, 0, 255]].tolist() == [[100, 50, 200], [132, 66, 232], [36, 18, 136], [255, 145, 255]]
 

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT
+from trainer.config.data import PROCEDURAL
 from trainer.config.load import load_recipe, to_dict
 from trainer.disk import write_json, write_text
 from trainer.study import runner as study_runner
-from trainer.study.plan import cells, flat, read_study, steps
+from trainer.study.__main__ import main
+from trainer.study.plan import cells, flat, key_of, read_study, steps, trials
 from trainer.study.runner import Runner, link_artifact
 
 TINY = ROOT / "tests/fixtures/tiny.yaml"
@@ -47,17 +49,27 @@ def result(folder: Path, metrics: dict, rows: list = (), **values) -> None:
 
 # what a study is made of
 
-FEWEST = {"study_ablation": 20, "study_baselines": 10, "study_meta": 6, "study_other_classes": 5}  # variants
+FEWEST = {
+    "study_ablation": 20,
+    "study_baselines": 10,
+    "study_meta": 6,
+    "study_narrow": 28,
+    "study_other_classes": 5,
+    "study_projected": 9,
+}  # variants
 
 
 @pytest.mark.parametrize("path", [p for p in STUDIES if p.name != "study_base.yaml"], ids=lambda p: p.stem)
 def test_every_variant_of_every_study_resolves(path, tmp_path):
     study = read_study(path)
-    made = cells(study, tmp_path)
-    assert len(made) - study.share_teacher == len(study.variants) * len(study.seeds)
+    tuned = {variant.name: variant.grid[0] for variant in study.variants if variant.grid}
+    made = cells(study, tmp_path, tuned)
+    of_variants = [cell for cell in made if not cell.variant.startswith("teachers/")]
+    assert len(of_variants) == len(study.variants) * len(study.seeds)
+    assert len({len(variant.grid) for variant in study.variants}) == 1, "grids of one size"
     assert len(study.variants) >= FEWEST[path.stem]
     assert study.ds_config.is_file() and len(study.seeds) >= 3
-    assert all(cell.recipe.data.source == "fractals" for cell in made)
+    assert all(cell.recipe.data.source in PROCEDURAL for cell in made)
     assert f"python -m trainer.study recipes/{path.name} --out runs/{path.stem}\n" in path.read_text()
     keys = [key for cell in made for key in cell.keys.values()]
     if any(len(cell.steps) > 1 for cell in made):
@@ -118,6 +130,12 @@ def test_the_later_layer_wins(tmp_path):
         ("\n  a: {overrides: {seed: 3}}", "variants.a.overrides sets seed"),
         ("\n  a/b: {}", "variants.a/b names a folder"),
         ("\n  a: {overrides: {train.epoch: 3}}", "variant a: unknown key train.epoch. Did you mean train.epochs?"),
+        ("\n  tuning: {}", "variants.tuning names a folder"),
+        ("\n  a: {tune: {train.lr: 0.1}}", "variants.a.tune.train.lr is 0.1, expected a list of the values to try"),
+        ("\n  a: {tune: {train.lr: [0.1]}}", "variants.a.tune has 1 choices, expected 2 or more"),
+        ("\n  a: {tune: [{train.lr: 0.1}, {train.lr: 0.1}]}", "variants.a.tune names a choice twice"),
+        ("\n  a: {tune: {seed: [1, 2]}}", "variants.a.tune sets seed"),
+        ("\n  a: {at: {half: {}}}", "variants.a.at names half"),
         ("\n  a: 3", "variants.a must be a section of keys, got 3"),
     ],
 )
@@ -125,6 +143,81 @@ def test_what_a_study_cannot_say(tmp_path, text, said):
     with pytest.raises(ValueError) as error:
         plan(tmp_path, variants=text)
     assert said in str(error.value)
+
+
+def test_axes_set_every_variant_at_every_combination_of_their_points(tmp_path):
+    axes = (
+        "axes:\n  size: {wide: {student.width: 32}, narrow: {student.width: 16}}\n"
+        "  images: {few: {data.limit: 100}, many: {data: {limit: 200}}}\n"
+    )
+    variants = """
+  a: {overrides: {student.mlp_dim: 64}, group: main, label: A}
+  b: {reference: a, overrides: {data.limit: 300}, at: {narrow: {train.epochs: 9}}}
+"""
+    study = read_study(study_file(tmp_path, variants, axes))
+    points = ["wide.few", "wide.many", "narrow.few", "narrow.many"]
+    assert [one.name for one in study.variants] == [f"{name}.{point}" for point in points for name in "ab"]
+    assert (study.variants[0].label, study.variants[0].group) == ("A, wide, few", "main, wide, few")
+    assert study.variants[-1].references == ("a.narrow.many",)
+    recipes = {cell.variant: cell.recipe for cell in cells(study, tmp_path)}
+    found = [(recipes[f"a.{p}"].student.width, recipes[f"a.{p}"].data.limit) for p in points]
+    assert found == [(32, 100), (32, 200), (16, 100), (16, 200)]
+    assert {recipes[f"b.{point}"].data.limit for point in points} == {300}, "what a variant says beats the points"
+    epochs = [recipes[f"b.{point}"].train.epochs for point in points]
+    assert epochs[2:] == [9, 9] and 9 not in epochs[:2]
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ("axes: {size: {}}", "axes.size has no points"),
+        ("axes: {a: {x: {}}, b: {x: {}}}", "axes.b.x is there twice"),
+        ("axes: {a: {x/y: {}}}", "axes.a.x/y names a folder"),
+        ("axes: {a: {x: {train.epoch: 1}}}", "variant scratch.x: unknown key train.epoch"),
+        ("tune_share: 1", "tune_share is 1, expected a share above 0 and below 1"),
+        ("tune_seeds: 3", "tune_seeds is 3, expected a list of whole numbers"),
+    ],
+)
+def test_what_axes_and_tuning_cannot_say(tmp_path, axes, said):
+    with pytest.raises(ValueError) as error:
+        plan(tmp_path, more=axes)
+    assert said in str(error.value)
+
+
+TUNE = "tune: {train.lr: [0.1, 0.2, 0.4]}\ntune_overrides: {train.epochs: 1}"
+
+
+def test_trials_are_judged_on_held_out_training_images(tmp_path):
+    variants = """
+  a: {}
+  b: {tune: [{train.lr: 0.1}, {train: {lr: 0.3, betas: [0.5, 0.9]}}]}
+  c: {tune: {}}
+"""
+    study = read_study(study_file(tmp_path, variants, f"{TUNE}\nshare_teacher: true\ntune_share: 0.25"))
+    found = [cell for cell in trials(study, tmp_path) if cell.tunes]
+    assert [(cell.tunes, cell.seed, cell.recipe.train.lr) for cell in found] == [
+        ("a", 0, 0.1), ("a", 0, 0.2), ("a", 0, 0.4), ("b", 0, 0.1), ("b", 0, 0.3),
+    ]  # fmt: skip
+    assert {(cell.recipe.data.val_share, cell.recipe.train.epochs) for cell in found} == {(0.25, 1)}
+    assert found[4].recipe.train.betas == (0.5, 0.9)
+    assert found[0].folder == tmp_path / "tuning/a/train.lr=0.1/seed0"
+    assert len({cell.folder for cell in found}) == len(found)
+    # until it is chosen, only what is not tuned is planned, by the same teacher, on all training images
+    final = cells(study, tmp_path)
+    assert [cell.variant.split("/")[0] for cell in final] == ["teachers", "c", "c"]
+    assert {cell.teacher for cell in [*found, *final]} == {final[0].teacher}
+    final = cells(study, tmp_path, {"a": ("train.lr=0.2",)})
+    assert [cell.recipe.train.lr for cell in final if cell.variant == "a"] == [0.2, 0.2]
+    assert final[1].recipe.data.val_share is None
+    assert key_of(final[1].recipe, "meta") != key_of(found[1].recipe, "meta"), "it has seen other images"
+
+
+def test_what_cannot_be_tuned_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="variant a: it is tuned by its training, which its phases leave out"):
+        trials(read_study(study_file(tmp_path, "\n  a: {phases: [teacher]}", TUNE)), tmp_path)
+    folder = f"overrides: {{data.path: {tmp_path}}}"
+    with pytest.raises(ValueError, match="variant a: tune holds training images of digits, fractals, textures out"):
+        trials(read_study(study_file(tmp_path, "\n  a: {}", f"{TUNE}\n{folder}")), tmp_path)
 
 
 def test_what_is_shared(tmp_path):
@@ -226,6 +319,50 @@ def test_artifacts_of_another_recipe_are_named_and_kept(stand_in, tmp_path, caps
     assert stand_in() == []
     said = capsys.readouterr().err
     assert f"{tmp_path}/out/keep/seed0/train is of another recipe (train.epochs: 2 there, 1 here): delete it" in said
+
+
+def test_the_best_choice_is_tried_first_then_run_on_all_seeds(stand_in, tmp_path, capsys, monkeypatch):
+    """Accuracies come from the stand-in: the rate itself, so that the largest of the grid is best."""
+    code = study_runner.WORKER[2].replace(
+        "write_text('{}')",
+        "write_text('{\"metrics\": {\"accuracy\": %s}, \"flops\": 1e9}' % yaml_of(cell)['train']['lr'])",
+    )
+    code = "import yaml\nyaml_of = lambda cell: yaml.safe_load((cell / 'recipe.yaml').read_text())\n" + code
+    monkeypatch.setattr(study_runner, "WORKER", [sys.executable, "-c", code])
+    variants = "\n  a: {overrides: {train.start: scratch}}\n  b: {tune: {}}"
+    path = study_file(tmp_path, variants, TUNE)
+    command = [str(path), "--out", str(tmp_path / "out"), "--jobs", "2"]
+    assert main([*command, "--only", "a"]) == 0
+    made = stand_in()
+    tried = [line for line in made if line.startswith("train.lr=")]
+    assert [line.split()[-1] for line in tried].count("teacher") == 1 and len(tried) == 4  # one teacher, three rates
+    assert [line.split()[0] for line in made[4:]] == ["a"] * 4, "trials first, then two seeds"
+    assert load_recipe(tmp_path / "out/a/seed1/recipe.yaml").train.lr == 0.4
+    assert (
+        "warning: a: the best of its grid lies at the edge, train.lr=0.4: widen tune there" in capsys.readouterr().err
+    )
+    assert main(command) == 0
+    assert {line.split()[0] for line in stand_in()} == {"b"}, "nothing is tried twice"
+    numbers = json.loads((tmp_path / "out/study.json").read_text())
+    tuning = numbers["tuning"]["a"]
+    assert [trial["mean"] for trial in tuning["trials"]] == [0.1, 0.2, 0.4]
+    assert (tuning["chosen"], tuning["at_edge"]) == (["train.lr=0.4"], ["train.lr=0.4"])
+    assert tuning["flops"] == 3e9 and numbers["missing"] == []  # three trainings; teachers are not counted
+    text = (tmp_path / "out/study.md").read_text()
+    assert "| a | train.lr=0.4 | 40.0 | chosen, at the edge of the grid: train.lr=0.4 | 3 GFLOP |" in text
+    assert main([*command, "--only", "z"]) == 2
+    assert "--only z matches no variant. Variants: a, b" in capsys.readouterr().err
+
+
+def test_a_trial_that_fails_leaves_its_variant_out_and_the_others_go_on(stand_in, tmp_path):
+    (tmp_path / "bad").write_text("train.lr=0.2/train_scratch")
+    variants = "\n  a: {overrides: {train.start: scratch}}\n  b: {overrides: {train.start: scratch}, tune: {}}"
+    command = [str(study_file(tmp_path, variants, TUNE)), "--out", str(tmp_path / "out"), "--jobs", "2"]
+    assert main(command) == 1
+    made = stand_in()
+    assert "b seed1 train_scratch" in made and "a seed0 train_scratch" not in made
+    missing = json.loads((tmp_path / "out/study.json").read_text())["missing"]
+    assert missing == ["tuning/a/train.lr=0.2/seed0"]
 
 
 def test_one_runner_at_a_time(stand_in, tmp_path):

@@ -9,12 +9,16 @@ from trainer.config.knobs import MANY, SEEDS, SHARE, Range, check_ranges, knob, 
 
 VALIDATION = "validation"  # the split to measure on where nobody names one
 HELD_OUT = 0.1  # share of the training images where nobody has set one and there is no validation split
+PROCEDURAL = ("fractals", "textures")  # sources drawn by trainer/data/drawing
+BUILT_IN = ("digits", *PROCEDURAL)  # sources that read no data.path and bring validation images of their own
 TRANSFORM_SETS = ("tweights", "t3a", "t3aw")  # what timm's RandAugment strings may name instead of a number
 
 
 @dataclass(frozen=True)
-class FractalConfig:
-    """Procedural images (source fractals): every class is a random iterated function system. Nothing to download."""
+class ProceduralConfig:
+    """What every family of procedural images is asked for."""
+
+    family = ""  # no knob: data.source, and the name of the section
 
     classes: int = knob(100, "classes", Range(2, 10_000))
     size: int = knob(64, "width and height, pixels", Range(16, 512))
@@ -22,28 +26,41 @@ class FractalConfig:
     val_images: int = knob(
         2_000, "validation images, drawn from parameters the training images never take", Range(1, MANY)
     )
-    difficulty: float = knob(
-        0.5, "0 to 1: how far rotation, scale, shift and the maps themselves vary in a class", SHARE
-    )
+    difficulty: float = knob(0.5, "0 to 1: how far the images of a class differ", SHARE)
     seed: int = knob(0, "of the data set; the recipe's own seed leaves it as it is", Range(0, SEEDS))
     cache: str = knob("", "folder for the images; empty = M2MKD_CACHE, or ~/.cache/m2mkd")
 
     def __post_init__(self):
-        check_ranges(self, "data.fractals.")
+        check_ranges(self, f"data.{self.family}.")
         for name in ("train_images", "val_images"):
             images = getattr(self, name)
             even = images >= self.classes and images % self.classes == 0
-            require(even, f"data.fractals.{name}", images, f"a multiple of data.fractals.classes={self.classes}")
+            expected = f"a multiple of data.{self.family}.classes={self.classes}"
+            require(even, f"data.{self.family}.{name}", images, expected)
+
+
+@dataclass(frozen=True)
+class FractalConfig(ProceduralConfig):
+    """Procedural images (source fractals): every class is a random iterated function system. Nothing to download."""
+
+    family = "fractals"
+
+
+@dataclass(frozen=True)
+class TextureConfig(ProceduralConfig):
+    """Procedural images (source textures): every class is a set of waves, told by its spectrum. Nothing to download."""
+
+    family = "textures"
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where images come from."""
 
-    source: Literal["auto", "digits", "fractals", "folder", "hub"] = knob(
+    source: Literal["auto", "digits", "fractals", "textures", "folder", "hub"] = knob(
         "auto",
-        "embedded digits, procedural fractals, an ImageFolder, or `datasets`; auto = what data.path names: a folder of "
-        "pictures, a folder that `datasets` wrote, or a hub id; without data.path the digits",
+        "embedded digits, procedural fractals or textures, an ImageFolder, or `datasets`; auto = what data.path names: "
+        "a folder of pictures, a folder that `datasets` wrote, or a hub id; without data.path the digits",
     )
     path: str = knob("", "folder (source folder), or hub id[@revision] / local path (source hub)")
     image_key: str = knob("image", "column with the image (source hub)")
@@ -54,8 +71,9 @@ class DataConfig:
     val_share: float | None = knob(
         None,
         "share of the training images of each class that is held out for evaluation, always the same ones, where the "
-        "data has no validation split (sources folder and hub); null = 0.1 where nobody has named one and there is "
-        "none, which a line says; 0 = val_split is the validation split",
+        "data has no validation split (sources folder and hub), or in place of the validation images of digits, "
+        "fractals and textures; null = 0.1 where nobody has named one and there is none, which a line says; 0 = "
+        "val_split is the validation split",
         Range(0, 1, open_most=True),
     )
     workers: int = knob(0, "data loading processes per rank", Range(0, 1024))
@@ -65,6 +83,7 @@ class DataConfig:
     )
     limit: int = knob(0, "use n images of each split, spread evenly over it, after val_share; 0 = all", Range(0, MANY))
     fractals: FractalConfig = section(FractalConfig)
+    textures: TextureConfig = section(TextureConfig)
 
     def __post_init__(self):
         if self.source in ("folder", "hub") and not self.path:
@@ -73,9 +92,6 @@ class DataConfig:
         source = self.source
         if source == "auto" and not self.path:
             source = "digits"
-        if source in ("digits", "fractals"):
-            expected = f"0 with data.source={source}, which brings its own validation images"
-            require(not self.val_share, "data.val_share", self.val_share, expected)
         if self.config and source not in ("hub", "auto"):
             require(False, "data.config", self.config, f"none with data.source={source}: only source hub has them")
 

@@ -1,4 +1,4 @@
-"""Where images come from: the embedded digits, procedural fractals, an ImageFolder, or what `datasets` loads map-style.
+"""Where images come from: the embedded digits, procedural images, an ImageFolder, or what `datasets` loads map-style.
 
 A source is random access (`image(i)`, `label(i)`), because a map-style source with a seeded sampler resumes exactly and
 a streamed one with a shuffle buffer does not. Images are decoded by decode.py for every source alike.
@@ -18,7 +18,7 @@ from PIL import Image
 
 from models.files.places import expanded
 from models.labels import tidy
-from trainer.config.data import HELD_OUT, VALIDATION, DataConfig
+from trainer.config.data import BUILT_IN, HELD_OUT, PROCEDURAL, VALIDATION, DataConfig
 from trainer.data.base import ImageSource
 from trainer.data.classes import checked_names, held_out, labels_and_targets, refuse_differing_folders
 from trainer.data.decode import EXTENSIONS, SKIP_HINT, UnreadableImageError, decode, opened
@@ -73,12 +73,12 @@ def open_source(data: DataConfig, split: str, *, labels_needed: bool = True) -> 
 
 
 def source_of(data: DataConfig) -> str:
-    """The kind of source that the recipe names, or that data.path is: digits, fractals, folder or hub.
+    """The kind of source that the recipe names, or that data.path is: digits, fractals, textures, folder or hub.
 
     Raises:
         ValueError: data.path is nothing that can be read, or is given beside a source that reads none.
     """
-    if data.source in ("digits", "fractals"):
+    if data.source in BUILT_IN:
         if data.path:
             raise ValueError(
                 f"data.path is {data.path!r}, but data.source is {data.source!r}, which reads no path: set "
@@ -281,7 +281,7 @@ def _hub(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
 
 def _without_validation(data: DataConfig) -> list[str] | None:
     """None where there is a validation split, or one is asked for by name; else the splits that could stand for it."""
-    if data.source in ("digits", "fractals") or data.val_split not in ("", VALIDATION):
+    if data.source in BUILT_IN or data.val_split not in ("", VALIDATION):
         return None
     root = Path(data.path)
     if data.source == "folder" and not root.is_dir():
@@ -302,7 +302,7 @@ def _held_out(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
 
     Images without labels are held out as one class.
     """
-    if data.source == "folder" or Path(data.path).expanduser().is_dir():
+    if data.source not in BUILT_IN and (data.source == "folder" or Path(data.path).expanduser().is_dir()):
         data = _without_split_folders(data, labels_needed)
     whole = _SOURCES[data.source](replace(data, limit=0), "train", labels_needed)
     is_val = held_out(whole.targets, whole.labels or [""], data.val_share)
@@ -365,13 +365,13 @@ def _digits(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
     return DigitsSource(data, split)
 
 
-def _fractals(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
-    from trainer.data.fractals import FractalSource  # late: it builds on this file
+def _procedural(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
+    from trainer.data.procedural import ProceduralSource  # late: it builds on this file
 
-    return FractalSource(data, split)
+    return ProceduralSource(data, getattr(data, data.source), split)
 
 
-_SOURCES = {"digits": _digits, "fractals": _fractals, "folder": FolderSource, "hub": _hub}
+_SOURCES = {"digits": _digits, "folder": FolderSource, "hub": _hub, **dict.fromkeys(PROCEDURAL, _procedural)}
 
 
 def _beginning(path: str, limit: int) -> bytes:

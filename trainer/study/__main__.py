@@ -2,22 +2,25 @@
 
     python -m trainer.study recipes/study_ablation.yaml --out runs/study [--jobs 2] [section.key=value ...]
 
-Writes OUT/<variant>/seed<k>/ (a run folder each) and OUT/study.json, study.md and study.html.
+Writes OUT/<variant>/seed<k>/ (a run folder each; before it, for what is tuned, OUT/tuning/<variant>/<choice>/seed<k>/)
+and OUT/study.json, study.md and study.html.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import sys
 from pathlib import Path
 
 from trainer.config.redaction import refuse_secrets
-from trainer.request.job import EXIT_BAD_INPUT
+from trainer.request.job import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from trainer.study.figures import collect
-from trainer.study.plan import cells, read_study
+from trainer.study.plan import TEACHERS, Cell, Study, cells, read_study, trials
 from trainer.study.report import write_report
 from trainer.study.runner import Runner
+from trainer.study.tuning import chosen, edge_warnings, tuned
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,19 +33,50 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--jobs is {options.jobs}, expected 1 or more")
         study = read_study(Path(options.study), options.overrides)
         out = Path(options.out)
-        plan = cells(study, out)
-
-        def report() -> list[Path]:
-            return write_report(collect(study, plan), out)
-
+        trial_cells = trials(study, out)
+        # first the trials, then what they chose; what is known of the choices stands in both reports
+        plan = cells(study, out, chosen(tuned(study, trial_cells)))
         code = 0
-        if not options.report:
-            code = Runner(plan, study.ds_config, out, options.jobs, after=report).run()
-        print(*report(), sep="\n")
+        if trial_cells and not options.report:
+            code = _run(study, trial_cells, [*trial_cells, *plan], options)
+        if code != EXIT_INTERRUPTED:
+            grids = tuned(study, trial_cells)
+            for line in edge_warnings(grids):
+                print(f"warning: {line}", file=sys.stderr)
+            plan = cells(study, out, chosen(grids))
+            if not options.report:
+                code = _run(study, plan, [*trial_cells, *plan], options) or code
+        print(*_report(study, [*trial_cells, *plan], out), sep="\n")
         return code
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+
+
+def _run(study: Study, todo: list[Cell], shown: list[Cell], options: argparse.Namespace) -> int:
+    """Make what is missing of `todo`, or of the part of it that --only names; the report is of the cells in `shown`."""
+    out = Path(options.out)
+    if options.only:
+        todo = _only(todo, study, options.only)
+    runner = Runner(todo, study.ds_config, out, options.jobs, after=lambda: _report(study, shown, out))
+    code = runner.run()
+    runner.lock.close()  # trials and the final runs follow each other in one process
+    return code
+
+
+def _only(plan: list[Cell], study: Study, patterns: list[str]) -> list[Cell]:
+    """The cells of the variants that a pattern matches, and the teachers they share."""
+    names = [variant.name for variant in study.variants]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"--only {pattern} matches no variant. Variants: {', '.join(names)}")
+    kept = [cell for cell in plan if any(fnmatch.fnmatch(cell.tunes or cell.variant, one) for one in patterns)]
+    teachers = {cell.teacher for cell in kept}
+    return [cell for cell in plan if cell in kept or (cell.teacher in teachers and cell.variant.startswith(TEACHERS))]
+
+
+def _report(study: Study, shown: list[Cell], out: Path) -> list[Path]:
+    return write_report(collect(study, shown), out, tuned(study, shown))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     flags.add_argument("--out", required=True, help="folder of the study")
     flags.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once; default: cores")
     flags.add_argument("--report", action="store_true", help="only write table and plots of what is there")
+    flags.add_argument(
+        "--only", action="append", metavar="VARIANT", help="run these alone (m2mkd, or 'm2mkd*'); may be repeated"
+    )
     flags.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every cell")
     return flags
 

@@ -88,9 +88,10 @@ def collect(study: Study, cells: Sequence[Cell]) -> Results:
     """Read what the cells have left."""
     measured: dict[str, dict[int, Measured]] = {variant.name: {} for variant in study.variants}
     for cell in cells:
-        if cell.variant in measured:  # not a shared teacher
+        if cell.variant in measured:  # not a shared teacher, not a trial of tuning
             measured[cell.variant][cell.seed] = measure(cell)
-    missing = tuple(cell.name for cell in cells if not cell.complete)
+    names = (cell.name for cell in cells if not cell.complete)
+    missing = tuple(dict.fromkeys(names))  # a shared teacher stands among the trials as well
     comparisons = []
     for variant in study.variants:
         comparisons += [_compare(measured, variant, reference) for reference in variant.references]

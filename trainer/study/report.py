@@ -13,16 +13,21 @@ from trainer.report.page import figure, figures, load_drawing, page, percent_tic
 from trainer.study.figures import FIGURES, Comparison, Results
 from trainer.study.statistics import Summary
 from trainer.study.tables import Table, tables
+from trainer.study.tuning import Tuned
 
 BAND = 2  # standard errors
 
 
-def write_report(results: Results, out: Path) -> list[Path]:
-    """Write the files and return their paths; study.png only where matplotlib is installed."""
-    shown = tables(results)
+def write_report(results: Results, out: Path, grids: Sequence[Tuned] = ()) -> list[Path]:
+    """Write the files and return their paths; study.png only where matplotlib is installed.
+
+    Args:
+        grids: what tuning tried and chose.
+    """
+    shown = tables(results, grids)
     charts = accuracy_charts(results)
     paths = [out / "study.json", out / "study.md", out / "study.html"]
-    write_json(paths[0], _numbers(results))
+    write_json(paths[0], _numbers(results) | {"tuning": _tuning(grids)})
     write_text(paths[1], _markdown(results, shown))
     write_text(paths[2], _page(results, shown, charts))
     drawing = load_drawing()
@@ -85,6 +90,16 @@ def _numbers(results: Results) -> dict[str, Any]:
         "variants": variants,
         "comparisons": [_comparison(comparison) for comparison in results.comparisons],
     }
+
+
+def _tuning(grids: Sequence[Tuned]) -> dict[str, Any]:
+    """Variant -> what was tried, what was chosen, and what it cost."""
+    numbers = {}
+    for grid in grids:
+        tried = [{"overrides": list(trial.overrides), **_spread(trial.accuracy)} for trial in grid.trials]
+        chosen = None if grid.best is None else list(grid.chosen)
+        numbers[grid.variant] = {"trials": tried, "chosen": chosen, "at_edge": list(grid.edges), "flops": grid.flops}
+    return numbers
 
 
 def _comparison(comparison: Comparison) -> dict[str, Any]:

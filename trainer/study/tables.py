@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from trainer.report.page import duration, flops
 from trainer.study.figures import WAYS, Comparison, Results
 from trainer.study.statistics import Summary
+from trainer.study.tuning import Tuned
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,10 @@ class Table:
     rows: Sequence[Sequence[str]]
 
 
-def tables(results: Results) -> list[Table]:
-    """Accuracy, assembly, routing, cost and comparisons; tables nothing is known for are left out."""
+def tables(results: Results, grids: Sequence[Tuned] = ()) -> list[Table]:
+    """Accuracy, assembly, routing, cost, comparisons and tuning; tables nothing is known for are left out."""
     every = [_accuracy(results), _assembly(results), _routing(results), _cost(results), _comparisons(results)]
+    every.append(_tuning(results, grids))
     return [table for table in every if any(map(_has_numbers, table.rows))]
 
 
@@ -180,6 +182,31 @@ def _comparisons(results: Results) -> Table:
     head = ["comparison", "seeds", "at 50% of the epochs", "at 100%", "at equal total cost", "which is"]
     head += ["ahead over its second half", "crossings"]
     return Table("Comparisons", caption, head, rows)
+
+
+def _tuning(results: Results, grids: Sequence[Tuned]) -> Table:
+    labels = {variant.name: variant.label for variant in results.study.variants}
+    rows = []
+    for grid in grids:
+        for place, trial in enumerate(grid.trials):
+            remark = ""
+            cost = ""
+            if place == grid.best:
+                remark = "chosen"
+                cost = _blank_or(grid.flops, _cost_text)
+            if place == grid.best and grid.edges:
+                remark += f", at the edge of the grid: {', '.join(grid.edges)}"
+            rows.append([labels[grid.variant], ", ".join(trial.overrides), percent(trial.accuracy), remark, cost])
+    seeds = ", ".join(map(str, results.study.tune_seeds))
+    caption = (
+        f"Accuracy in % on {results.study.tune_share:g} of the training images, which were held out meanwhile; seeds "
+        f"{seeds}. The validation images of the other tables had no part in the choice. The cost is that of all trials "
+        "of a variant, what they share counted once; it is in no other table."
+    )
+    if results.study.tune_overrides:
+        caption += f" Trials ran with {', '.join(results.study.tune_overrides)}."
+    head = ["variant", "choice", "held-out images", "", "cost of tuning"]
+    return Table("Tuning", caption, head, rows)
 
 
 def _name(results: Results, variant: str) -> list[str]:
