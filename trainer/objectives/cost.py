@@ -8,37 +8,38 @@ from dataclasses import dataclass
 from torch import nn
 
 from models.experts.guided_routing import TeacherRouters
-from models.flops import forward_flops
+from models.flops import Flops, flops
 
 GRID = 1000  # points of the schedule at which the cost of module replacing is averaged
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One image through `part` in a step, at the price of so many forwards, in a share of the steps."""
+    """One image through `part` in a share of the steps, and what of the backward it takes part in."""
 
     part: nn.Module
-    forwards: int
+    relays: bool = False  # the gradient with respect to its input, where that can take one
+    learns: bool = False  # the gradient with respect to its weights
     share: float = 1.0
 
 
 def forward_only(*parts: nn.Module, share: float = 1.0) -> list[Pass]:
     """Frozen, and no gradient comes back: the forward alone."""
-    return [Pass(part, 1, share) for part in parts]
+    return [Pass(part, share=share) for part in parts]
 
 
 def relaying(*parts: nn.Module) -> list[Pass]:
-    """Frozen behind something trained: the forward, and as much for the gradient with respect to its input."""
-    return [Pass(part, 2) for part in parts]
+    """Frozen behind something trained: the forward, and the gradient with respect to its input."""
+    return [Pass(part, relays=True) for part in parts]
 
 
 def trained(*parts: nn.Module) -> list[Pass]:
-    """Forward and backward; the backward costs two forwards, with respect to its input and to its weights."""
-    return [Pass(part, 3) for part in parts]
+    """Forward and backward, with respect to its input and to its weights."""
+    return [Pass(part, relays=True, learns=True) for part in parts]
 
 
 def flops_per_image(passes: Iterable[Pass], tokens: int) -> int:
-    """FLOPs of one image in a step: sum over the passes of share x forwards x FLOPs of a forward.
+    """FLOPs of one image in a step: sum over the passes of share x (forward + what of the backward is computed).
 
     Args:
         tokens: length of the token sequence T, prefix tokens included.
@@ -47,19 +48,20 @@ def flops_per_image(passes: Iterable[Pass], tokens: int) -> int:
     for each in passes:
         assert 0 <= each.share <= 1, each
         if isinstance(each.part, TeacherRouters):
-            forward = each.part.flops_per_image(tokens)
+            spent = Flops(each.part.flops_per_image(tokens))
         else:
-            forward = forward_flops(each.part, tokens)
-        total += round(each.share * (each.forwards * forward))
+            spent = flops(each.part, tokens)
+        of_pass = spent.forward + each.relays * spent.to_input + each.learns * spent.to_weights
+        total += round(each.share * of_pass)
     return total
 
 
-def replacing_flops(replace_rate: float, ours: Sequence[int], theirs: Sequence[int]) -> int:
+def replacing_flops(replace_rate: float, ours: Sequence[Flops], theirs: Sequence[Flops]) -> int:
     """Mean over a training by module replacing of the FLOPs of one image through the mixed model and back.
 
     Args:
         replace_rate: at the start, see rate_at.
-        ours, theirs: forward FLOPs per stage of the meta model and of the teacher.
+        ours, theirs: per stage of the meta model and of the teacher.
     """
     total = 0.0
     for point in range(GRID):
@@ -73,23 +75,23 @@ def rate_at(progress: float, replace_rate: float) -> float:
     return replace_rate + (1 - replace_rate) * min(1.0, 2 * progress)
 
 
-def expected_mixed_flops(p: float, ours: Sequence[int], theirs: Sequence[int]) -> float:
+def expected_mixed_flops(p: float, ours: Sequence[Flops], theirs: Sequence[Flops]) -> float:
     """Mean FLOPs of one image through a mixed model and back, where each stage is ours with probability p.
 
-    Ours cost three forwards; a frozen one costs one, and one more behind a stage of ours, for the gradient it passes
-    on. When none is drawn (probability (1-p)^N), one of the N is picked.
+    Ours cost forward and backward; a frozen one costs its forward, and behind a stage of ours the gradient it passes on
+    as well. When none is drawn (probability (1-p)^N), one of the N is picked.
 
     Args:
-        ours, theirs: forward FLOPs per stage.
+        ours, theirs: per stage.
     """
     stages = len(ours)
     frozen = 1 - p
     none_drawn = frozen**stages
     total = 0.0
-    for i, (our_forward, their_forward) in enumerate(zip(ours, theirs)):
+    for i, (our_stage, their_stage) in enumerate(zip(ours, theirs)):
         # P(stage i is ours) = p + (1-p)^N / N
         is_ours = p + none_drawn / stages
         # P(frozen, and one before it is ours): drawn so, or none drawn and the pick stands before it
         relays = frozen * (1 - frozen**i) + none_drawn * i / stages
-        total += 3 * our_forward * is_ours + their_forward * (1 - is_ours) + their_forward * relays
+        total += our_stage.trained * is_ours + their_stage.forward * (1 - is_ours) + their_stage.to_input * relays
     return total

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from models.experts.guided_routing import Guide
-from models.modules.basis import Project
 from models.modules.meta import MetaModel
 from models.moe.layer import routed_layers
 from models.moe.out import Out, auxiliary_loss
@@ -62,7 +61,7 @@ class Borders:
     """Where the student's state is compared with the teacher's: before these blocks of the student."""
 
     blocks: Sequence[int]  # the first block of every student module but the first
-    projections: Sequence[Project]  # per border, teacher's width -> student's
+    projections: Sequence[nn.Module]  # per border, teacher's width -> student's; see projection in models.modules.basis
 
     @property
     def last_blocks(self) -> list[int]:
@@ -134,11 +133,13 @@ class LearnFromTeacher(Classify):
         return loss, parts
 
     def passes(self) -> list[Pass]:
-        """The student, and in a share of the steps the teacher and its routers."""
+        """The student, and in a share of the steps the teacher, its routers and its states in the borders' bases."""
         teaching = 1.0 if self.taught else self.fading
         passes = super().passes() + forward_only(self.teacher, share=teaching)
         if self.guide is not None:
             passes += forward_only(self.guide.routers, share=self.fading)
+        if self.borders is not None:
+            passes += forward_only(*self.borders.projections, share=self.fading)
         return passes
 
     @property

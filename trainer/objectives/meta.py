@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from models.flops import forward_flops
+from models.flops import flops
 from models.modules.meta import MetaModel
 from models.modules.stages import Stage
 from models.moe.out import Out
@@ -225,8 +225,8 @@ class Theseus(Objective):
     @functools.cached_property
     def flops_per_image(self) -> int:
         """See Objective.__call__; the mean over all draws of all steps."""
-        ours = [forward_flops(stage, self.tokens) for stage in self.module.meta.stages]
-        theirs = [forward_flops(stage, self.tokens) for stage in self.teacher.stages]
+        ours = [flops(stage, self.tokens) for stage in self.module.meta.stages]
+        theirs = [flops(stage, self.tokens) for stage in self.teacher.stages]
         mixed = replacing_flops(self.config.replace_rate, ours, theirs)
         return mixed + flops_per_image(self.passes(), self.tokens)
 
