@@ -51,20 +51,27 @@ class DenseBlock:
     mlp: dict[str, Affine]
 
 
-def read_block(block: nn.Module, number: int) -> DenseBlock:
+def read_block(block: nn.Module, number: int, *, refitted: bool = False) -> DenseBlock:
     """The block under the names of a V-MoE's; parameters are shared with it where they are kept as they are.
 
     Args:
         number: of the block in its model, for messages.
+        refitted: the layers that write into the stream are not taken as they are, so norms right before them do not
+            stand in the way.
 
     Raises:
         ValueError: a part that no V-MoE has, as a phrase that names it.
     """
+    if type(block) not in BLOCKS:  # another order of norms, or other positions
+        kind = f"{type(block).__module__}.{type(block).__name__}"
+        raise ValueError(f"blocks of type {kind} (block {number})")
     attn = block.attn
     mlp = block.mlp
     if type(attn) not in ATTENTIONS or type(mlp) not in MLPS:
         raise ValueError(f"{type(attn).__name__} and {type(mlp).__name__} in block {number}")
-    norms = {"q_norm": attn.q_norm, "k_norm": attn.k_norm, "norm": attn.norm, "mlp": mlp.norm}
+    norms = {"q_norm": attn.q_norm, "k_norm": attn.k_norm}
+    if not refitted:
+        norms |= {"norm": attn.norm, "mlp": mlp.norm}
     for name, norm in norms.items():
         if not is_identity(norm):
             raise ValueError(f"a norm inside block {number} ({name})")
@@ -88,6 +95,11 @@ def read_block(block: nn.Module, number: int) -> DenseBlock:
 def is_identity(part: nn.Module | None) -> bool:
     """Whether a part of a model is there in name only."""
     return part is None or isinstance(part, nn.Identity)
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm before the head; of one class token it makes no difference whether it stands before the pooling."""
+    return model.fc_norm if is_identity(model.norm) else model.norm
 
 
 def _gamma(scale: nn.Module, number: int) -> Tensor | None:

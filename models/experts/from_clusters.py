@@ -62,13 +62,20 @@ def cluster_experts(moe: MoE, x_ND: Tensor, seed: int) -> Clustered:
         for name, (weight, _) in cut.items():
             expert[name].weight.copy_(weight)
         ranks.append(tuple(cut[name][1] for name in layers))
-    # router row e = c_e / s, with s the mean over tokens of the deviation of x . c_e over the experts: a token's logits
-    # then spread like those of a fresh router, with standard deviation 1
+    start_router(moe, centroid_ED, x_ND)
+    return Clustered(tokens, layers, ranks)
+
+
+@torch.no_grad()
+def start_router(moe: MoE, centroid_ED: Tensor, x_ND: Tensor) -> None:
+    """Router rows from centroids: c_e / s, with s the mean over tokens of the deviation of x . c_e over the experts.
+
+    A token's logits then spread like those of a fresh router, with standard deviation 1.
+    """
     spreads = [(rows @ centroid_ED.T).std(1) for rows in x_ND.split(CHUNK)]
     moe.router.weight.copy_(centroid_ED / torch.cat(spreads).mean())
     if moe.router.bias is not None:
         moe.router.bias.zero_()
-    return Clustered(tokens, layers, ranks)
 
 
 def _inputs_of_last(act: str, expert: nn.ModuleDict, chunks: Iterable[Tensor]) -> Iterator[Tensor]:

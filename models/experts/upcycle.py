@@ -6,8 +6,7 @@ a capacity that drops tokens, dropout and noise on experts end that. What the st
 weights (LayerScale, another mean and std of the images) or refused by name.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
 from timm.layers import PatchEmbed
@@ -18,9 +17,9 @@ from ..modules.tokens import token_layout
 from ..moe.layer import SWIGLU, MoE, draw
 from ..preprocessing import Preprocessing
 from ..teacher.load import Teacher
-from ..vmoe.config import POOLS
+from ..vmoe.config import POOLS, VMoEConfig
 from ..vmoe.model import VMoE
-from .dense_block import BLOCKS, Affine, DenseBlock, is_identity, read_block
+from .dense_block import BLOCKS, Affine, DenseBlock, final_norm, is_identity, read_block
 
 # what to do where nothing can be copied
 INSTEAD = ": give the student new weights, 'student.init=\"\"', which learn from every kind of teacher."
@@ -52,6 +51,16 @@ def chosen_layers(dense_depths: Sequence[int], student_depths: Sequence[int]) ->
     return layers
 
 
+def covered_layers(dense_depths: Sequence[int], student_depths: Sequence[int]) -> list[tuple[int, int]]:
+    """The dense layers that each of the student's blocks stands for, (first, stop), from its chosen one to the next.
+
+    Raises:
+        ValueError: as chosen_layers.
+    """
+    firsts = chosen_layers(dense_depths, student_depths)
+    return list(zip(firsts, [*firsts[1:], sum(dense_depths)]))
+
+
 def norm_eps(dense: VisionTransformer) -> float:
     """The eps of the dense model's LayerNorms, which VMoEConfig.norm_eps has to be.
 
@@ -65,7 +74,7 @@ def norm_eps(dense: VisionTransformer) -> float:
     norms = []
     for block in dense.blocks:
         norms += [block.norm1, block.norm2]
-    norms.append(_final_norm(dense))
+    norms.append(final_norm(dense))
     strange_norms = {type(norm).__name__ for norm in norms if not isinstance(norm, nn.LayerNorm)}
     if strange_norms:
         names = ", ".join(sorted(strange_norms))
@@ -109,40 +118,106 @@ def upcycle(
     eps = norm_eps(model)
     if eps != (student.config.norm_eps or student.norm.eps):
         raise ValueError(f"the student's norm_eps is {student.norm.eps} and that of {dense.source} is {eps}.")
-    blocks = _read_blocks(student, dense, layers)
+    blocks = read_layers(student, dense, layers)
+    if len(blocks) != len(student.blocks):
+        raise ValueError(f"{len(blocks)} layers were chosen for {len(student.blocks)} blocks.")
     _check_sizes(student, dense, blocks[0])
-    _check_rope(student, dense)
-    for block in blocks:
-        _check_activation(student, dense, block)
-    left_behind = _check_head(student, dense, own_classes)
+    left_behind = check_parts(student, dense, blocks, own_classes=own_classes)
     if student.pos_embed.is_meta:
         return left_behind
-    _start_embedding(student, model, images, dense.preprocessing)
+    start_embedding(student, model, images, dense.preprocessing)
     for number, block in enumerate(blocks):
-        _start_block(student.blocks[number], block, partial(_noise, noise, student.config.seed, number))
-    _copy_norm(student.norm, _final_norm(model))
+        _start_block(student.blocks[number], block)
+    _copy_norm(student.norm, final_norm(model))
     if student.num_classes and not any(phrase.startswith("its head") for phrase in left_behind):
         _copy(student.head, Affine(model.head.weight, model.head.bias))
+    add_noise(student, noise)
     return left_behind
+
+
+def is_copy(config: VMoEConfig, model: VisionTransformer, covered: Sequence[tuple[int, int]]) -> bool:
+    """Whether each of a student's blocks has a dense layer of its sizes to itself, so that a copy loses nothing.
+
+    Args:
+        covered: the dense layers that each block stands for, (first, stop).
+    """
+    attn, mlp = getattr(model.blocks[0], "attn", None), getattr(model.blocks[0], "mlp", None)
+    sizes = (model.embed_dim, getattr(attn, "num_heads", 0), getattr(getattr(mlp, "fc2", None), "in_features", 0))
+    alone = all(stop - first == 1 for first, stop in covered)
+    return alone and sizes == (config.width, config.heads, config.mlp_dim)
+
+
+@torch.no_grad()
+def add_noise(student: VMoE, relative: float) -> None:
+    """Make experts differ from the start: weight += relative x std(weight) x N(0, 1), in place.
+
+    Drawn from (seed of the student, block, expert, layer) and nothing else.
+    """
+    if not relative:
+        return
+    for number, block in enumerate(student.blocks):
+        if not isinstance(block.mlp, MoE):
+            continue
+        for expert, layers in enumerate(block.mlp.experts):
+            for name, layer in layers.items():
+                values = torch.empty_like(layer.weight)
+                std = relative * layer.weight.std().item()
+                draw(values, nn.init.normal_, student.config.seed, number, expert, name, "upcycle", std=std)
+                layer.weight += values
 
 
 def _check_sizes(student: VMoE, dense: Teacher, block: DenseBlock) -> None:
     """Refuse a dense model of other sizes, naming the setting that makes the student's equal."""
     config = student.config
     model = dense.model
-    # size -> (the student's, the dense model's)
+    _refuse_other_sizes(
+        student,
+        dense,
+        {
+            "width": (config.width, model.embed_dim),
+            "heads": (config.heads, model.blocks[0].attn.num_heads),
+            "mlp_dim": (config.mlp_dim, block.mlp["fc2"].weight.shape[1]),
+        },
+    )
+
+
+def check_parts(student: VMoE, dense: Teacher, blocks: Sequence[DenseBlock], *, own_classes: bool) -> list[str]:
+    """Refuse a dense model whose images, tokens, rotations or MLPs are not the student's; sizes of layers aside.
+
+    Args:
+        blocks: its layers that the student starts from.
+        own_classes: as in upcycle.
+
+    Returns:
+        What is left behind of it, one phrase each.
+
+    Raises:
+        ValueError: both sides are named.
+    """
+    config = student.config
+    model = dense.model
     pairs = {
-        "width": (config.width, model.embed_dim),
-        "heads": (config.heads, model.blocks[0].attn.num_heads),
-        "mlp_dim": (config.mlp_dim, block.mlp["fc2"].weight.shape[1]),
         "patch_size": (config.patch_size, model.patch_embed.patch_size[0]),
         "in_chans": (config.in_chans, model.patch_embed.proj.in_channels),
         "image_size": (config.image_size, model.patch_embed.img_size[0]),
         "prefix tokens": (student.num_prefix_tokens, model.num_prefix_tokens),
     }
+    _refuse_other_sizes(student, dense, pairs)
+    _check_rope(student, dense)
+    for block in blocks:
+        _check_activation(student, dense, block)
+    return _check_head(student, dense, own_classes)
+
+
+def _refuse_other_sizes(student: VMoE, dense: Teacher, pairs: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse the first size that differs.
+
+    Args:
+        pairs: size -> the student's and the dense model's.
+    """
     for name, (student_size, dense_size) in pairs.items():
         if student_size != dense_size:
-            setting = _setting(name, dense_size, config.class_token)
+            setting = _setting(name, dense_size, student.config.class_token)
             raise ValueError(
                 f"the student's {name} is {student_size} and that of {dense.source}, which it is to start from, is "
                 f"{dense_size}: they must be equal; {setting}name in student.init a dense model with {name} "
@@ -160,12 +235,17 @@ def _setting(name: str, size: int, class_token: bool) -> str:
     return f"set student.{name}={size}, or "
 
 
-def _read_blocks(student: VMoE, dense: Teacher, layers: Sequence[int]) -> list[DenseBlock]:
-    """The dense block of each of the student's; refuses what a V-MoE cannot hold, and gates that make no copy of it."""
+def read_layers(student: VMoE, dense: Teacher, layers: Sequence[int], *, refitted: bool = False) -> list[DenseBlock]:
+    """These layers of the dense model; refuses what a V-MoE cannot hold, and gates that make no copy of it.
+
+    Args:
+        refitted: what writes into the stream is fitted anew, see read_block.
+
+    Raises:
+        ValueError: naming the dense model and the part.
+    """
     config = student.config
     model = dense.model
-    if len(layers) != len(student.blocks):
-        raise ValueError(f"{len(layers)} layers were chosen for {len(student.blocks)} blocks.")
     sparse = any(isinstance(block.mlp, MoE) for block in student.blocks)
     moe = config.moe
     if sparse and not moe.renormalize and moe.k < moe.num_experts:
@@ -175,14 +255,15 @@ def _read_blocks(student: VMoE, dense: Teacher, layers: Sequence[int]) -> list[D
             "student.moe.renormalize=true."
         )
     try:
+        blocks = [read_block(model.blocks[layer], layer, refitted=refitted) for layer in layers]
         if not is_identity(model.norm_pre):
             raise ValueError("a norm before the blocks (pre_norm)")
         if type(model.patch_embed) is not PatchEmbed or not is_identity(model.patch_embed.norm):
             embedding = type(model.patch_embed).__name__
             raise ValueError(f"a patch embedding {embedding} that is more than one convolution")
-        return [read_block(model.blocks[layer], layer) for layer in layers]
     except ValueError as error:
         raise ValueError(f"a V-MoE cannot start from {dense.source}, which has {error}{INSTEAD}") from None
+    return blocks
 
 
 def _check_rope(student: VMoE, dense: Teacher) -> None:
@@ -257,28 +338,39 @@ def _check_head(student: VMoE, dense: Teacher, own_classes: bool) -> list[str]:
     return []
 
 
-def _start_embedding(student: VMoE, model: VisionTransformer, ours: Preprocessing, theirs: Preprocessing) -> None:
+def start_embedding(
+    student: VMoE,
+    model: VisionTransformer,
+    ours: Preprocessing,
+    theirs: Preprocessing,
+    projection: Tensor | None = None,
+) -> None:
     """Patch embedding, prefix tokens and positions.
 
     Images come as x = (p - mean) / std; the dense convolution wants another mean m and deviation s of the same values
     p, which is linear in x and has no padding to spoil it: (p - m) / s = x std / s + (mean - m) / s, by channel.
+
+    Args:
+        projection: P (D_s, D_t) to the student's width; None where it is the dense model's.
     """
+    if projection is None:
+        projection = torch.eye(student.embed_dim)
     proj = student.patch_embed.proj
     dense_proj = model.patch_embed.proj
     mean_C = torch.tensor(ours.mean)
     std_C = torch.tensor(ours.std)
     dense_mean_C = torch.tensor(theirs.mean)
     dense_std_C = torch.tensor(theirs.std)
-    # W' = W std / s
-    weight_DCHW = dense_proj.weight.float()
+    # W' = P W std / s
+    weight_DCHW = torch.einsum("sd,dchw->schw", projection, dense_proj.weight.float())
     proj.weight.copy_(weight_DCHW * (std_C / dense_std_C)[:, None, None])
-    # b' = b + sum over the patch of W (mean - m) / s
-    _set(proj.bias, dense_proj.bias)
+    # b' = P b + sum over the patch of P W (mean - m) / s
+    _set(proj.bias, None if dense_proj.bias is None else projection @ dense_proj.bias.float())
     proj.bias += weight_DCHW.sum((2, 3)) @ ((mean_C - dense_mean_C) / dense_std_C)
     tokens = [getattr(model, name, None) for name in ("cls_token", "dist_token", "reg_token")]
     tokens = [token for token in tokens if token is not None]
     if tokens:
-        prefix = torch.cat(tokens, 1)
+        prefix = torch.cat(tokens, 1) @ projection.T
         first = 0
         for token in (student.cls_token, student.reg_token):
             if token is not None:
@@ -286,11 +378,11 @@ def _start_embedding(student: VMoE, model: VisionTransformer, ours: Preprocessin
                 first += token.shape[1]
     student.pos_embed.zero_()
     if model.pos_embed is not None:  # without the prefix tokens where the dense model gives those no position
-        student.pos_embed[:, -model.pos_embed.shape[1] :].copy_(model.pos_embed)
+        student.pos_embed[:, -model.pos_embed.shape[1] :].copy_(model.pos_embed @ projection.T)
 
 
-def _start_block(block: nn.Module, dense: DenseBlock, add_noise: Callable[[int, str, Tensor], None]) -> None:
-    """A block of the student from one of the dense model; `add_noise` changes weight `name` of expert `number`."""
+def _start_block(block: nn.Module, dense: DenseBlock) -> None:
+    """A block of the student from one of the dense model."""
     _copy_norm(block.norm1, dense.norm1)
     _copy_norm(block.norm2, dense.norm2)
     _copy(block.attn.qkv, dense.qkv)
@@ -300,10 +392,9 @@ def _start_block(block: nn.Module, dense: DenseBlock, add_noise: Callable[[int, 
         for name, layer in dense.mlp.items():
             _copy(getattr(block.mlp, name), layer, mlp_scale if name == "fc2" else None)
         return
-    for number, expert in enumerate(block.mlp.experts):
+    for expert in block.mlp.experts:
         for name, layer in dense.mlp.items():
             _copy(expert[name], layer, mlp_scale if name == "fc2" else None)
-            add_noise(number, name, expert[name].weight)
 
 
 def _taken_on(scale: nn.Module, gamma: Tensor | None) -> Tensor | None:
@@ -315,14 +406,6 @@ def _taken_on(scale: nn.Module, gamma: Tensor | None) -> Tensor | None:
     else:
         scale.gamma.copy_(gamma)
     return None
-
-
-def _noise(relative: float, seed: int, block: int, expert: int, name: str, weight: Tensor) -> None:
-    """weight += relative * std(weight) * N(0, 1)."""
-    if relative:
-        values = torch.empty_like(weight)
-        draw(values, nn.init.normal_, seed, block, expert, name, "upcycle", std=relative * weight.std().item())
-        weight += values
 
 
 def _copy(target: nn.Linear, source: Affine, gamma: Tensor | None = None) -> None:
@@ -350,8 +433,3 @@ def _set(target: Tensor, source: Tensor | None) -> None:
         target.zero_()
     else:
         target.copy_(source)
-
-
-def _final_norm(model: VisionTransformer) -> nn.Module:
-    """The norm before the head; of one class token it makes no difference whether it stands before the pooling."""
-    return model.fc_norm if is_identity(model.norm) else model.norm

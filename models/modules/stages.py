@@ -63,6 +63,11 @@ class Stage(nn.Module):
         x = self.norm(x)
         return self.forward_head(x) if self.num_classes else x
 
+    @property
+    def pools(self) -> bool:
+        """Whether it pools its tokens, for the head; the other stages have no pooling, or leave it unused."""
+        return self.last and self.num_classes > 0
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 

@@ -105,7 +105,7 @@ def assemble_student(
         return student
     widths = {}
     for border, (before, after) in enumerate(itertools.pairwise(modules)):
-        if isinstance(before.post, Embed):
+        if isinstance(before.post, Embed | nn.Identity):
             continue
         start = after.stage.start
         block = shallow_copy(student.blocks[start])  # the module's own block must not run the stitch twice
@@ -158,8 +158,11 @@ def _stitch_pair(teacher_width: int, student_width: int, seed: int, border: int)
 @torch.no_grad()
 def _basis_pair(teacher_width: int, student_width: int, kind: str, basis: Basis | None) -> tuple[nn.Module, nn.Module]:
     """The same in the basis of a border; without one, only the shapes are right."""
-    check_width(teacher_width, student_width)
+    turns = student_width != teacher_width if basis is None else basis.turns(student_width)
+    if kind == "tied" and not turns:
+        return nn.Identity(), nn.Identity()
     if basis is None:
+        check_width(teacher_width, student_width)
         mean = torch.zeros(teacher_width)
         directions = torch.zeros(teacher_width, student_width)
     else:

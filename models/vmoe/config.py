@@ -20,7 +20,12 @@ SIZES = ("image_size", "patch_size", "in_chans", "width", "depth", "heads", "mlp
 # what may change on trained weights without making another function of them
 FREE = ("drop_rate", "drop_path_rate", "dynamic_img_size", "seed")
 MOE_FIXED = ("num_experts", "k", "renormalize", "router_bias")  # the other routing settings are free
-KEPT = ("stitch_blocks", "representation_size", "norm_eps")  # as they were saved, where nothing else is asked for
+KEPT = (
+    "stitch_blocks",
+    "representation_size",
+    "norm_eps",
+    "feature_width",
+)  # as they were saved, where nothing else is asked for
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """A student started from dense weights, through the phases: the same start on every rank and in every phase."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -71,3 +72,50 @@ def test_clusters_are_computed_once_and_every_rank_and_phase_starts_from_them(wa
         f.truncate(1000)
     broken = warm.run([*base, "--phase", "distill", "--module", "1", "meta.epochs=1"])
     assert broken.code == 2 and f"delete {out / 'upcycle'} and run the phase again" in broken.output
+
+
+NARROWER = ["student.init=teacher", "student.width=24", "student.depth=2", "meta.blocks_per_module=0"]
+TOGETHER = ["refine.epochs=1", "refine.order=together", "refine.global_batch=16", "distill.stitches=tied"]
+
+
+@pytest.fixture(scope="module")
+def projected(warm, taught):
+    """OUT of a whole run on two ranks, of a narrower student of half the depth, and what it said."""
+    out = taught.parent / "projected"
+    shutil.copytree(taught / "teacher", out / "teacher")
+    once = ["teacher.epochs=1", "distill.epochs=1", "train.epochs=1", "train.baselines=[]"]
+    arguments = [*TINY, *once, *NARROWER, *TOGETHER, "distill.border=mse"]
+    finished = warm.run([*arguments, "--phase", "all", "--out", out], ranks=2)
+    assert finished.code == 0, finished.output
+    return out, arguments, finished.output
+
+
+def test_a_narrower_student_is_projected_once_for_all_phases(projected):
+    out, _arguments, output = projected
+    assert output.count("fitting a student of 2 blocks of width 24 to the 4 of width 32") == 1
+    assert not (out / "upcycle.tmp").exists()
+    made = result(out / "upcycle")
+    assert made["flops"] > 0 and "basis.safetensors" in made["files"]
+    assert made["covered"] == [[0, 2], [2, 4]]
+    assert 0.9 < made["metrics"]["variance_carried"] < 1
+    assert all(0 < made["metrics"][f"relative_error/{number}"] < 0.5 for number in range(2))
+    for phase in ("distill_0", "distill_1"):
+        assert result(out / phase)["student_start"]["sha256"] == made["dense"]["sha256"], phase
+
+
+def test_a_run_that_takes_the_modules_takes_their_start(warm, projected):
+    out, arguments, _ = projected
+    other = out.parent / "taken"
+    half_done = other / "upcycle.tmp/elsewhere.1/model.safetensors"  # of a job that was killed on another machine
+    half_done.parent.mkdir(parents=True)
+    half_done.write_bytes(b"half")
+    source = [f"meta.source={out}", f"distill.source={out}", f"teacher.source={out / 'teacher'}", "data.limit=80"]
+    finished = warm.run([*arguments, *source, "--phase", "meta", "--out", other])
+    assert finished.code == 0, finished.output
+    assert "the start of the student was taken from" in finished.output
+    assert "fitting a student" not in finished.output
+    for file in ("model.safetensors", "basis.safetensors"):
+        assert (other / "upcycle" / file).read_bytes() == (out / "upcycle" / file).read_bytes()
+    finished = warm.run([*arguments, *source, "--phase", "distill", "--module", "1", "--out", other], ranks=2)
+    assert finished.code == 0, finished.output
+    assert (other / "distill_1/model.safetensors").read_bytes() == (out / "distill_1/model.safetensors").read_bytes()

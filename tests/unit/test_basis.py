@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from vit_families import images, scramble
 
-from models.modules.basis import Basis, basis_of, from_tensors, to_tensors
-from models.modules.stitch import assemble_student, build_student_modules, fold
+from models.modules.basis import Basis, Embed, Project, from_tensors, projection, shared_bases, to_tensors
+from models.modules.stitch import StudentModule, assemble_student, build_student_modules, fold
 from models.moe.layer import MoEConfig
 from models.vmoe.model import VMoE, VMoEConfig
 from trainer.teaching.bases import load
@@ -22,15 +22,21 @@ def student(**changes) -> VMoE:
     return model
 
 
-def measured(vectors_ND) -> Basis:
+def sums_of(vectors_ND):
     x = vectors_ND.double()
-    return basis_of(torch.tensor(float(len(x))), x.sum(0), x.T @ x)
+    return torch.tensor(float(len(x))), x.sum(0), x.T @ x
+
+
+def measured(vectors_ND) -> Basis:
+    return shared_bases([sums_of(vectors_ND)])[0]
 
 
 def bases(count: int) -> list[Basis]:
     generator = torch.Generator().manual_seed(1)
     scale = torch.linspace(3, 0.1, TEACHER_WIDTH)
-    return [measured(torch.randn(500, TEACHER_WIDTH, generator=generator) * scale + b) for b in range(count)]
+    return shared_bases(
+        [sums_of(torch.randn(500, TEACHER_WIDTH, generator=generator) * scale + b) for b in range(count)]
+    )
 
 
 def chain(modules, x):
@@ -55,6 +61,18 @@ def test_components_agree_with_torchs_pca():
     mean, leading = basis.leading(2)
     lost = (x - mean) - (x - mean) @ leading @ leading.T
     assert float(lost.square().sum() / (x - mean).square().sum()) == pytest.approx(1 - basis.explained(2), abs=1e-5)
+
+
+def test_borders_share_their_directions_and_none_outweighs_the_others():
+    """Large states that spread along y, small ones that spread far more along x: x comes first, in both."""
+    large = torch.tensor([[100.0, 0.0], [100.0, 60.0], [140.0, 60.0], [140.0, 0.0]])
+    small = torch.tensor([[0.0, 0.0], [0.8, 0.01], [0.0, 0.01], [0.8, 0.0]])
+    first, second = shared_bases([sums_of(large), sums_of(small)])
+    assert torch.equal(first.directions, second.directions)
+    assert torch.allclose(first.directions, torch.eye(2), atol=1e-6)
+    assert torch.allclose(first.variance, torch.tensor([400.0, 900.0]))
+    assert torch.allclose(second.variance, torch.tensor([0.16, 2.5e-5]), rtol=1e-3)
+    assert torch.allclose(first.mean, torch.tensor([120.0, 30.0]))
 
 
 def test_file_and_refusals():
@@ -99,11 +117,23 @@ def test_tied_stitches_in_bfloat16(of_buffers):
 
 
 @torch.no_grad()
-def test_equal_widths_need_no_basis():
+def test_tied_stitches_of_equal_width_are_not_run():
+    """They would multiply by the identity; everything else is as with stitches that do."""
     model = student(width=TEACHER_WIDTH)
     modules = build_student_modules(model, [2, 2], TEACHER_WIDTH, kind="tied", bases=bases(1))
-    z = torch.randn(2, 17, TEACHER_WIDTH)
-    assert torch.equal(modules[0].post(z), z) and torch.equal(modules[1].pre(z), z)
+    assert type(modules[0].post) is type(modules[1].pre) is nn.Identity
+    assert type(projection(bases(1)[0], TEACHER_WIDTH)) is nn.Identity
+    mean, directions = bases(1)[0].leading(TEACHER_WIDTH)
+    before = StudentModule(modules[0].stage, None, Embed(mean, directions))
+    after = StudentModule(modules[1].stage, Project(mean, directions), None)
+    assert [list(module.state_dict()) for module in modules] == [list(before.state_dict()), list(after.state_dict())]
+    border = before(images())
+    assert torch.equal(modules[0](images()), border)
+    assert torch.equal(modules[1](border), after(border))
+    for way in ("drop", "keep", "fold"):
+        assembled = assemble_student(modules, way)
+        assert torch.equal(assembled(images()), model(images()))
+        assert assembled.config.stitch_blocks is None
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from vit_families import images, scramble, tiny
 
-from models.flops import forward_flops
+from models.flops import flops, forward_flops
 from models.modules.basis import Project
 from models.modules.meta import MetaModel
 from models.modules.stages import split
@@ -90,12 +90,12 @@ def test_a_border_target_alone_runs_and_costs_no_suffix():
         part.register_forward_hook(lambda part, *_: calls.append(part.start))
     objective(modules[0], X, LABELS)
     assert calls == []
-    assert objective.flops_per_image == forward_flops(stage, TOKENS) + 3 * forward_flops(modules[0], TOKENS)
+    assert objective.flops_per_image == forward_flops(stage, TOKENS) + flops(modules[0], TOKENS).trained
     labels_only = Distill(modules[0], stage, meta, 0, DistillConfig(alpha=0.0), TOKENS)
     labels_only(modules[0], X, LABELS)
     assert calls == [1, 2]  # the suffix once, for the student; the teacher is not run
-    suffix = sum(forward_flops(part, TOKENS) for part in meta.stages[1:])
-    assert labels_only.flops_per_image == 2 * suffix + 3 * forward_flops(modules[0], TOKENS)
+    suffix = sum(flops(part, TOKENS).relaying for part in meta.stages[1:])
+    assert labels_only.flops_per_image == suffix + flops(modules[0], TOKENS).trained
 
 
 @torch.no_grad()
@@ -164,18 +164,21 @@ def test_end_to_end_with_the_teacher_by_hand():
         assert float(loss) == pytest.approx(float(expected), rel=1e-5)
         assert ("border" in shown) == (fade > 0) and "kd" in shown
     classify = Classify(student, TOKENS)
-    assert objective.flops_per_image == classify.flops_per_image + forward_flops(teacher, TOKENS)
+    beside = sum(forward_flops(part, TOKENS) for part in (teacher, *projections))
+    fading = sum(forward_flops(project, TOKENS) for project in projections)  # in 4 of 10 epochs
+    assert objective.flops_per_image == pytest.approx(classify.flops_per_image + beside - 0.6 * fading)
 
 
 def test_a_teacher_that_has_faded_out_is_not_run_and_not_counted():
-    objective, student, teacher, _ = end_to_end(epochs=10, border_weight=1.0, border_epochs=2.5)
+    objective, student, teacher, projections = end_to_end(epochs=10, border_weight=1.0, border_epochs=2.5)
     calls = []
     teacher.stages[0].register_forward_hook(lambda *_: calls.append(1))
     for progress, runs in ((0.0, 1), (0.2, 2), (0.25, 2), (0.7, 2)):
         objective(student, X, LABELS, progress)
         assert len(calls) == runs
     extra = objective.flops_per_image - Classify(student, TOKENS).flops_per_image
-    assert extra == round(0.25 * forward_flops(teacher, TOKENS))
+    beside = sum(forward_flops(part, TOKENS) for part in (teacher, *projections))
+    assert extra == pytest.approx(0.25 * beside)
 
 
 def test_border_states_carry_gradient_also_under_activation_checkpointing():

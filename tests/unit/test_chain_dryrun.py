@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from models.flops import forward_flops
+from models.flops import flops, forward_flops
 from models.vmoe.model import VMoE
 from tests.unit.test_slurm_stages import RECIPE, ROOT
 from trainer.chain.settings import STAGES
@@ -67,7 +67,7 @@ def test_taught_together_modules_share_the_passes_of_teacher_and_student(tmp_pat
     assert {together.costs[name].images for name in names} == {8 * 320}
     spent = sum(together.costs[name].flops for name in names) / (8 * 320)
     run = together.run  # student modules count with their stitches
-    student = sum(3 * forward_flops(module, run.tokens) for module in student_modules(run))
+    student = sum(flops(module, run.tokens).trained for module in student_modules(run))
     assert spent == forward_flops(run.teacher.model, run.tokens) + student
     in_order, _ = dry_run(tmp_path, *words, "refine.order=sequential")
     assert spent < sum(in_order.costs[name].flops for name in names) / (8 * 320)

@@ -241,7 +241,6 @@ def test_folders_of_other_splits_are_not_taken_for_classes(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"source": "digits", "val_share": 0.1}, r"data\.val_share is 0\.1, expected 0 with data\.source=digits"),
         ({"source": "folder", "path": "x", "val_share": 1.0}, "expected 0 to below 1"),
         ({"source": "folder", "path": "x", "val_share": -0.1}, "expected 0 to below 1"),
         ({"source": "folder", "path": "x", "config": "small"}, r"data\.config is 'small', expected none with"),

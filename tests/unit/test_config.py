@@ -158,7 +158,10 @@ def test_numbers(values, expected):
         ({"train": {"epochs": "3"}}, "train.epochs is '3', expected a whole number"),
         ({"data": {"skip_unreadable": 1}}, "data.skip_unreadable is 1, expected true or false"),
         ({"data": {"path": 3}}, "data.path is 3, expected text"),
-        ({"data": {"source": "digit"}}, "data.source is 'digit', expected one of auto, digits, fractals, folder, hub"),
+        (
+            {"data": {"source": "digit"}},
+            "data.source is 'digit', expected one of auto, digits, fractals, textures, folder, hub",
+        ),
         ({"teacher": {"depths": 6}}, r"teacher.depths is 6, expected a list such as \[1, 2\]"),
         ({"teacher": {"depths": "6,6"}}, "teacher.depths is '6,6', expected a list"),
         ({"teacher": {"depths": [6, 6, 6, True]}}, r"teacher.depths\[3\] is True, expected a whole number"),

@@ -59,7 +59,7 @@ def test_help_all_has_every_key():
 def test_help_of_what_does_not_exist():
     assert refused("--help", "trian").startswith("there is no section trian. Did you mean train")
     assert refused("--help", "zzz").startswith(
-        "there is no section zzz. Sections: recipe, data, data.fractals, augment"
+        "there is no section zzz. Sections: recipe, data, data.fractals, data.textures, augment"
     )
     assert refused("--help", "distill.alhpa").startswith(
         "there is no section distill.alhpa. Did you mean distill.alpha"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from vit_families import images, tiny
 
-from models.flops import forward_flops
+from models.flops import Flops, flops
 from models.modules.meta import MetaModel
 from models.modules.stages import split
 from trainer.config.phases import MetaConfig
@@ -48,7 +48,7 @@ def vit(kind=MatchTeacher, **config):
     """(objective, FLOPs of each meta stage, of each teacher stage) of the tiny ViT."""
     teacher = tiny("vit", depth=6)
     meta, stages = MetaModel.from_teacher(teacher, 3, teacher_depths=DEPTHS), split(teacher, DEPTHS)
-    costs = [[forward_flops(stage, TOKENS) for stage in part] for part in (meta.stages, stages)]
+    costs = [[flops(stage, TOKENS) for stage in part] for part in (meta.stages, stages)]
     return frozen_as_the_loop_does(kind(meta, stages, MetaConfig(**config), TOKENS)), *costs
 
 
@@ -87,7 +87,8 @@ def test_a_weight_of_0_leaves_out_what_only_it_needs(config, match, expected_kl,
 @pytest.mark.parametrize("config, match, expected_kl, ours, theirs", WEIGHTS)
 def test_the_cost_follows_the_passes(config, match, expected_kl, ours, theirs):
     objective, own, taught = vit(**config)
-    runs = sum(3 * n * cost for n, cost in zip(ours, own)) + sum(n * cost for n, cost in zip(theirs, taught))
+    runs = sum(n * cost.trained for n, cost in zip(ours, own))
+    runs += sum(n * cost.forward for n, cost in zip(theirs, taught))
     assert objective.flops_per_image == runs
 
 
@@ -155,11 +156,18 @@ def test_theseus_ends_as_the_meta_model():
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
 def test_the_expected_cost_is_the_mean_over_all_mixtures(p):
-    ours, theirs = [5, 7, 11], [13, 17, 19]
+    ours = [Flops(5, 1, 6), Flops(7, 9, 8), Flops(11, 13, 12)]
+    theirs = [Flops(13, 2, 0), Flops(17, 20, 15), Flops(19, 21, 18)]
 
     def cost(own):
         trained = [any(own[:i]) for i in range(3)]  # a frozen stage costs its forward, and passing the gradient on
-        return sum(3 * a if mine else b * (1 + passes) for a, b, mine, passes in zip(ours, theirs, own, trained))
+        total = 0
+        for a, b, mine, passes in zip(ours, theirs, own, trained):
+            if mine:
+                total += a.forward + a.to_input + a.to_weights
+            else:
+                total += b.forward + passes * b.to_input
+        return total
 
     total = 0.0
     for own in itertools.product((True, False), repeat=3):
@@ -171,12 +179,14 @@ def test_the_expected_cost_is_the_mean_over_all_mixtures(p):
 
 def test_the_cost_of_theseus():
     objective, own, taught = vit(Theseus, objective="theseus", replace_rate=1.0)
-    assert objective.flops_per_image == 3 * sum(own) + sum(taught)  # and the teacher for its logits
+    trained = sum(cost.trained for cost in own)
+    teacher = sum(cost.forward for cost in taught)
+    assert objective.flops_per_image == trained + teacher  # which runs for its logits
     objective, *_ = vit(Theseus, objective="theseus", replace_rate=1.0, kl_weight=0.0)
-    assert objective.flops_per_image == 3 * sum(own)
+    assert objective.flops_per_image == trained
     objective, *_ = vit(Theseus, objective="theseus", replace_rate=0.5, kl_weight=0.0)
     rising = sum(expected_mixed_flops(0.5 + i / 200, own, taught) for i in range(100)) / 100
-    assert objective.flops_per_image == pytest.approx((rising + 3 * sum(own)) / 2, rel=2e-3)
+    assert objective.flops_per_image == pytest.approx((rising + trained) / 2, rel=2e-3)
 
 
 @pytest.mark.parametrize("index", range(3))
@@ -192,9 +202,10 @@ def test_incubation(index):
     loss.backward()
     assert [name for name, p in stage.named_parameters() if p.grad is None] == []
     assert all(p.grad is None for p in meta.parameters())
-    costs = [forward_flops(part, TOKENS) for part in meta.stages]
-    passes = sum(costs[:index]) + 2 * sum(costs[index + 1 :])
-    assert objective.flops_per_image == passes + 3 * forward_flops(stage, TOKENS)
+    costs = [flops(part, TOKENS) for part in meta.stages]
+    in_front = sum(cost.forward for cost in costs[:index])
+    behind = sum(cost.relaying for cost in costs[index + 1 :])
+    assert objective.flops_per_image == in_front + flops(stage, TOKENS).trained + behind
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,10 @@ UPCYCLED = ("student.init=teacher", "student.mlp_dim=64", "train.baselines=[upcy
 def test_a_start_from_a_teacher_that_is_not_trained_yet(tmp_path):
     preflight.check(run_with(tmp_path, *UPCYCLED, "student.width=32"), PHASES)
     with pytest.raises(ValueError, match=r"student's width is 16 and that of to be trained, which .*, is 32"):
-        preflight.check(run_with(tmp_path, *UPCYCLED), PHASES)
+        preflight.check(run_with(tmp_path, *UPCYCLED, "student.start=copy"), PHASES)
+    preflight.check(run_with(tmp_path, *UPCYCLED), PHASES)  # projected
+    with pytest.raises(ValueError, match=r"20 calibration images are 100 tokens, .*start_images \(to at least 26\)"):
+        preflight.check(run_with(tmp_path, *UPCYCLED, "student.start_images=20"), PHASES)
     with pytest.raises(ValueError, match="module 1 of the student has 3 blocks and the dense model's has 2"):
         preflight.check(run_with(tmp_path, *UPCYCLED, "student.width=32", "student.depth=5",
                                  "student.depths=[2, 3]"), PHASES)  # fmt: skip

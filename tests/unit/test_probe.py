@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.preprocessing import Preprocessing
 from models.teacher.classes import feature_width, with_probe
@@ -391,7 +393,18 @@ def test_a_plan_has_a_blank_head(other_classes, tmp_path):
     found = probe.rehearse(run, None, {})
     assert "40 images through the teacher once; 16 features of each" in found.text
     assert found.costs["probe"].images == 40 and found.files == 40 * 16 * 4
-    assert found.costs["probe"].flops == 40 * (2 * 5 * 768 * 1 + 4 * block_flops())
+    assert found.costs["probe"].flops == 40 * (patch_flops() + 4 * block_flops())
+    # as torch counts what the phase runs of one image
+    model = run.teacher.model
+    image = torch.zeros(1, 3, *model.patch_embed.img_size)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model.forward_head(model.forward_features(image), pre_logits=True)
+    assert found.costs["probe"].flops == 40 * counter.get_total_flops()
+
+
+def patch_flops() -> int:
+    """Of the embedding of 4 patches of 48 numbers into width 16."""
+    return 2 * 4 * 48 * 16
 
 
 def block_flops() -> int:
@@ -480,7 +493,8 @@ def test_a_plan_says_what_tuning_costs(other_classes, tmp_path):
     assert tuned.costs["probe"].images == alone.images + 2 * 20 and tuned.parameters > 0
     assert "then 10 steps of 4 images" in tuned.text
     per_image = (tuned.costs["probe"].flops - alone.flops) / 40
-    assert per_image == 3 * (alone.flops / 40 + 2 * 16 * 10)  # forward and backward, with the head
+    # forward and backward, with the head; images take no gradient
+    assert per_image == 3 * (alone.flops / 40 + 2 * 16 * 10) - patch_flops()
 
 
 # --- what people read

@@ -67,6 +67,7 @@ def test_a_student_of_the_teachers_sizes_starts_from_its_layers(tmp_path, teache
         teacher,
         "student.variant=teacher",
         "student.init=teacher",
+        "student.start=copy",
         "distill.stitches=tied",
         "meta.blocks_per_module=0",
         "teacher.image_size=28",

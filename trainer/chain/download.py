@@ -48,7 +48,7 @@ def _open_all(recipe: Recipe) -> None:
     from models.files.hub import CheckpointFiles
     from models.teacher.load import load_teacher
     from trainer.data.sources import open_source
-    from trainer.teaching import bases
+    from trainer.teaching import bases, upcycling
     from trainer.teaching.families import family_of
 
     if recipe.teacher.source:
@@ -67,6 +67,11 @@ def _open_all(recipe: Recipe) -> None:
         for file in ("result.json", "config.yaml", bases.FILE):
             files.find(file)
         files.weights()
+    if recipe.distill.source and recipe.student.init:  # where its start was computed, modules lie in its basis
+        files = CheckpointFiles(recipe.distill.source, folder=upcycling.FOLDER)
+        if files.find("result.json", optional=True):
+            files.find(bases.FILE, optional=True)
+            files.weights()
     for split in ("train", "val"):
         open_source(recipe.data, split, labels_needed=bool(recipe.needs_labels()))
 

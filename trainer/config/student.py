@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.config.knobs import WEIGHT, Range, check_heads, check_ranges, knob, require, section
+from trainer.config.knobs import MANY, WEIGHT, Range, check_heads, check_ranges, knob, require, section
 
 LIKE_TEACHER = "teacher"  # a variant: sizes as trainer/teaching/sizes.py takes them from the teacher
 CAPACITY = Range(0, 10_000, open_least=True)  # slots per expert, in equal shares
@@ -66,10 +66,21 @@ class StudentConfig:
     init: str = knob(
         "", "start of the blocks: empty = new, teacher = the teacher's layers, or a dense ViT (hub id, folder)"
     )
+    start: Literal["auto", "copy", "project"] = knob(
+        "auto",
+        "with init: copy = layers as they are, which needs equal sizes; project = a student of any width and depth, by "
+        "one basis of the hidden states and least squares, block by block; auto = copy where each block has a layer of "
+        "its sizes to itself, else project",
+    )
+    start_images: int | None = knob(
+        None,
+        "training images that a projected start is fitted on; null = enough for 49,152 tokens, and at least 256",
+        Range(1, MANY),
+    )
     experts: Literal["copy", "clusters"] = knob(
         "copy",
-        "with init: experts are copies of the MLP, or (experimental: ends below copies in docs/studies.md) cut from it "
-        "by clusters of its inputs, router included",
+        "with init: experts are copies of the MLP, or (experimental: ends below copies in docs/studies.md) each made "
+        "for a cluster of its inputs, router included",
     )
     expert_noise: float = knob(
         0.0, "with init: noise on each expert, relative to the standard deviation of a weight", Range(0, 1000)
@@ -107,7 +118,9 @@ class StudentConfig:
         gelu_expected = "erf where student.swiglu is true, which takes the place of GELU"
         require(not self.swiglu or self.gelu == "erf", "student.gelu", self.gelu, gelu_expected)
         if not self.init:
-            for name, off in (("experts", "copy"), ("expert_noise", 0.0)):
+            expected = "auto or copy where student.init is empty: set student.init=teacher, or name a dense ViT"
+            require(self.start != "project", "student.start", self.start, expected)
+            for name, off in (("start_images", None), ("experts", "copy"), ("expert_noise", 0.0)):
                 value = getattr(self, name)
                 expected = f"{off} where student.init is empty: set student.init=teacher, or name a dense ViT"
                 require(value == off, f"student.{name}", value, expected)

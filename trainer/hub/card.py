@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from trainer.config.data import DataConfig
+from trainer.config.data import BUILT_IN, PROCEDURAL, DataConfig
 from trainer.config.recipe import Recipe
 from trainer.report.data import RUNS, PhaseRecord
 from trainer.report.page import load_drawing
@@ -157,7 +157,7 @@ def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float], student:
     source = _source(recipe.data)
     if source == "hub":
         dataset, revision = hub_id(recipe.data.path) or (None, None)
-    kinds = {"digits": "digits", "fractals": "fractals", "folder": "imagefolder"}
+    kinds = {"folder": "imagefolder"} | {name: name for name in BUILT_IN}
     kind = kinds.get(source, dataset or "datasets")
     results = []
     for metric, value in measured.items():
@@ -218,8 +218,9 @@ def _data_name(data: DataConfig) -> str:
     source = _source(data)
     if source == "digits":
         return "handwritten digits of scikit-learn (8x8)"
-    if source == "fractals":
-        return f"procedural fractals ({data.fractals.classes} classes, {data.fractals.size} px)"
+    if source in PROCEDURAL:
+        images = getattr(data, source)
+        return f"procedural {source} ({images.classes} classes, {images.size} px)"
     dataset = hub_id(data.path)
     if source == "hub" and dataset:
         return dataset[0]

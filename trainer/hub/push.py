@@ -29,9 +29,11 @@ from trainer.hub.retry import patiently, reason_of
 from trainer.request import graph
 
 log = logging.getLogger(__name__)
-PUBLISHED = re.compile(r"config\.json|preprocessor_config\.json|model.*\.safetensors(\.index\.json)?")  # of an artifact
+PUBLISHED = re.compile(  # of an artifact
+    r"(preprocessor_)?config\.json|basis\.safetensors|model.*\.safetensors(\.index\.json)?"
+)
 # what an earlier push may have left: weights and indexes of the student, and whole stages
-OURS = re.compile(r"[^/]+\.(safetensors|bin)(\.index\.json)?|(teacher|assemble|meta|distill_\d+)/.*")
+OURS = re.compile(r"[^/]+\.(safetensors|bin)(\.index\.json)?|(teacher|probe|assemble|meta|upcycle|distill_\d+)/.*")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ def plan(run_dir: Path, recipe: Recipe, teacher_license: str | None = None) -> P
         stage_folder, stage_result = artifacts.require(run_dir, stage, recipe, "--phase push with hub.stages=all")
         files += _published(stage_folder, stage_result, f"{stage}/")
         for name in ("config.yaml", "result.json"):  # what trainer/teaching/reuse.py asks of a teaching pair
-            files.append(_in_memory(f"{stage}/{name}", (stage_folder / name).read_bytes()))
+            if (stage_folder / name).is_file():  # a start has no config.yaml
+                files.append(_in_memory(f"{stage}/{name}", (stage_folder / name).read_bytes()))
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     recipe_text = yaml.safe_dump(saved["recipe"], sort_keys=False)
     files.append(_in_memory("recipe.yaml", recipe_text.encode()))
@@ -176,7 +179,8 @@ def _stages(run_dir: Path, recipe: Recipe) -> list[str]:
     teacher = [*graph.own_teacher(recipe)]
     if (run_dir / "probe" / "result.json").is_file():  # with head auto there may be none
         teacher.append("probe")
-    return [*teacher, "meta", *distilled]
+    start = ["upcycle"] if (run_dir / "upcycle" / "result.json").is_file() else []
+    return [*teacher, "meta", *start, *distilled]
 
 
 def _published(folder: Path, result: dict[str, Any], place: str) -> list[PlannedFile]:

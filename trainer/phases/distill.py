@@ -18,7 +18,7 @@ from trainer.teaching.estimate import Known, Rehearsed, blank_images, of_trainin
 from trainer.teaching.experts import Assembly, assembly_flops
 from trainer.teaching.guidance import module_guide
 from trainer.teaching.meta import new_meta, trained_meta
-from trainer.teaching.students import student_modules
+from trainer.teaching.students import start_flops, student_modules
 from trainer.tracking.measures import measure_of
 
 
@@ -103,8 +103,9 @@ def rehearse(run: Run, module: int, known: Known) -> Rehearsed:
     taught, _ = objective(run, module, student, meta)
     with torch.no_grad():
         taught.predict(blank_images(run))
-    assembling = assembly_flops(run, meta, student, module) if taught_by_expert(recipe) else 0
-    found = of_training(run, "distill", f"distill_{module}", taught.flops_per_image, extra_flops=assembling)
+    extra = assembly_flops(run, meta, student, module) if taught_by_expert(recipe) else 0
+    extra += start_flops(run) // recipe.modules
+    found = of_training(run, "distill", f"distill_{module}", taught.flops_per_image, extra_flops=extra)
     if not recipe.distill.epochs:
         return Rehearsed("left as it starts: distill.epochs is 0", found.costs)
     return found

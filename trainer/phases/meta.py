@@ -15,10 +15,18 @@ from trainer.objectives import meta_objective
 from trainer.teaching import bases, comparison, hybrids, reuse
 from trainer.teaching.estimate import Cost, Known, Rehearsed, blank_images, of_training
 from trainer.teaching.meta import new_meta
+from trainer.teaching.students import new_student
 from trainer.teaching.teachers import with_seedling
 
 
 def run(run: Run) -> None:
+    """Make OUT/meta, and what the student starts from where that takes images: jobs of an array find both."""
+    _make(run)
+    if run.recipe.student.init and not run.recipe.teacher.grown:
+        new_student(run)
+
+
+def _make(run: Run) -> None:
     """Train OUT/meta, take it from meta.source, or let the teacher be it (meta.blocks_per_module=0)."""
     recipe, schedule = run.recipe, run.recipe.meta
     folder, complete = run.open("meta")

@@ -156,6 +156,23 @@ def _results_of(phases: Sequence[str], records: Mapping[str, PhaseRecord]) -> li
     return sorted(filter(pattern.fullmatch, records), key=natural)
 
 
+def start_of_student(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, str, float]]:
+    """Of a start that was projected, per block of the student: its number, the dense layers it stands for, and the
+    relative squared error of the states behind it before any training; empty for other starts."""
+    folder = phases["meta"].folder.parent / "upcycle"
+    record = read_phase(folder, with_config=False)
+    covered = (record.result or {}).get("covered", [])
+    rows = []
+    for number, layers in enumerate(covered if isinstance(covered, list) else []):
+        error = record.metric(f"relative_error/{number}")
+        if not (isinstance(layers, list) and len(layers) == 2 and _are_numbers(layers)) or error is None:
+            return []
+        first, stop = layers
+        name = f"{first}" if stop - first == 1 else f"{first} to {stop - 1}"
+        rows.append((str(number), name, error))
+    return rows
+
+
 def runs_of(phases: Mapping[str, PhaseRecord]) -> dict[str, str]:
     """The end-to-end runs a report of these phases shows: folder -> name."""
     return {run: name for run, name in RUNS.items() if run in phases}

@@ -25,6 +25,7 @@ from trainer.report.data import (
     run_measure,
     runs_of,
     speed,
+    start_of_student,
     student_reached,
     teacher_accuracy,
     teacher_head,
@@ -61,6 +62,7 @@ def run_page(name: str, phases: Mapping[str, PhaseRecord]) -> str:
     sections = {
         "Phases": _phases(phases),
         "Learning curves": _curves(phases),
+        "Start of the student": _start(phases),
         "Modules": _modules(phases),
         "Training loss": _losses(phases),
         "Load of the experts": _loads(phases),
@@ -282,6 +284,20 @@ def _phases(phases: Mapping[str, PhaseRecord]) -> str:
         "is the median over training, all ranks together; peak memory is that of the rank that held most."
     )
     return table(head, rows, text=(1,)) + f'<p class="muted">{caption}</p>'
+
+
+def _start(phases: Mapping[str, PhaseRecord]) -> str:
+    """What each block of a projected start stands for, and how far its states are off; empty for other starts."""
+    blocks = start_of_student(phases)
+    if not blocks:
+        return ""
+    rows = [[block, layers, f"{error:.3f}"] for block, layers, error in blocks]
+    caption = (
+        "Before any training: |z - P h|^2 / |P h|^2 behind each block on the images it was fitted on, with z the "
+        "student's states and P h the dense model's in the student's width (docs/method.md)."
+    )
+    head = ["block", "stands for layers", "relative error behind it"]
+    return table(head, rows) + f'<p class="muted">{caption}</p>'
 
 
 def _reached(record: PhaseRecord) -> float | None:

@@ -19,6 +19,7 @@ from trainer.report.data import (
     routing_measures,
     run_measure,
     runs_of,
+    start_of_student,
     teacher_accuracy,
     teacher_head,
     total,
@@ -52,7 +53,13 @@ def write_report(run_dir: Path) -> str:
     """
     run_dir = Path(run_dir)
     phases = read_phases(run_dir)
-    tables = [_summary(phases), _hybrid_table(phases), _run_table(phases), *_routing_table(phases)]
+    tables = [
+        _summary(phases),
+        _hybrid_table(phases),
+        _run_table(phases),
+        *_routing_table(phases),
+        *_start_table(phases),
+    ]
     table = "\n\n".join([*tables, *_notes(phases)])
     gallery = []
     if load_drawing():
@@ -128,6 +135,17 @@ def _run_table(phases: dict[str, PhaseRecord]) -> str:
             cells += [_number(record.value(key), form), _number(total(phases, run, key), form)]
         rows.append(cells)
     return _table(head, rows)
+
+
+def _start_table(phases: dict[str, PhaseRecord]) -> list[str]:
+    """One table, or none where the start was not projected."""
+    blocks = start_of_student(phases)
+    if not blocks:
+        return []
+    head = ["start of the student, block", *(block for block, _, _ in blocks)]
+    layers = ["stands for layers", *(layers for _, layers, _ in blocks)]
+    errors = ["relative error behind it", *(f"{error:.3f}" for _, _, error in blocks)]
+    return [_table(head, [layers, errors])]
 
 
 def _routing_table(phases: dict[str, PhaseRecord]) -> list[str]:

@@ -23,7 +23,7 @@ OF_STUDENT = (*OF_META, "distill", "expert", "student")
 OF_TRAINING = (*OF_STUDENT, "refine", "train")
 # ... but for these keys of them. Where data and teacher lie defines nothing: what is there does (trainer/made_of.py)
 NOT_DEFINING = {
-    "data": ("path", "val_share", "workers", "fractals.cache"),
+    "data": ("path", "val_share", "workers", "fractals.cache", "textures.cache"),
     "teacher": ("source", "allow_chance"),
     "train": ("start", "baselines"),
 }

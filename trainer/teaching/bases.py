@@ -1,4 +1,4 @@
-"""The shared basis of each module border: measured on the trained meta model, kept as OUT/meta/basis.safetensors."""
+"""The shared basis of the module borders: measured on the trained meta model, kept as OUT/meta/basis.safetensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.modules.basis import Basis, basis_of, from_tensors, to_tensors
+from models.modules.basis import Basis, from_tensors, shared_bases, to_tensors
 from models.modules.meta import MetaModel
 from trainer.data.loader import eval_batches
 from trainer.disk import replacing
@@ -51,7 +51,7 @@ def measure(meta: MetaModel, data: Data, dtype: torch.dtype, batch: int, dist: D
                 sums[border] += with_one.T @ with_one
     meta.train(mode)
     sums = dist.sum(sums).cpu()
-    return [basis_of(s[0, 0], s[0, 1:], s[1:, 1:]) for s in sums]
+    return shared_bases([(s[0, 0], s[0, 1:], s[1:, 1:]) for s in sums])
 
 
 def save(folder: Path, bases: list[Basis]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from models.flops import num_tokens
-from models.modules.basis import Project
+from models.modules.basis import projection
 from models.modules.meta import MetaModel
 from trainer.context import Run
 from trainer.evaluation.accuracy import Predictor
@@ -47,4 +47,4 @@ def borders_of(run: Run, student: nn.Module) -> Borders | None:
     if bases is None:
         return None
     first_blocks = list(itertools.accumulate(student_depths(run, len(student.blocks))))[:-1]
-    return Borders(first_blocks, [Project(*basis.leading(student.embed_dim)) for basis in bases])
+    return Borders(first_blocks, [projection(basis, student.embed_dim) for basis in bases])

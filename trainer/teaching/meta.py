@@ -8,7 +8,7 @@ from models.modules.basis import Basis
 from models.modules.meta import MetaModel
 from trainer import artifacts
 from trainer.context import Run
-from trainer.teaching import bases
+from trainer.teaching import bases, upcycling
 
 
 def new_meta(run: Run) -> MetaModel:
@@ -40,7 +40,13 @@ def trained_meta(run: Run, needed_by: str) -> tuple[MetaModel, dict[str, Any]]:
 
 
 def border_bases(run: Run) -> list[Basis] | None:
-    """The shared basis of each inner border, from phase meta; None while the meta model is not trained yet."""
+    """The basis of each inner border: that of the student's start where it was projected, else of phase meta.
+
+    None while the meta model is not trained yet.
+    """
+    projected = upcycling.start_bases(run)
+    if projected is not None:
+        return projected
     if not (run.out / "meta" / "result.json").is_file():
         return None
     return bases.load(run.out / "meta", run.recipe.modules - 1, run.teacher.model.embed_dim)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from models.modules.meta import check_pair
@@ -95,6 +96,15 @@ def new_student(run: Run, drop_path: float = 0.0) -> nn.Module:
     return upcycling.started(run, config, student_depths(run, config.depth))
 
 
+def start_flops(run: Run) -> int:
+    """FLOPs that it takes to compute what the student starts from; 0 where nothing has to be computed."""
+    if not run.recipe.student.init:
+        return 0
+    with torch.device("meta"):
+        student = new_student(run)
+    return upcycling.planned_flops(run, student, student_depths(run, len(student.blocks)))
+
+
 def student_depths(run: Run, blocks: int) -> tuple[int, ...]:
     """Blocks per student module, of a student of so many blocks."""
     return module_depths(run.recipe.student.depths, blocks, run.recipe.modules, "student")
@@ -109,5 +119,7 @@ def student_modules(run: Run, drop_path: float = 0.0) -> list[StudentModule]:
     check_pair(teacher, student)
     depths = student_depths(run, len(student.blocks))
     stitches = recipe.distill.stitches
-    bases = border_bases(run) if stitches != "linear" else None
+    bases = None
+    if stitches != "linear":
+        bases = border_bases(run) or upcycling.planned_bases(run, student, depths)
     return family_of(recipe).modules(student, depths, teacher.embed_dim, recipe.seed, stitches, bases)
