@@ -323,6 +323,26 @@ def test_fewer_different_tokens_than_experts():
         start(model, teacher, EACH_ITS_OWN, clusters=True)
 
 
+def test_the_class_token_is_fitted_first_where_the_head_reads_it(monkeypatch):
+    """In the last block, at the cost of the other tokens; the blocks before it stay as they are."""
+    teacher = dense()
+    favouring, equal = student(teacher, width=12), student(teacher, width=12)
+    start(favouring, teacher, EACH_ITS_OWN)
+    monkeypatch.setattr(projection, "_class_token_half", lambda pairs: [None] * len(pairs))
+    start(equal, teacher, EACH_ITS_OWN)
+    x = images(40, seed=1)  # it was fitted on
+    directions = stream_basis(teacher.model, x.split(16), 12).projection
+    wanted = states(teacher.model, x)[-1] @ directions.T
+    class_token, others = (
+        [(states(model, x)[-1] - wanted)[:, part].square().sum() for model in (favouring, equal)]
+        for part in (slice(0, 1), slice(1, None))
+    )
+    assert class_token[0] < 0.9 * class_token[1]
+    assert others[0] > others[1]
+    for ours, theirs in zip(favouring.blocks[:-1].parameters(), equal.blocks[:-1].parameters()):
+        assert torch.equal(ours, theirs)
+
+
 # the same for the same
 
 

@@ -43,6 +43,12 @@ IMAGENET = (
     24 * 12_598_272 + 2_016_232,  # the teacher is its own meta model
     86_567_656 + 12 * (7 * 4_722_432 + 8 * 768),  # ViT-B/16 with 7 more MLPs and a router in every block
 )
+SMALL_GPU = (
+    12 * (7_087_872 + 2 * 768) + 768 * 769 + 197 * 768 + 2 * 768 + 769 * 1000,  # DeiT-III-B
+    12 * (7_087_872 + 2 * 768) + 768 * 769 + 197 * 768 + 2 * 768 + 769 * 1000,  # the teacher is its own meta model
+    # 8 blocks of width 512 with 3 more MLPs and a router
+    8 * (3_152_384 + 3 * 2_099_712 + 4 * 512) + 512 * 769 + 198 * 512 + 2 * 512 + 513 * 1000,
+)
 # a ViT-S/14 for 7 classes at 224 pixels without its blocks: patches, class token, positions, norm, head
 AROUND_SMALL = (14 * 14 * 3 + 1) * 384 + 384 + 257 * 384 + 2 * 384 + 385 * 7
 # blocks of DINOv2-S with two LayerScales; of a student with 3 more MLPs and a router, and without LayerScale
@@ -57,6 +63,7 @@ PARAMETERS = {
     "study_base.yaml": (8 * 49_984 + 56_996, 8 * 49_984 + 56_996, 4 * 149_504 + 56_996),
     "vmoe_base_imagenet.yaml": IMAGENET,
     "vmoe_base_imagefolder.yaml": IMAGENET,
+    "vmoe_small_imagenet.yaml": SMALL_GPU,
 }
 
 
