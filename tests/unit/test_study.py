@@ -97,6 +97,7 @@ def test_the_steps_of_each_start():
     assert names() == chain
     assert names("refine.epochs=1") == [*chain[:-1], "refine_0", "refine_1", "train"]
     assert names("train.start=scratch") == ["teacher", "train_scratch"]
+    assert names("train.start=scratch", "train.border_weight=1") == ["teacher", "meta", "train_scratch"]
     assert names("train.start=scratch_equal_cost") == [*chain[:-1], "train_scratch_equal_cost"]
     assert names("teacher.source=a/b") == ["probe", *chain[1:]]
     assert names("teacher.source=a/b", "teacher.head=own") == chain[1:]

@@ -275,6 +275,8 @@ def steps(recipe: Recipe, phases: Sequence[str] = ()) -> tuple[Step, ...]:
     train = artifact_name("train", start=start)
     if not phases:
         before = preparation(recipe) if taught else ()
+        if recipe.train.border_weight:
+            before = ("meta", *before)  # borders lie in its bases
         names = dict.fromkeys((*first, *before, train))
         return tuple(map(Step, names))
     # whatever this recipe can make, in order; a grown teacher and the preparation share their meta model
