@@ -298,6 +298,9 @@ def test_each_artifact_is_made_once_and_a_second_start_makes_nothing(stand_in, t
 def test_what_another_study_made_in_the_same_folder_is_used(stand_in, tmp_path):
     assert run(plan(tmp_path, seeds="[0]"), tmp_path) == 0
     stand_in()
+    started = tmp_path / "out/m2mkd/seed0/upcycle"  # of no phase: made beside meta where a start is projected
+    started.mkdir()
+    (started / "result.json").write_text("{}")
     assert run(plan(tmp_path, variants="\n  fold: {overrides: {train.stitches: fold}}", seeds="[0]"), tmp_path) == 0
     assert stand_in() == ["fold seed0 train"]
 

@@ -23,6 +23,7 @@ import yaml
 from trainer.config.load import build, first_difference, read_yaml, to_dict
 from trainer.config.recipe import Recipe
 from trainer.disk import lock, replacing, write_text
+from trainer.request.graph import phase_help, phase_of
 from trainer.request.job import EXIT_FAILED, EXIT_INTERRUPTED
 from trainer.study.plan import TEACHERS, Cell, Step, key_of
 
@@ -128,7 +129,8 @@ class Runner:
                 continue
             recipe = build(Recipe, read_yaml(path.read_text(), str(path)))
             for folder in path.parent.iterdir():
-                if (folder / "result.json").is_file():
+                # others, such as upcycle, are made with those that need them
+                if phase_of(folder.name) in phase_help() and (folder / "result.json").is_file():
                     makers.setdefault(key_of(recipe, folder.name), []).append(folder)
         return makers
 
