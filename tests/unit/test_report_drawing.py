@@ -157,6 +157,13 @@ def test_the_same_chart_gives_the_same_bytes():
     assert "<metadata" not in svg(drawn) and "<?xml" not in svg(drawn)
 
 
+@pytest.mark.filterwarnings("error:constrained_layout not applied")
+def test_long_labels_leave_room_for_the_plot():
+    """Side by side in a legend they push a plot to nothing, of which matplotlib warns."""
+    labels = [f"modules of whom a little more is told than there is room for, {letter}" for letter in "abcd"]
+    assert png([chart(*(Line(label, [(0, 0.5), (10, 1.0)], 0) for label in labels))])
+
+
 def test_colours_follow_the_page():
     picture = svg(chart(Line("a", [(0, 0.5), (10, 1.0)], 0, marks=True), levels=[("teacher", 0.8)]))
     assert not re.search(r"#[0-9a-f]{6}", picture)

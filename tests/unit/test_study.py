@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,9 @@ from trainer.disk import write_json, write_text
 from trainer.study import runner as study_runner
 from trainer.study.__main__ import main
 from trainer.study.plan import cells, flat, key_of, read_study, steps, trials
+from trainer.study.report import accuracy_charts
 from trainer.study.runner import Runner, link_artifact
+from trainer.study.statistics import Summary
 
 TINY = ROOT / "tests/fixtures/tiny.yaml"
 STUDIES = sorted((ROOT / "recipes").glob("study_*.yaml"))
@@ -107,6 +110,17 @@ def test_the_steps_of_each_start():
     assert by_expert[:3] == ["cluster_0", "expert_0_0", "expert_0_1"]
     with pytest.raises(ValueError, match="phase refine makes nothing in this recipe"):
         names(phases=["refine"])
+
+
+def test_a_chart_of_a_point_does_not_repeat_it_behind_every_label(tmp_path):
+    axes = "axes: {data: {digits: {}, fractals: {data.source: fractals}}}\n"
+    path = study_file(tmp_path, "\n  a: {label: from scratch, overrides: {train.start: scratch}}", axes)
+    study = read_study(path)
+    assert [variant.label for variant in study.variants] == ["from scratch, digits", "from scratch, fractals"]
+    curve = [(1e9, Summary(1, 0.5, None)), (2e9, Summary(1, 0.6, None))]
+    charts = accuracy_charts(SimpleNamespace(study=study, curve=lambda name: curve))
+    assert [chart.title.rpartition(": ")[2] for chart in charts] == ["digits", "fractals"]
+    assert [line.name for chart in charts for line in chart.lines] == ["from scratch (n = 1)"] * 2
 
 
 def test_overrides_may_be_nested_or_dotted():

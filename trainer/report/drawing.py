@@ -55,6 +55,7 @@ GREY = (128, 128, 128)  # an empty cell
 WIDTH, HEIGHT = 380, 250  # of an SVG, pixels
 LEFT, RIGHT, TOP, BOTTOM = 50, 18, 14, 40  # margins of its plot, pixels
 PIXELS_PER_INCH = 72  # what matplotlib takes the unit of an SVG for
+LONG_LABEL = 40  # characters; two of them side by side are wider than a plot
 DPI = 120  # of a PNG
 STYLE = {
     "axes.autolimit_mode": "round_numbers",  # an axis ends on a tick
@@ -123,7 +124,11 @@ def png(charts: Sequence[LineChart | BarChart]) -> bytes:
             for bars in axes.containers:
                 box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
                 axes.bar_label(bars, fmt=chart.form, fontsize=9, label_type="center", bbox=box)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9, frameon=False, ncols=2)
+            longest = max(map(len, axes.get_legend_handles_labels()[1]), default=0)
+            columns_of_legend = 1 if longest > LONG_LABEL else 2
+            axes.legend(
+                loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9, frameon=False, ncols=columns_of_legend
+            )
         for axes in panels[len(charts) :]:
             axes.set_visible(False)
         return _png_bytes(figure)

@@ -51,7 +51,10 @@ def accuracy_charts(results: Results) -> list[LineChart]:
         curves = {label: curve for label, curve in curves.items() if curve}
         if not curves:
             continue
-        lines = [_line(label, curve, colour) for colour, (label, curve) in enumerate(curves.items())]
+        lines = []
+        for colour, (label, curve) in enumerate(curves.items()):
+            # at a point of the axes the title says already where
+            lines.append(_line(label.removesuffix(f", {group}"), curve, colour))
         lines, _, unit = in_flop_units(lines)
         title = "Accuracy against total cost"
         if group:
