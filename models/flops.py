@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from timm.layers import AttentionPoolLatent
 from torch import nn
 
-from .moe.layer import LAYERS, MoE
+from .moe.expert import LAYERS
+from .moe.layer import MoE
 
 ONE_TOKEN = ("head", "head_dist", "pre_logits")  # run on the pooled token, not on the sequence
 

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..moe.layer import MoE, run_experts
+from ..moe.dispatch import by_expert
+from ..moe.grouped import form_of, row_multiple, run_experts
+from ..moe.layer import MoE
 from ..moe.out import Out
 
 Watch = Callable[[str, Tensor, Tensor], None]  # name of a layer, its input (N, D), cluster of every token (N,)
@@ -164,9 +166,6 @@ class _Layer(nn.Module):
         """(B, T, D) in and out; nothing is routed, so `out` stays as it is."""
         x_ND = x_BTD.flatten(0, 1)
         self.watch(x_ND)
-        y_ND = torch.empty_like(x_ND)
-        for e, expert in enumerate(self.experts):
-            token_R = (self.cluster_N == e).nonzero().flatten()
-            x_1RD = x_ND[token_R].unsqueeze(0)
-            y_ND[token_R] = run_experts([expert], x_1RD, self.act).squeeze(0)
-        return y_ND.view_as(x_BTD)
+        multiple = row_multiple(x_ND, form_of(x_ND), len(x_ND), len(self.experts))
+        rows = by_expert(self.cluster_N, len(self.experts), multiple)
+        return run_experts(self.experts, x_ND, rows, self.act).view_as(x_BTD)

@@ -15,7 +15,7 @@ from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from ..moe.layer import GELU, SWIGLU
+from ..moe.expert import GELU, SWIGLU
 
 BLOCKS = (Block, EvaBlock)
 ATTENTIONS = (Attention, AttentionRope, EvaAttention)
@@ -37,7 +37,7 @@ class DenseBlock:
     Attributes:
         qkv: queries, keys and values as one layer, (3D, D).
         scale1, scale2: of LayerScale, (D,); None where there is none.
-        activation: a key of models.moe.layer.LAYERS.
+        activation: a key of models.moe.expert.LAYERS.
         mlp: its layers by the names of LAYERS[activation].
     """
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..moe.layer import LAYERS, MoE, activate
+from ..moe.expert import LAYERS, activate
+from ..moe.layer import MoE
 from .kmeans import CHUNK, spherical_kmeans
 
 # Share of the mean square of a layer's outputs, on its cluster, that the truncated weights keep. On the embedded

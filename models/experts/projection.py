@@ -34,7 +34,8 @@ from ..flops import forward_flops, num_tokens
 from ..modules.basis import largest_positive
 from ..modules.positions import Positions, block_positions, embed
 from ..modules.stages import run_blocks
-from ..moe.layer import LAYERS, MoE, activate
+from ..moe.expert import LAYERS, activate
+from ..moe.layer import MoE
 from ..preprocessing import Preprocessing
 from ..teacher.load import Teacher
 from ..vmoe.model import VMoE
@@ -650,7 +651,7 @@ def _variance(units: _Units, chunks: Sequence[Tensor]) -> Tensor:
 
 def _gates(mlp: MoE, x_BTD: Tensor) -> Tensor:
     """The weight of each expert in a token's output, (N, E)."""
-    routing, _, _ = mlp.route_images(x_BTD)
+    routing, _ = mlp.route_images(x_BTD)
     number_NK = routing.expert_GSK.flatten(0, 1)
     gates_NE = x_BTD.new_zeros(len(number_NK), mlp.config.num_experts)
     return gates_NE.scatter(1, number_NK, routing.weight_GSK.flatten(0, 1).to(gates_NE))

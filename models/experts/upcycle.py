@@ -14,7 +14,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ..modules.tokens import token_layout
-from ..moe.layer import SWIGLU, MoE, draw
+from ..moe.expert import SWIGLU
+from ..moe.layer import MoE, draw
 from ..preprocessing import Preprocessing
 from ..teacher.load import Teacher
 from ..vmoe.config import POOLS, VMoEConfig

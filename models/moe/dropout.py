@@ -5,7 +5,7 @@ ep size. Here every rank draws one number per layer and forward from its own gen
 and tells it to the group. The mask of a row is then computed from that number, the expert, and the place of the row
 among those that its rank sent to the expert, which are the same at every ep size. Recomputing a block (activation
 checkpointing) draws the same number again.
-P ranks of a group, E experts held here, R rows an expert gets from a rank, W width of what is dropped.
+P ranks of a group, R rows, W width of what is dropped.
 """
 
 from __future__ import annotations
@@ -30,37 +30,46 @@ class ExpertDropout:
     Attributes:
         rate: share of the values that become 0; the others grow by 1 / (1 - rate).
         number_P: what draw_number gave on each rank of the group.
-        first_expert: number, among all experts, of the first one held here.
+        expert_R: of each row, the number of its expert among all.
+        place_R: its place among the rows that its rank sent to the expert.
+        rank_R: that rank, by its place in the group; None where there is one.
     """
 
     rate: float
     number_P: Tensor
-    first_expert: int = 0
+    expert_R: Tensor
+    place_R: Tensor
+    rank_R: Tensor | None = None
 
-    def __call__(self, x_ENW: Tensor, site: int) -> Tensor:
-        """(E, P x R, W) in and out, the rows of each rank together; `site` tells the places in an expert apart."""
-        E, N, W = x_ENW.shape
-        P = len(self.number_P)
-        drop_ENW = self.mask(E, N // P, W, site).view(E, N, W)
-        return x_ENW.masked_fill(drop_ENW, 0) / (1 - self.rate)
+    def __call__(self, x_RW: Tensor, site: int) -> Tensor:
+        """All rows, dropped; `site` tells the places in an expert apart."""
+        drop_RW = self.mask(0, len(x_RW), x_RW.shape[1], site)
+        return x_RW.masked_fill(drop_RW, 0) / (1 - self.rate)
 
-    def mask(self, E: int, R: int, W: int, site: int) -> Tensor:
-        """True where a value is dropped, (E, P, R, W).
+    def drop_(self, x_CW: Tensor, start: int, stop: int, site: int) -> None:
+        """The same for rows start to stop alone, in place."""
+        drop_CW = self.mask(start, stop, x_CW.shape[1], site)
+        x_CW.masked_fill_(drop_CW, 0).div_(1 - self.rate)
+
+    def mask(self, start: int, stop: int, width: int, site: int) -> Tensor:
+        """True where a value of rows start to stop is dropped, (stop - start, W).
 
         A value is dropped when (key of its row x key of its column) mod 2^32 lies below rate x 2^32, where the keys are
         odd and change with every forward: multiply-shift hashing (Dietzfelbinger et al. 1997), one product and one
         comparison per value. Two rows, and two columns, drop values independently of each other.
         """
-        device = self.number_P.device
-        expert_E = torch.arange(self.first_expert, self.first_expert + E, device=device)
         key_P = _mixed(_mixed(self.number_P) + site)
-        key_EP = _mixed(key_P + expert_E.unsqueeze(1))
-        row_EPR = _mixed(key_EP.unsqueeze(-1) + torch.arange(R, device=device))
-        column_PW = _mixed(_mixed(key_P + WORD // 2).unsqueeze(1) + torch.arange(W, device=device))
+        columns_W = torch.arange(width, device=key_P.device)
+        column_PW = _mixed(_mixed(key_P + WORD // 2).unsqueeze(1) + columns_W)
         # as signed words, which wrap around: -2^31 up to 2^31 - 1 in place of 0 up to 2^32 - 1
-        row_EPR1 = _odd_words(row_EPR).unsqueeze(-1)
-        column_P1W = _odd_words(column_PW).unsqueeze(1)
-        return row_EPR1 * column_P1W < round(self.rate * WORD) - WORD // 2
+        column_PW = _odd_words(column_PW)
+        key_R = key_P
+        if self.rank_R is not None:
+            rank_R = self.rank_R[start:stop]
+            key_R = key_P[rank_R]
+            column_PW = column_PW[rank_R]
+        row_R = _mixed(_mixed(key_R + self.expert_R[start:stop]) + self.place_R[start:stop])
+        return _odd_words(row_R).unsqueeze(-1) * column_PW < round(self.rate * WORD) - WORD // 2
 
 
 def _mixed(x: Tensor) -> Tensor:

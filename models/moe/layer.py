@@ -1,28 +1,25 @@
-"""The MoE MLP of a V-MoE block: router and batched experts, in plain torch or inside DeepSpeed's expert parallelism.
+"""The MoE MLP of a V-MoE block: router and experts, in plain torch or inside DeepSpeed's expert parallelism.
 
 `MoE` is what a model is built of, published with and evaluated as. `expert_parallel` turns every MoE of a model into
 DeepSpeed's layer around the same parameters; `full_state_dict` gives the plain names back whatever the ep size.
-B images, T tokens of an image, D width, H hidden width, E experts, K chosen per token, R rows of an expert's batch.
+B images, T tokens of an image, D width, H hidden width, E experts, K chosen per token.
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .dispatch import dispatch, most_rows
 from .dropout import ExpertDropout, draw_number
+from .expert import LAYERS, new_expert
+from .grouped import LOOP, form_of, row_multiple, run_experts, without_autocast
 from .out import Out
 from .routing import RouterConfig, Routing, capacity, route
-
-GELU = {"erf": "none", "tanh": "tanh"}  # our name -> F.gelu's `approximate`; timm and transformers use erf
-SWIGLU = "swiglu"
-# what an MLP computes between its layers -> its linear layers by timm's names: fc2(gelu(fc1(x))), or of SwiGLU (Shazeer
-# 2020, arXiv 2002.05202) fc2(silu(fc1_g(x)) * fc1_x(x))
-LAYERS = {**dict.fromkeys(GELU, ("fc1", "fc2")), SWIGLU: ("fc1_g", "fc1_x", "fc2")}
 
 
 @dataclass(frozen=True)
@@ -70,15 +67,14 @@ class Routed(nn.Module):
     router: nn.Linear
     config: MoEConfig
 
-    def route_images(self, x_BTD: Tensor, out: Out | None = None) -> tuple[Routing, Tensor, Tensor | int]:
+    def route_images(self, x_BTD: Tensor, out: Out | None = None) -> tuple[Routing, int | None]:
         """Route groups of whole images.
 
         The Routing, whose losses carry a graph, and the clean logits (B, T, E) are left in out["routing"] and
         out["logits"] too.
 
         Returns:
-            routing; row_NK: the row of every choice in its expert's batch (-1 = dropped), N = B * T; rows an expert's
-            batch needs (a tensor when nothing is dropped, because then it depends on the data).
+            routing; places an expert has for each group, None = as many as are asked for.
 
         Raises:
             ValueError: in training, a number of images that does not make whole groups.
@@ -100,8 +96,7 @@ class Routed(nn.Module):
         if out is not None:
             out["routing"] = routing
             out["logits"] = logits_GSE.view(*x_BTD.shape[:2], -1)
-        row_NK, rows = _rows(routing, slots)
-        return routing, row_NK, rows
+        return routing, slots
 
     def _slots(self, tokens: int) -> int | None:
         """Places an expert has for a group of so many tokens; None = as many as are asked for."""
@@ -114,7 +109,7 @@ class Routed(nn.Module):
 
     def _logits(self, x_BTD: Tensor) -> Tensor:
         # always float32: in bfloat16 close gates tie and tokens change expert
-        with torch.autocast(x_BTD.device.type, enabled=False):
+        with without_autocast(x_BTD.device.type):
             bias = None if self.router.bias is None else self.router.bias.float()
             return F.linear(x_BTD.float(), self.router.weight.float(), bias)
 
@@ -141,7 +136,7 @@ class MoE(Routed):
         self.config = config
         self.act = act
         self.router = nn.Linear(dim, config.num_experts, bias=config.router_bias)
-        self.experts = nn.ModuleList(_expert(dim, hidden, act) for _ in range(config.num_experts))
+        self.experts = nn.ModuleList(new_expert(dim, hidden, act) for _ in range(config.num_experts))
         draw(self.router.weight, lecun_normal_, seed, layer, "router")
         if config.router_bias:
             nn.init.zeros_(self.router.bias)
@@ -155,64 +150,38 @@ class MoE(Routed):
 
         What route_images tells is left in `out`.
         """
-        routing, row_NK, rows = self.route_images(x_BTD, out)
-        rows = int(rows)
-        N, K = row_NK.shape
-        E = self.config.num_experts
-        D = self.dim
-        expert_NK = routing.expert_GSK.reshape(N, K)
-        # place of a choice among the E x R rows of all experts; one place more collects the dropped ones
-        place_NK = torch.where(row_NK >= 0, expert_NK * rows + row_NK, E * rows)
-        # the way back: which token stands in each row; rows that nobody takes read token N, a zero
-        token_NK = torch.arange(N, device=x_BTD.device).unsqueeze(1).expand(N, K)
-        token_of_row = torch.full((E * rows + 1,), N, device=x_BTD.device)
-        token_of_row.scatter_(0, place_NK.flatten(), token_NK.flatten())
-        # dispatch; index_select rather than [...]: the backward of indexing sorts on a GPU
-        x_ERD = _with_zero_row(x_BTD.reshape(N, D)).index_select(0, token_of_row[:-1]).view(E, rows, D)
-        dropout = None
+        routing, slots = self.route_images(x_BTD, out)
+        number_1 = None
         if self.training and self.config.dropout:
-            dropout = ExpertDropout(self.config.dropout, draw_number(x_BTD))
-        y_ERD = run_experts(self.experts, x_ERD, self.act, dropout)
-        # combine: a dropped choice reads the zero row
-        y_NKD = _with_zero_row(y_ERD.reshape(E * rows, D)).index_select(0, place_NK.flatten()).view(N, K, D)
-        weight_NK1 = routing.weight_GSK.reshape(N, K, 1)  # float32, and so is the sum
-        return (y_NKD * weight_NK1).sum(1).to(y_ERD.dtype).view_as(x_BTD)
+            number_1 = draw_number(x_BTD)
+        return mixture(self.experts, x_BTD, routing, slots, self.act, self.config.dropout, number_1)
 
 
-def _expert(dim: int, hidden: int, act: str) -> nn.ModuleDict:
-    """The linear layers of one expert, by the names a dense MLP has for them."""
-    *first, last = LAYERS[act]
-    layers = nn.ModuleDict({name: nn.Linear(dim, hidden) for name in first})
-    layers[last] = nn.Linear(hidden, dim)
-    return layers
+def mixture(
+    experts: nn.ModuleList,
+    x_BTD: Tensor,
+    routing: Routing,
+    slots: int | None,
+    act: str,
+    dropout: float = 0.0,
+    number_1: Tensor | None = None,
+) -> Tensor:
+    """y = sum over the chosen experts k of weight_k x expert_k(x), all experts being here; (B, T, D) in and out.
 
-
-def _with_zero_row(x_RD: Tensor) -> Tensor:
-    return F.pad(x_RD, (0, 0, 0, 1))
-
-
-def run_experts(experts: nn.ModuleList, x_ERD: Tensor, act: str, dropout: ExpertDropout | None = None) -> Tensor:
-    """Every expert's MLP on its own rows, a batched product for each of LAYERS[act]; (E, R, D) in and out."""
-
-    def linear(name: str, inputs: Tensor) -> Tensor:
-        weight = torch.stack([expert[name].weight for expert in experts])
-        bias = torch.stack([expert[name].bias for expert in experts])
-        return torch.baddbmm(bias.unsqueeze(1), inputs, weight.transpose(1, 2))
-
-    *first, last = LAYERS[act]
-    h_ERH = activate(act, [linear(name, x_ERD) for name in first])
-    if dropout is None:
-        return linear(last, h_ERH)
-    y_ERD = linear(last, dropout(h_ERH, site=0))
-    return dropout(y_ERD, site=1)
-
-
-def activate(act: str, outputs: Sequence[Tensor]) -> Tensor:
-    """What reaches the last layer of an MLP, from the outputs of the layers before it in the order of LAYERS[act]."""
-    if act == SWIGLU:
-        gate, value = outputs
-        return F.silu(gate) * value
-    return F.gelu(outputs[0], approximate=GELU[act])
+    Args:
+        slots: places an expert has for each group, see route_images.
+        number_1: that the masks of the experts' dropout are drawn from; None: no dropout.
+    """
+    form = form_of(x_BTD)
+    multiple = row_multiple(x_BTD, form, routing.expert_GSK.numel(), len(experts))
+    # only the loop, which runs on a CPU, reads from the device how many rows there are
+    num_rows = None if form == LOOP else most_rows(routing, slots, multiple)
+    rows = dispatch(routing, slots, multiple, num_rows)
+    masks = None
+    if number_1 is not None:
+        masks = ExpertDropout(dropout, number_1, rows.expert_R, rows.place_R)
+    weight_NK = routing.weight_GSK.flatten(0, 1)
+    return run_experts(experts, x_BTD.flatten(0, 1), rows, act, weight_NK, masks, form).view_as(x_BTD)
 
 
 def standard_normal(like: Tensor) -> Tensor:
@@ -235,20 +204,6 @@ def lecun_normal_(weight: Tensor, generator: torch.Generator) -> None:
     """Flax's default: normal with variance 1 / fan-in, cut at two standard deviations."""
     std = weight[0].numel() ** -0.5 / 0.87962566103423978  # what the cut takes from the standard deviation
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
-
-
-def _rows(routing: Routing, slots: int | None) -> tuple[Tensor, Tensor | int]:
-    """Line the groups' queues up behind each other in every expert's batch: row of every choice, rows needed."""
-    slot_GSK = routing.slot_GSK
-    G, S, K = slot_GSK.shape
-    if slots is None:
-        # packed: row = slot + what the groups before sent to that expert; R = the fullest expert's tokens
-        start_GE = routing.count_GE.cumsum(0) - routing.count_GE
-        start_GSK = start_GE.gather(1, routing.expert_GSK.reshape(G, S * K)).view(G, S, K)
-        return (slot_GSK + start_GSK).reshape(-1, K), routing.count_GE.sum(0).max()
-    # equal shares: row = slot + group x slots; R = groups x slots
-    start_G11 = slots * torch.arange(G, device=slot_GSK.device).view(G, 1, 1)
-    return torch.where(slot_GSK >= 0, slot_GSK + start_G11, -1).reshape(-1, K), G * slots
 
 
 def routed_layers(model: nn.Module) -> dict[str, Routed]:

@@ -5,6 +5,7 @@ G groups of tokens routed together, S tokens of a group, E experts, K experts ch
 """
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,25 @@ class RouterConfig:
             raise ValueError(f"noise_std must not be negative, got {self.noise_std}; 0 turns the noise off.")
 
 
+class Losses(Mapping[str, Tensor]):
+    """Balance losses by name, each worked out when it is first asked for: one that nobody weighs costs nothing."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
 @dataclass(frozen=True)
 class Routing:
     """Where the tokens of each group go; weights and losses carry gradients to the logits."""
@@ -34,7 +54,9 @@ class Routing:
     expert_GSK: Tensor  # int64, the chosen experts, best first (dropped choices keep theirs)
     slot_GSK: Tensor  # int64, position in that expert's queue of the group, -1 = dropped
     weight_GSK: Tensor  # combine weight, 0 where dropped
-    losses: dict[str, Tensor]  # importance, load, gshard: (G,) each; load is 0 without noise, where it is not defined
+    losses: Mapping[
+        str, Tensor
+    ]  # importance, load, gshard: (G,) each; load is 0 without noise, where it is not defined
     count_GE: Tensor  # int64, choices that asked for each expert, dropped ones included
     gate_GS: Tensor  # sum of a token's K gates before renormalisation, detached
     config: RouterConfig  # that they were routed by; a layer's MoEConfig has the weights of the losses
@@ -103,16 +125,11 @@ def route(
         raise ValueError(f"capacity must be at least 1, got {capacity}; None means that nothing is dropped.")
     if noise_GSE is not None and config.noise_std == 0:
         raise ValueError("noise was given but noise_std is 0: set noise_std above 0, or leave the noise out.")
-    # in backward the gradients of the logits are added up against the order in which the logits are used here: another
-    # order gives other last digits
     logits_GSE = logits_GSE.float()
     sigma = config.noise_std / config.num_experts
     noisy_GSE = logits_GSE if noise_GSE is None else logits_GSE + sigma * noise_GSE.float()
-    clean_gates_GSE = logits_GSE.softmax(-1)
-    gates_GSE = clean_gates_GSE if noise_GSE is None else noisy_GSE.softmax(-1)
-
-    # the K largest gates; a stable sort, because torch.topk does not promise the lowest index on ties
-    expert_GSK = gates_GSE.argsort(dim=-1, descending=True, stable=True)[..., : config.k]
+    gates_GSE = noisy_GSE.softmax(-1)
+    expert_GSK = _largest(gates_GSE.detach(), config.k)
     gate_GSK = gates_GSE.gather(-1, expert_GSK)
     weight_GSK = gate_GSK
     if config.renormalize:
@@ -130,15 +147,21 @@ def route(
         slot_GSK = slot_GSK.where(kept_GSK, -1)
         weight_GSK = weight_GSK.where(kept_GSK, 0.0)
 
-    losses = {
+    def importance() -> Tensor:
         # importance of an expert = sum of its clean gates over the tokens
-        "importance": squared_variation(clean_gates_GSE.sum(1)),
-        "load": logits_GSE.new_zeros(len(logits_GSE)),
-        "gshard": _gshard_loss(gates_GSE, expert_GSK),
-    }
-    if noise_GSE is not None:
+        clean_gates_GSE = gates_GSE if noise_GSE is None else logits_GSE.softmax(-1)
+        return squared_variation(clean_gates_GSE.sum(1))
+
+    def load() -> Tensor:
+        if noise_GSE is None:
+            return logits_GSE.new_zeros(len(logits_GSE))
         threshold_GS1 = noisy_GSE.gather(-1, expert_GSK[..., -1:])
-        losses["load"] = _load_loss(logits_GSE, threshold_GS1, sigma)
+        return _load_loss(logits_GSE, threshold_GS1, sigma)
+
+    def gshard() -> Tensor:
+        return _gshard_loss(gates_GSE, expert_GSK)
+
+    losses = Losses({"importance": importance, "load": load, "gshard": gshard})
     gate_GS = gate_GSK.detach().sum(-1)
     return Routing(expert_GSK, slot_GSK, weight_GSK, losses, count_GE, gate_GS, config)
 
@@ -149,6 +172,20 @@ def squared_variation(x_GE: Tensor) -> Tensor:
     var / mean^2 rather than (std / mean)^2, whose gradient is NaN when all experts are equal.
     """
     return x_GE.var(-1, correction=0) / x_GE.mean(-1).square()
+
+
+def _largest(gates_GSE: Tensor, k: int) -> Tensor:
+    """The experts of the k largest gates, (G, S, k), the lowest number first among equals.
+
+    One maximum after the other: torch.topk does not promise the lowest number, and a stable sort of 64 gates took ten
+    times as long.
+    """
+    chosen = []
+    for _ in range(k):
+        best_GS1 = gates_GSE.argmax(-1, keepdim=True)
+        chosen.append(best_GS1)
+        gates_GSE = gates_GSE.scatter(-1, best_GS1, -torch.inf)
+    return torch.cat(chosen, -1)
 
 
 def _queue(expert_GSK: Tensor, num_experts: int, priority_GS: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,15 +200,19 @@ def _queue(expert_GSK: Tensor, num_experts: int, priority_GS: Tensor | None) -> 
         order_GSK = priority_GS.argsort(dim=1, descending=True, stable=True).unsqueeze(-1).expand(G, S, K)
         queued_GSK = expert_GSK.gather(1, order_GSK)
     # all first choices, then all second ones, ...
-    flat_GN1 = queued_GSK.transpose(1, 2).reshape(G, K * S, 1)
-    # position = how many asked for that expert so far - 1
-    # running count per expert: K*S*E small integers, far below the S*E*C of a one-hot dispatch tensor
-    asked_GNE = torch.zeros(G, K * S, num_experts, dtype=torch.int32, device=expert_GSK.device)
-    running_GNE = asked_GNE.scatter_(2, flat_GN1, 1).cumsum(1, dtype=torch.int32)
-    position_GSK = (running_GNE.gather(2, flat_GN1) - 1).view(G, K, S).transpose(1, 2)
+    asked_GN = queued_GSK.transpose(1, 2).reshape(G, K * S)
+    # a stable sort by expert lays the queues behind each other; position = place - start of the expert's queue
+    sorted_GN, place_GN = asked_GN.sort(dim=1, stable=True)
+    experts_GE = torch.arange(num_experts, device=asked_GN.device).expand(G, num_experts).contiguous()
+    end_GE = torch.searchsorted(sorted_GN, experts_GE, right=True)
+    count_GE = end_GE.diff(dim=1, prepend=end_GE.new_zeros(G, 1))
+    places_N = torch.arange(K * S, device=asked_GN.device)
+    position_GN = places_N - (end_GE - count_GE).gather(1, sorted_GN)
+    position_GN = torch.empty_like(position_GN).scatter_(1, place_GN, position_GN)
+    position_GSK = position_GN.view(G, K, S).transpose(1, 2)
     if priority_GS is not None:  # back from the order of the queue to that of the tokens
         position_GSK = torch.empty_like(position_GSK).scatter_(1, order_GSK, position_GSK)
-    return position_GSK.long(), running_GNE[:, -1].long()
+    return position_GSK, count_GE
 
 
 def _load_loss(logits_GSE: Tensor, threshold_GS1: Tensor, sigma: float) -> Tensor:

@@ -5,7 +5,8 @@ from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any
 
 from ..modules.tokens import Rope, TokenLayout
-from ..moe.layer import GELU, SWIGLU, MoEConfig, paper
+from ..moe.expert import GELU, SWIGLU
+from ..moe.layer import MoEConfig, paper
 
 # Riquelme et al. 2021, "Scaling Vision with Sparse Mixture of Experts", appendix B
 VARIANTS = {
@@ -113,7 +114,7 @@ class VMoEConfig:
 
     @property
     def activation(self) -> str:
-        """What its MLPs and experts compute between their layers, a key of models.moe.layer.LAYERS."""
+        """What its MLPs and experts compute between their layers, a key of models.moe.expert.LAYERS."""
         return SWIGLU if self.swiglu else self.gelu
 
     @classmethod

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..files.hub import INDEX, CheckpointFiles, Weights
 from ..files.wrappers import grouped
-from ..moe.layer import LAYERS
+from ..moe.expert import LAYERS
 from ..preprocessing import Preprocessing
 from .config import MODEL_TYPE, POOLS, VMoEConfig, moe_numbers
 

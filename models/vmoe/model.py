@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ..files.hub import CheckpointFiles, Weights
 from ..modules.stages import run_blocks, shallow_copy
 from ..modules.stitch import FOLDED, stitch
-from ..moe.layer import GELU, MoE, draw, lecun_normal_
+from ..moe.expert import GELU
+from ..moe.layer import MoE, draw, lecun_normal_
 from ..moe.out import Out, inside
 from ..preprocessing import Preprocessing
 from .config import POOLS, VARIANTS, VMoEConfig, decode_variant, moe_numbers

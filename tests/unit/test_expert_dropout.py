@@ -8,8 +8,18 @@ from models.moe.dropout import ExpertDropout, draw_number
 from models.moe.layer import MoE, MoEConfig
 
 
-def masks(*numbers: int, rate: float = 0.3, first: int = 0, E: int = 2, R: int = 600, W: int = 200, site: int = 0):
-    return ExpertDropout(rate, torch.tensor(numbers), first).mask(E, R, W, site)
+def dropout_of(*numbers: int, rate: float = 0.3, first: int = 0, E: int = 2, R: int = 600) -> ExpertDropout:
+    """R rows of every rank for every one of E experts, by expert, then by rank."""
+    P = len(numbers)
+    expert_R = first + torch.arange(E).repeat_interleave(P * R)
+    rank_R = torch.arange(P).repeat_interleave(R).repeat(E)
+    return ExpertDropout(rate, torch.tensor(numbers), expert_R, torch.arange(R).repeat(E * P), rank_R)
+
+
+def masks(*numbers: int, E: int = 2, R: int = 600, W: int = 200, site: int = 0, **settings) -> torch.Tensor:
+    """(E, P, R, W)."""
+    dropout = dropout_of(*numbers, E=E, R=R, **settings)
+    return dropout.mask(0, len(dropout.expert_R), W, site).view(E, len(numbers), R, W)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.5, 0.9])
@@ -42,14 +52,25 @@ def test_the_mask_of_a_row_is_the_same_on_every_rank_and_however_many_rows_there
     assert torch.equal(masks(7, 2**32 - 1, E=4, R=5), whole[:, :, :5])  # the fullest expert decides how many
 
 
+def test_without_ranks_and_in_parts_the_masks_are_the_same():
+    dropout = dropout_of(7)
+    whole = dropout.mask(0, 1200, 50, site=1)
+    alone = ExpertDropout(0.3, torch.tensor([7]), dropout.expert_R, dropout.place_R)
+    assert torch.equal(alone.mask(0, 1200, 50, site=1), whole)
+    assert torch.equal(alone.mask(500, 700, 50, site=1), whole[500:700])
+    part = torch.ones(200, 50)
+    dropout.drop_(part, 500, 700, site=1)
+    assert torch.equal(part, dropout(torch.ones(1200, 50), site=1)[500:700])
+
+
 def test_what_stays_grows_so_that_the_mean_stays():
-    dropout = ExpertDropout(0.25, torch.tensor([3]))
-    outputs = dropout(torch.full((2, 300, 100), 3.0), site=0)
+    dropout = dropout_of(3, rate=0.25, R=300)
+    outputs = dropout(torch.full((600, 100), 3.0), site=0)
     assert sorted(outputs.unique().tolist()) == [0.0, 4.0]  # 3 / (1 - 0.25)
     assert outputs.mean() == pytest.approx(3, abs=0.05)
-    inputs = torch.ones(1, 4, 6, requires_grad=True)
+    inputs = torch.ones(600, 6, requires_grad=True)
     dropout(inputs, site=0).sum().backward()
-    assert torch.equal(inputs.grad, dropout(torch.ones(1, 4, 6), site=0))
+    assert torch.equal(inputs.grad, dropout(torch.ones(600, 6), site=0))
 
 
 def test_it_depends_on_the_generator_alone_and_is_off_in_evaluation():
@@ -69,6 +90,6 @@ def test_it_depends_on_the_generator_alone_and_is_off_in_evaluation():
 
 
 def test_bfloat16_and_one_row_and_one_column():
-    outputs = ExpertDropout(0.5, torch.tensor([0]))(torch.ones(8, 1, 1, dtype=torch.bfloat16), site=0)
+    outputs = dropout_of(0, rate=0.5, E=8, R=1)(torch.ones(8, 1, dtype=torch.bfloat16), site=0)
     assert outputs.dtype == torch.bfloat16
     assert set(outputs.flatten().tolist()) == {0.0, 2.0}

@@ -21,7 +21,8 @@ from models.modules.meta import check_pair
 from models.modules.stages import assemble, split
 from models.modules.stitch import assemble_student, build_student_modules
 from models.modules.tokens import Rope, TokenLayout, token_layout
-from models.moe.layer import SWIGLU, MoE, MoEConfig
+from models.moe.expert import SWIGLU
+from models.moe.layer import MoE, MoEConfig
 from models.preprocessing import Preprocessing
 from models.teacher.load import Teacher
 from models.vmoe.model import VMoE, VMoEConfig

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from models.experts.dense_block import read_block
-from models.moe.layer import SWIGLU
+from models.moe.expert import SWIGLU
 from trainer.config.student import LIKE_TEACHER, StudentConfig
 
 SIZES = ("patch_size", "width", "depth", "heads", "mlp_dim")
