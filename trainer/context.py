@@ -29,7 +29,7 @@ from trainer.data.fingerprint import fingerprint as images_fingerprint
 from trainer.data.sampler import phase_seed
 from trainer.data.sources import open_source
 from trainer.disk import replacing
-from trainer.distributed.engine import build_engine, working_type
+from trainer.distributed.engine import build_engine, compile_blocks, working_type
 from trainer.distributed.ranks import Dist, seed_everything
 from trainer.evaluation.accuracy import eval_batch, evaluate
 from trainer.heads import Head
@@ -385,6 +385,9 @@ class Run:
         seed_everything(self.recipe.seed, self.dist.rank, run.deterministic)
         seed = phase_seed(self.recipe.seed, phase_of(folder.name))
         task = Task(folder.name, description, schedule.epochs, seed, run, evaluate_start)
+        if run.compile:
+            for module in (objective.module, *objective.frozen):
+                compile_blocks(module)
         engine = build_engine(
             objective.module,
             schedule,

@@ -196,8 +196,10 @@ def test_config_repeats_a_saved_phase(tmp_path):
 
 def test_config_takes_no_changes(tmp_path):
     path, _ = saved(tmp_path)
-    for more in (["seed=1"], ["ds.x=1"], ["--recipe", RECIPE], ["--ds_config", DS_CONFIG]):
-        assert "leave out --recipe, --ds_config and overrides" in bad(["--config", path, "--out", "x", *more])
+    for more in (["seed=1"], ["ds.x=1"], ["--recipe", RECIPE], ["--ds_config", DS_CONFIG], ["--profile"]):
+        assert "leave out --recipe, --ds_config, --profile and overrides" in bad(
+            ["--config", path, "--out", "x", *more]
+        )
 
 
 def test_configs_that_are_none(tmp_path):

@@ -20,6 +20,7 @@ from trainer.request.job import Job
 COMMAND_FLAGS = {"inspect": (), "export": ("out",), "import": ("layout", "out")}
 IMPORT_SETTINGS = ("heads", "k")  # whole numbers behind the path
 NEEDED = "--recipe is needed (or --config OUT/PHASE/config.yaml, or OUT, to repeat a run)"
+PROFILED_STEPS = 10  # by --profile
 DS_CONFIG = Path(__file__).resolve().parents[2] / "ds_configs/one_machine.json"  # where none is given
 
 
@@ -50,6 +51,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--out", help="folder of the run; phases find each other's results there")
     flags.add_argument("--config", metavar="SAVED", help="repeat what made OUT/PHASE/config.yaml, or OUT as a whole")
     flags.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the cost")
+    flags.add_argument("--profile", action="store_true", help=f"where a step's time goes: run.profile={PROFILED_STEPS}")
     flags.add_argument("--print-recipe", action="store_true", help="the resolved recipe, with the origin of each value")
     flags.add_argument("--layout", help="import: what SOURCE is, e.g. google_vmoe")
     flags.add_argument("-h", "--help", nargs="?", const="", metavar="SECTION", help="this, or the keys of a section")
@@ -140,7 +142,7 @@ def read_command(options: argparse.Namespace) -> tuple[str, Path, Path | None, d
     if not words:
         raise ValueError(f"{name} needs a path: {usage}")
     path, *settings = words
-    for flag in ("recipe", "ds_config", "phase", "module", "expert", "config", "dry_run", "layout", "out"):
+    for flag in ("recipe", "ds_config", "phase", "module", "expert", "config", "dry_run", "profile", "layout", "out"):
         needed = flag in COMMAND_FLAGS[name]
         if needed and not flags[flag]:
             raise ValueError(f"--{flag} is missing: {usage}")
@@ -159,13 +161,17 @@ def read_command(options: argparse.Namespace) -> tuple[str, Path, Path | None, d
 def _overrides(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """Those of the recipe and those of the DeepSpeed JSON."""
     recipe_words = [text for text in options.words if not text.startswith("ds.")]
+    if options.profile:
+        recipe_words.insert(0, f"run.profile={PROFILED_STEPS}")  # a number that is typed counts
     ds_words = [text for text in options.words if text.startswith("ds.")]
     return recipe_words, ds_words
 
 
 def _saved(options: argparse.Namespace) -> Saved:
-    if options.words or options.recipe or options.ds_config:
-        raise ValueError("--config repeats what was saved as it was: leave out --recipe, --ds_config and overrides")
+    if options.words or options.recipe or options.ds_config or options.profile:
+        raise ValueError(
+            "--config repeats what was saved as it was: leave out --recipe, --ds_config, --profile and overrides"
+        )
     return read_saved(Path(options.config))
 
 

@@ -53,6 +53,12 @@ class RunConfig:
     dead_after: int = knob(
         5, "rows of metrics without tokens after which an expert is reported as dead; 0 = never", Range(0, MANY)
     )
+    compile: bool = knob(
+        False, "torch.compile attention and dense MLPs of every block: minutes at the start, needs a C++ compiler"
+    )
+    profile: int = knob(
+        0, "optimiser steps of rank 0 to look into: OUT/PHASE/profile has a table and a trace; 0 = none", Range(0, 1000)
+    )
     accept: tuple[str, ...] = knob(
         (),
         "go on although this differs from what made the inputs or began the result: teacher, data, ds_config, code",

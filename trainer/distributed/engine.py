@@ -151,6 +151,21 @@ def build_engine(
     return Engine(engine, cosine, settings, average)
 
 
+def compile_blocks(module: nn.Module, backend: str = "inductor") -> None:
+    """torch.compile, in place, attention and dense MLP of every block in `module`; names of parameters stay.
+
+    Not whole blocks: experts are as many products as there are experts, of sizes that change with every batch.
+
+    Args:
+        backend: of torch.compile.
+    """
+    for block in module.modules():
+        if hasattr(block, "attn") and hasattr(block, "mlp"):
+            block.attn.compile(dynamic=False, backend=backend)
+            if not getattr(block, "routes", False):
+                block.mlp.compile(dynamic=False, backend=backend)
+
+
 @contextmanager
 def _without_compiler() -> Iterator[None]:
     """Inside the block torch.compile leaves functions as they are.

@@ -18,6 +18,7 @@ from trainer.distributed.interrupt import HEARTBEAT, Interrupted, Interruption
 from trainer.distributed.ranks import Dist
 from trainer.evaluation.accuracy import eval_batch, evaluate, of_published
 from trainer.evaluation.routing import Measures, RoutingWatch
+from trainer.loop.profile import StepProfiler
 from trainer.loop.step import Task, TrainStep, data_workers
 from trainer.tracking.health import Finding, Health, NonFiniteLoss
 from trainer.tracking.measures import BESIDE, headline, measure_of, score_of
@@ -57,6 +58,8 @@ def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, di
                 loop.monitor.warn(loop.done, Finding(str(end)))
             loop.monitor.close()
             raise
+        finally:
+            loop.profiler.close()
     loop.saver.close()
     loop.monitor.close()
     return Outcome(
@@ -98,6 +101,7 @@ class _Loop:
             self.health.restore(resumed.state["health"])
             self.step.restore(resumed.own)
             self.routing.restore([own["routing"] for own in resumed.own])
+        self.profiler = StepProfiler(task.run.profile if dist.main else 0, folder / "profile")
         self.started = time.perf_counter() - self.seconds
         with dist.together():  # a tracker that does not start is the end of all ranks
             self.monitor = _Monitor(folder, task, self.per_epoch, self.done, dist)
@@ -120,6 +124,7 @@ class _Loop:
             row_due = epoch_ends or number % run.log_every == 0
             update_made = self.step.run(self.done, micro_batches, total=total, row_due=row_due)
             self.done = number
+            self.profiler.step_done()
             HEARTBEAT.beat()
             reason = interruption.agreed(self.done, self.saver.failed)
             if reason == "failed":

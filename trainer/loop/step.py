@@ -18,6 +18,7 @@ from trainer.config.runtime import RunConfig
 from trainer.data.loader import Batch, Data, make_mixup, train_batches
 from trainer.distributed.engine import Engine
 from trainer.distributed.ranks import Dist, seed_draws
+from trainer.loop.profile import part, waiting
 from trainer.tracking.metrics import peak_memory
 
 
@@ -71,6 +72,7 @@ class TrainStep:
             rank=self.dist.rank,
             workers=self.data.workers,
         )
+        micro_batches = waiting(micro_batches)
         for first in micro_batches:
             yield [first, *itertools.islice(micro_batches, settings.accumulation - 1)]
 
@@ -90,8 +92,8 @@ class TrainStep:
             self.since = time.perf_counter()  # evaluations and saves between two intervals do not count as training
         self.losses = []
         self.routing = []
-        for part, batch in enumerate(micro_batches):
-            place = part * self.dist.world + self.dist.rank
+        for turn, batch in enumerate(micro_batches):
+            place = turn * self.dist.world + self.dist.rank
             images = batch.images
             target = batch.labels
             if self.mixup is not None:
@@ -101,14 +103,17 @@ class TrainStep:
             images = images.to(self.dist.device, self.engine.dtype, non_blocking=True)
             target = target.to(self.dist.device, non_blocking=True)
             out: Out = {}
-            loss, parts = self.objective(self.engine, images, target, done / total, out)
+            with part("forward"):
+                loss, parts = self.objective(self.engine, images, target, done / total, out)
             if row_due:
                 self.routing.append(_routing(out))
             out.clear()  # what hangs on it would stay alive through the backward
             # a loss can overflow while its gradient is finite: times NaN, so that ZeRO sees it on every rank
             finite = torch.isfinite(loss.detach())
-            self.engine.backward(loss * torch.where(finite, 1.0, math.nan))
-            self.engine.step(done)
+            with part("backward"):
+                self.engine.backward(loss * torch.where(finite, 1.0, math.nan))
+            with part("optimizer"):
+                self.engine.step(done)
             self.losses.append({"loss": loss.detach(), **{f"loss/{name}": value for name, value in parts.items()}})
             self.images += len(images)
             self.skipped.update(batch.skipped)
@@ -137,6 +142,8 @@ class TrainStep:
     def take_metrics(self) -> dict[str, Any]:
         """Means over the steps since the last call and over all ranks, speed, gradient norm and routing; resets them.
 
+        Speed is of all ranks together, but FLOPs (of the model, as it counts them) are per second and rank.
+
         The same at every number of ranks, but for the last digits: a step has the same images and groups of images.
         Empty when none of those steps was made. One all-reduce, plus the list of unreadable images where they are
         skipped.
@@ -149,7 +156,10 @@ class TrainStep:
         self._reset()
         if not steps:
             return {}
-        metrics["images_per_s"] = images * self.dist.world / seconds
+        images_per_s = images * self.dist.world / seconds
+        metrics["images_per_s"] = images_per_s
+        metrics["tokens_per_s"] = images_per_s * self.objective.tokens
+        metrics["flops_per_s"] = images_per_s * self.objective.flops_per_image / self.dist.world
         metrics["grad_norm"] = self.engine.grad_norm()
         if self.data.skip_unreadable:
             metrics["skipped_images"] = len(set().union(*self.dist.gather(self.skipped)))

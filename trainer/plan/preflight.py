@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +51,8 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
     if not set(phases) - {"push"}:
         return
     trackers.chosen(run.recipe.run.trackers)
+    if run.recipe.run.compile:
+        _check_compiler()
     labels = run.labels  # opens the data, which may be a download of hours
     if not run.classifies and run.dist.main:
         for line in said_of_features(run):
@@ -88,6 +92,17 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
             for doubt in image_size.doubts(run):
                 log.warning(doubt)
         try_transforms(run.data_for(preprocessing))
+
+
+def _check_compiler() -> None:
+    """torch.compile writes C++ and has it compiled, on a GPU too (Triton's launchers)."""
+    asked_for = os.environ.get("CXX", "")
+    names = [asked_for] if asked_for else ["g++", "clang++", "c++"]
+    if not any(map(shutil.which, names)):
+        raise ValueError(
+            f"run.compile is true, but no C++ compiler was found (looked for {', '.join(names)}). Install one, name it "
+            f"in CXX, or leave run.compile false."
+        )
 
 
 def said_of_features(run: Run) -> list[str]:

@@ -2,9 +2,10 @@
 
 Rank 0 only; no torch here. A row is a flat dict with at least "kind" ("train" | "eval"), "phase", "epoch" and "step".
 "step" counts the optimizer steps done, "epoch" of an evaluation the epochs done: after epoch 3 of 12 it is 3.
-Training rows hold loss, lr, images_per_s, memory (peak so far, bytes), time (unix) and, where they apply,
-"loss/<part>", grad_norm, accuracy and per MoE layer "load/<layer>" (share of the choices per expert), "kept/<layer>"
-and "gate_sum/<layer>". Evaluation rows hold accuracy (0..1), loss and images and, with MoE layers, routing_change and
+Training rows hold loss, lr, images_per_s, tokens_per_s, flops_per_s (of one rank, those of the model, see
+trainer/objectives/cost.py), memory (peak so far, bytes), time (unix) and, where they apply, "loss/<part>", grad_norm,
+accuracy and per MoE layer "load/<layer>" (share of the choices per expert), "kept/<layer>" and "gate_sum/<layer>".
+Evaluation rows hold accuracy (0..1), loss and images and, with MoE layers, routing_change and
 expert_similarity, mean and "/<layer>" (trainer/evaluation/routing.py); without classes relative_error and cosine, also
 with "/<border>", in place of accuracy and loss. events.jsonl beside it has a row for what happened to the run:
 {"event": "resumed", "step": 8, "time": ...}.
@@ -226,6 +227,8 @@ def _row_text(row: Mapping[str, Any]) -> str:
     rate = row["images_per_s"]
     digits = ".0f" if rate >= 100 else ".3g"
     parts = [f"loss {row['loss']:.3f}", f"lr {learning_rate}", f"{rate:{digits}} img/s"]
+    if "flops_per_s" in row:
+        parts.append(_flops_text(row["flops_per_s"]))
     if "accuracy" in row:
         parts.append(f"acc {row['accuracy']:.1%}")
     loads = []
@@ -242,6 +245,12 @@ def _row_text(row: Mapping[str, Any]) -> str:
     if gates:
         parts.append(f"gates {sum(gates) / len(gates):.2f}")
     return " ".join(parts)
+
+
+def _flops_text(flops_per_s: float) -> str:
+    """FLOP/s of one rank, e.g. "312 TFLOP/s" or "19.2 GFLOP/s"."""
+    unit, size = ("TFLOP/s", 1e12) if flops_per_s >= 1e12 else ("GFLOP/s", 1e9)
+    return f"{flops_per_s / size:.3g} {unit}"
 
 
 def _by_layer(row: Mapping[str, Any], prefix: str) -> list[Any]:
