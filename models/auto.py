@@ -29,6 +29,7 @@ from transformers.utils import can_return_tuple
 from .moe.out import auxiliary_loss
 from .preprocessing import Preprocessing
 from .teacher.images import to_processor
+from .version import check_needs
 from .vmoe.config import MODEL_TYPE
 from .vmoe.model import VMoE, VMoEConfig, reset_head
 
@@ -46,6 +47,7 @@ class VMoETransformersConfig(PreTrainedConfig):
     }
 
     def __post_init__(self, **content: Any) -> None:
+        check_needs(content, "this model")
         labels = content.get("labels")
         if self.id2label is None and labels and content.get("num_labels", len(labels)) == len(labels):
             self.id2label = dict(enumerate(labels))

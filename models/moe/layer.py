@@ -66,6 +66,7 @@ class Routed(nn.Module):
 
     router: nn.Linear
     config: MoEConfig
+    whole_groups = False  # whether training refuses a batch that is not whole groups of images_per_group
 
     def route_images(self, x_BTD: Tensor, out: Out | None = None) -> tuple[Routing, int | None]:
         """Route groups of whole images.
@@ -77,13 +78,16 @@ class Routed(nn.Module):
             routing; places an expert has for each group, None = as many as are asked for.
 
         Raises:
-            ValueError: in training, a number of images that does not make whole groups.
+            ValueError: in training with `whole_groups`, a number of images that does not make whole groups.
         """
         config = self.config
         images = config.images_per_group or len(x_BTD)
         if not self.training:
-            # a loaded model takes any batch: the largest groups that fit, down to single images
-            images = math.gcd(config.images_per_group or 1, len(x_BTD))
+            images = config.images_per_group or 1
+        if not (self.training and self.whole_groups):
+            # a plain model takes any batch, also a last one that is smaller: the largest groups that fit, down to
+            # single images
+            images = math.gcd(images, len(x_BTD))
         elif len(x_BTD) % images:
             raise ValueError(
                 f"{len(x_BTD)} images do not make groups of images_per_group = {images}. Use a batch that is a "

@@ -2,7 +2,7 @@
 
 config.json is read by three: this project (the fields of VMoEConfig, `preprocessing`, `labels`), timm
 (models/registry.py: `architecture`, `model_args`, `pretrained_cfg`, ...) and transformers (models/auto.py:
-`model_type`, `architectures`).
+`model_type`, `architectures`). It says which version of the package wrote it and which one it needs (models/version.py).
 """
 
 import json
@@ -22,6 +22,7 @@ from ..files.hub import INDEX, CheckpointFiles, Weights
 from ..files.wrappers import grouped
 from ..moe.expert import LAYERS
 from ..preprocessing import Preprocessing
+from ..version import SAVED, check_needs
 from .config import MODEL_TYPE, POOLS, VMoEConfig, moe_numbers
 
 ARCHITECTURE = "vmoe"  # timm's name of a V-MoE that is built from its arguments alone
@@ -37,7 +38,9 @@ TIMM_NAMES = {  # our name -> timm's
 # in config.json for timm or written by transformers' configuration; nothing of it changes what the model computes
 FOR_TIMM = ("architecture", "num_features", "global_pool", "label_names", "model_args", "pretrained_cfg")
 FOR_TRANSFORMERS = ("architectures", "transformers_version", "dtype", "id2label", "label2id", "problem_type")
-FOR_OTHERS = (*FOR_TIMM, *FOR_TRANSFORMERS)
+# where its classes are found by transformers without this package: hub.code of a push (trainer/hub/code.py)
+REMOTE_CODE = "auto_map"
+FOR_OTHERS = (*FOR_TIMM, *FOR_TRANSFORMERS, REMOTE_CODE, *SAVED)
 # what timm's caller decides on, so that model_args leaves it out (num_classes stands in pretrained_cfg)
 TIMM_DECIDES = ("num_classes", "drop_path_rate", "drop_rate", "seed")
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?(\.tmp)?")
@@ -101,7 +104,8 @@ def read(files: CheckpointFiles) -> tuple[VMoEConfig, Preprocessing | None, list
     """What config.json says: the model's configuration, what its images must look like, and its classes' names.
 
     Raises:
-        ValueError: there is none, it is not that of a V-MoE, or it makes no model.
+        ValueError: there is none, it is not that of a V-MoE, it needs a newer version of this package, or it makes no
+            model.
     """
     path = files.find("config.json")
     if path is None:
@@ -113,6 +117,7 @@ def read(files: CheckpointFiles) -> tuple[VMoEConfig, Preprocessing | None, list
     model_type = content.pop("model_type", None)
     if model_type != MODEL_TYPE:
         raise ValueError(f"{files} is a {model_type!r}, not a {MODEL_TYPE!r}; load teachers with load_teacher.")
+    check_needs(content, files)
     images = content.pop("preprocessing", None)
     labels = content.pop("labels", None)
     values = {name: value for name, value in content.items() if name not in FOR_OTHERS}
@@ -174,6 +179,7 @@ def _content(config: VMoEConfig, preprocessing: Preprocessing | None, labels: Se
         "label_names": list(labels) if labels else None,
         "model_args": _timm_arguments(values),
         "pretrained_cfg": _timm_pretrained_cfg(config, preprocessing),
+        **SAVED,
     }
     # a field of VMoEConfig may be None; what others read is left out then
     return {name: value for name, value in content.items() if value is not None or name in values}

@@ -23,7 +23,7 @@ from ..files.hub import CheckpointFiles, Weights
 from ..modules.stages import run_blocks, shallow_copy
 from ..modules.stitch import FOLDED, stitch
 from ..moe.expert import GELU
-from ..moe.layer import MoE, draw, lecun_normal_
+from ..moe.layer import MoE, draw, lecun_normal_, routed_layers
 from ..moe.out import Out, inside
 from ..preprocessing import Preprocessing
 from .config import POOLS, VARIANTS, VMoEConfig, decode_variant, moe_numbers
@@ -207,6 +207,19 @@ class VMoE(VisionTransformer, ModelHubMixin):
         if self.preprocessing is not None:
             self.preprocessing = replace(self.preprocessing, image_size=height)
 
+    def set_k(self, k: int) -> None:
+        """Send every token to `k` experts from here on; a save keeps it.
+
+        Raises:
+            ValueError: not a whole number from 1 to all experts of a layer.
+        """
+        experts = self.config.moe.num_experts
+        if type(k) is not int or not 1 <= k <= experts:
+            raise ValueError(f"k must be a whole number from 1 to the {experts} experts of a layer, got {k!r}.")
+        self.config = replace(self.config, moe=replace(self.config.moe, k=k))
+        for layer in routed_layers(self).values():
+            layer.config = self.config.moe
+
     def save_pretrained(
         self,
         save_directory: str | Path,
@@ -252,13 +265,19 @@ class VMoE(VisionTransformer, ModelHubMixin):
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path | CheckpointFiles, revision: str | None = None, *, config: VMoEConfig | None = None
+        cls,
+        source: str | Path | CheckpointFiles,
+        revision: str | None = None,
+        *,
+        config: VMoEConfig | None = None,
+        k: int | None = None,
     ) -> "VMoE":
         """Load from a directory or from the hub ("owner/name" or "owner/name@revision"); strict, safetensors only.
 
         Args:
             config: build this on the weights: it may differ from what was saved in dropout, noise, capacities and loss
                 weights.
+            k: experts per token in place of those it was trained with, from 1 to all: fewer are faster and less exact.
 
         Returns the model in evaluation mode, in the precision it was saved in, its weights mapped from the files.
 
@@ -266,7 +285,10 @@ class VMoE(VisionTransformer, ModelHubMixin):
             ValueError: not found, not a V-MoE of ours, without safetensors weights, weights that are damaged, not
                 finite or do not fit, or a `config` that makes another function of them.
         """
-        return cls._load(source, revision, config, lambda name: True)
+        model = cls._load(source, revision, config, lambda name: True)
+        if k is not None:
+            model.set_k(k)
+        return model
 
     @classmethod
     def _load(

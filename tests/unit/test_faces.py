@@ -66,8 +66,16 @@ def test_published_names(package):
 def test_import_models_is_light():
     code = "import sys, models; print(*sorted(sys.modules))"
     loaded = fresh_python(ROOT, code).split()
-    assert [name for name in loaded if name.split(".")[0] == "models"] == ["models", "models._torchvision"]
-    assert not {"timm", "transformers", "deepspeed", "safetensors", "huggingface_hub"} & set(loaded)
+    light = ["models", "models._torchvision", "models.version"]
+    assert [name for name in loaded if name.split(".")[0] == "models"] == light
+    assert not {"torch", "timm", "transformers", "deepspeed", "safetensors", "huggingface_hub"} & set(loaded)
+
+
+def test_torchvision_is_cured_when_it_is_imported():
+    """Whoever imports it: timm here. On a healthy install nothing is declared."""
+    code = "import models, timm, torchvision; print(torchvision.ops.nms.__name__, len(models._torchvision._LIBRARIES))"
+    name, declared = fresh_python(ROOT, code).split()
+    assert name == "nms" and declared in ("0", "1")
 
 
 def test_the_folder_works_under_another_name(tmp_path):

@@ -182,6 +182,17 @@ def test_auxiliary_loss_sums_layers_and_skips_those_that_did_not_run():
     assert inside(None, "0") is None
 
 
+@pytest.mark.parametrize("images, groups", [(8, 1), (12, 3), (7, 7), (1, 1)])
+def test_a_plain_model_trains_on_any_batch(images, groups):
+    """In the largest groups that fit, gcd(8, images), as in evaluation: 12 images are 3 groups of 4."""
+    layer = MoE(4, 6, MoEConfig(num_experts=2, k=1, images_per_group=8, capacity_factor=1.0)).train()
+    out = {}
+    x_BTD = torch.randn(images, 3, 4, generator=torch.Generator().manual_seed(0))
+    (layer(x_BTD, out).square().sum() + auxiliary_loss(out)).backward()
+    assert out["routing"].losses["importance"].shape == (groups,)
+    assert layer.router.weight.grad.isfinite().all() and layer.router.weight.grad.any()
+
+
 def test_a_forward_leaves_nothing_in_the_layer():
     layer = MoE(4, 4, MoEConfig(num_experts=2))
     before = layer.__dict__.keys() | layer._buffers.keys()
@@ -211,8 +222,10 @@ def test_full_state_is_strict_and_plain_on_a_plain_model():
 
 
 def test_what_makes_no_sense_is_refused():
+    over_ranks = MoE(4, 4, MoEConfig(images_per_group=2))
+    over_ranks.whole_groups = True  # as DeepSpeed's gate has it
     with pytest.raises(ValueError, match="3 images do not make groups of images_per_group = 2"):
-        MoE(4, 4, MoEConfig(images_per_group=2))(torch.zeros(3, 2, 4))
+        over_ranks(torch.zeros(3, 2, 4))
     with pytest.raises(ValueError, match="eval_capacity_factor must be above 0"):
         MoEConfig(eval_capacity_factor=0)
     with pytest.raises(ValueError, match="relu"):
