@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from models.pictures import pixels
 from tests.hostile.payloads import chunk
-from trainer.data import pixels
 from trainer.data.decode import UnreadableImageError, decode
 
 RNG = np.random.default_rng(0)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from models.pictures import transform as transforms
 from models.preprocessing import CROP_MODES, Preprocessing
 from trainer.config.data import AugmentConfig
 from trainer.config.load import load_recipe
-from trainer.data import transforms
 from trainer.data.transforms import eval_transform, train_transform
 from trainer.distributed.ranks import seed_draws
 

@@ -1,88 +1,18 @@
-"""One picture, from a file or from bytes, into RGB within limits: whatever a data set holds costs one clear error."""
+"""One picture of a data set into RGB: models/pictures/decode.py, with errors that name the recipe's keys."""
 
-import io
-import os
-import stat
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from PIL import Image
 
-from PIL import Image, UnidentifiedImageError
+from models.pictures import decode as pictures
+from models.pictures.decode import EXTENSIONS, UnreadableImageError, opened, printable
 
-from trainer.data.pixels import UnclearPixelsError, to_rgb
-
-# what a .jpg holds decides how PIL reads it, and for an EPS it would start Ghostscript: only these are tried
-EXTENSIONS_OF = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "PNG": (".png", ".apng"),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-}
-FORMATS = tuple(EXTENSIONS_OF)
-EXTENSIONS = sum(EXTENSIONS_OF.values(), ())  # in lower case, of the files that a folder is searched for
+__all__ = ["EXTENSIONS", "SKIP_HINT", "UnreadableImageError", "decode", "opened", "printable"]
 SKIP_HINT = "Repair or remove it, or set data.skip_unreadable=true."
 
 
-class UnreadableImageError(ValueError):
-    """An image that cannot be decoded, named by file or row."""
-
-
 def decode(source: str | bytes, description: str, max_pixels: int) -> Image.Image:
-    """Decode to 8-bit RGB by the table of pixels.py, as torchvision and timm: first frame, EXIF rotation not applied.
-
-    Args:
-        source: path of a file, or the content of one.
-        description: what an error calls the image.
-        max_pixels: width x height that is still decoded; told from the header, before memory is taken.
+    """See models.pictures.decode.
 
     Raises:
         UnreadableImageError: anything that keeps it from being read; the image is named.
     """
-    try:
-        with opened(source) as file, _pixel_limit(max_pixels), Image.open(file, formats=FORMATS) as image:
-            return to_rgb(image)
-    except MemoryError:
-        raise
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        reason = f"{error} The limit is data.max_pixels={max_pixels}; raise it for a picture you trust"
-    except UnclearPixelsError as error:
-        reason = str(error)
-    except UnidentifiedImageError:
-        reason = f"not a picture in a format that is read ({', '.join(FORMATS)})"
-    except Exception as error:  # PIL's decoders raise OSError, SyntaxError, struct.error, zlib.error and more
-        reason = f"{type(error).__name__}: {error}"
-    raise UnreadableImageError(f"image {printable(description)} cannot be read: {printable(reason)}. {SKIP_HINT}")
-
-
-def printable(text: str) -> str:
-    """Names from a data set as one line: line breaks, control characters and bytes that are no text are escaped."""
-    return text if text.isprintable() else ascii(text)[1:-1]
-
-
-def opened(source: str | bytes) -> io.IOBase:
-    """A file by its path, or the content of one, to read; OSError where it is no regular file: a pipe may never end."""
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    # not blocking, so that a named pipe is refused below instead of being waited for
-    file = open(source, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise OSError("not a regular file")
-    return file
-
-
-@contextmanager
-def _pixel_limit(max_pixels: int) -> Iterator[None]:
-    """PIL's own limit, which is global and up to twice its value only warned about, as an error at `max_pixels`."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = max_pixels
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # odd EXIF or palettes: there is a picture all the same
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before
+    return pictures.decode(source, description, max_pixels, limit="data.max_pixels", hint=SKIP_HINT)
