@@ -84,7 +84,7 @@ class ParallelMoE(DeepSpeedMoE):
 class Gate(Routed, TopKGate):
     """Our router under the type by which DeepSpeed's engine finds a gate; ExpertParallel calls route_images."""
 
-    whole_groups = True  # ranks whose groups differ would ask for batches of other sizes, and wait for each other forever
+    whole_groups = True  # ranks whose groups differ would wait for each other forever
 
     def __init__(self, moe: MoE) -> None:
         nn.Module.__init__(self)  # without TopKGate's own linear layer
