@@ -6,8 +6,8 @@ STUDY ?= recipes/study_ablation.yaml
 BIN := $(VENV)/bin
 ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1 PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup demo study test test-lowest test-processor slurm-test faults elastic sweep hostile slurm-packages lint format \
-	clean
+.PHONY: setup demo study test test-lowest test-processor test-wheel wheel slurm-test faults elastic sweep hostile \
+	slurm-packages lint format clean
 
 setup: $(VENV)/.runtime
 
@@ -57,6 +57,15 @@ test-processor: $(VENV)/.dev
 	$(ENV) ATEN_CPU_CAPABILITY=$(CAPABILITY) ONEDNN_MAX_CPU_ISA=$(ISA) MKL_ENABLE_INSTRUCTIONS=AVX2 python -m pytest \
 		tests/unit tests/integration/test_reuse_launches.py tests/integration/test_expert_parallel.py
 
+# What others install to use a pushed model: dist/m2mkd-*.whl and .tar.gz, of models/ alone.
+wheel: $(VENV)/.dev
+	$(BIN)/python -m build --outdir dist .
+
+# The long form of tests/package: what the model card says, in environments that pip makes from the registry. PyPI's torch
+# is the CUDA build: about 5 GB for each of three.
+test-wheel: $(VENV)/.dev
+	$(ENV) FRESH_ENVIRONMENTS=1 python -m pytest tests/package
+
 # The long form of tests/slurm on a real cluster of this machine; as root on Debian, about 20 minutes on 2 cores.
 slurm-test: $(VENV)/.dev slurm-packages
 	$(ENV) CI=1 python -m pytest tests/slurm -m "slow or not slow"
@@ -91,4 +100,4 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache

@@ -2,7 +2,8 @@
 
 config.json is read by three: this project (the fields of VMoEConfig, `preprocessing`, `labels`), timm
 (models/registry.py: `architecture`, `model_args`, `pretrained_cfg`, ...) and transformers (models/auto.py:
-`model_type`, `architectures`). It says which version of the package wrote it and which one it needs (models/version.py).
+`model_type`, `architectures`). It names the version of the package that wrote it and the one it needs
+(models/version.py).
 """
 
 import json
@@ -107,13 +108,7 @@ def read(files: CheckpointFiles) -> tuple[VMoEConfig, Preprocessing | None, list
         ValueError: there is none, it is not that of a V-MoE, it needs a newer version of this package, or it makes no
             model.
     """
-    path = files.find("config.json")
-    if path is None:
-        raise ValueError(f"{files} has no config.json, so it is not a saved V-MoE.")
-    try:
-        content = dict(json.loads(path.read_text()))
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError(f"config.json of {files} is truncated or not JSON.") from None
+    content = _read_content(files)
     model_type = content.pop("model_type", None)
     if model_type != MODEL_TYPE:
         raise ValueError(f"{files} is a {model_type!r}, not a {MODEL_TYPE!r}; load teachers with load_teacher.")
@@ -127,6 +122,16 @@ def read(files: CheckpointFiles) -> tuple[VMoEConfig, Preprocessing | None, list
         return config, preprocessing, labels
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"config.json of {files}: {error}") from error
+
+
+def read_versions(files: CheckpointFiles) -> dict[str, str]:
+    """The versions that config.json names (models/version.py); none where an older package wrote it.
+
+    Raises:
+        ValueError: there is no config.json, or it is damaged.
+    """
+    content = _read_content(files)
+    return {name: content[name] for name in SAVED if name in content}
 
 
 def fill(model: nn.Module, weights: Weights, needed: Callable[[str], bool]) -> None:
@@ -162,6 +167,16 @@ def check_counts(config: VMoEConfig, weights: Weights) -> None:
                 f"{config.moe.num_experts} experts, its tensors are {grouped(weights.names())}. Take the config.json "
                 f"that was saved with these weights; of a wrapped model, save the state dict of the model itself."
             )
+
+
+def _read_content(files: CheckpointFiles) -> dict[str, Any]:
+    path = files.find("config.json")
+    if path is None:
+        raise ValueError(f"{files} has no config.json, so it is not a saved V-MoE.")
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"config.json of {files} is truncated or not JSON.") from None
 
 
 def _content(config: VMoEConfig, preprocessing: Preprocessing | None, labels: Sequence[str] | None) -> dict[str, Any]:
