@@ -8,6 +8,9 @@
 Same config.json, same weights file, no code from the hub. B images, T tokens, D width, C classes.
 """
 
+import json
+import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,13 @@ from .teacher.images import to_processor
 from .version import check_needs
 from .vmoe.config import MODEL_TYPE
 from .vmoe.model import VMoE, VMoEConfig, reset_head
+
+# what transformers finds in a modelling file that lies beside weights (trainer/hub/code.py): Auto class -> class here
+REMOTE = {
+    "AutoConfig": "VMoETransformersConfig",
+    "AutoModel": "VMoEModel",
+    "AutoModelForImageClassification": "VMoEForImageClassification",
+}
 
 
 class VMoETransformersConfig(PreTrainedConfig):
@@ -132,6 +142,8 @@ class VMoEPreTrainedModel(PreTrainedModel):
                 prefix = f"{self.base_model_prefix}."
                 state = {name.removeprefix(prefix): value for name, value in state.items()}
             self.vmoe.save_pretrained(save_directory, state=state, max_shard_size=max_shard_size)
+            if self.is_remote_code():
+                _save_code(Path(save_directory), type(self).__module__)
 
 
 class VMoEForImageClassification(VMoEPreTrainedModel):
@@ -163,6 +175,21 @@ class VMoEModel(VMoEPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens, pooler_output=self.vmoe.forward_head(tokens, pre_logits=True)
         )
+
+
+def _save_code(directory: Path, module: str) -> None:
+    """Put the modelling file that a model was loaded by beside its weights, where transformers finds it again.
+
+    Args:
+        module: by its name among those that transformers has imported.
+    """
+    source = Path(sys.modules[module].__file__)
+    if source.resolve() != (directory / source.name).resolve():
+        shutil.copyfile(source, directory / source.name)
+    path = directory / "config.json"
+    content = json.loads(path.read_text())
+    content["auto_map"] = {auto: f"{source.stem}.{name}" for auto, name in REMOTE.items()}
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 class _FromModelConfig:

@@ -31,6 +31,11 @@ class RunConfig:
         "images per rank and forward in evaluation, without a say in its result; 0 = the micro-batch",
         Range(0, 1_000_000),
     )
+    inference: bool = knob(
+        True,
+        "phase evaluate also measures, for the model card, images per second and accuracy with 1, 2 and 4 experts per "
+        "token, beside the teacher and a dense ViT of equal FLOPs",
+    )
     deterministic: bool = knob(False, "deterministic GPU kernels, slower in MoE dispatch; the CPU always has them")
     trackers: tuple[str, ...] = knob(
         ("auto",),
@@ -82,4 +87,17 @@ class HubConfig:
     stages: Literal["last", "all"] = knob(
         "last", "push the trained student only, or also meta model and distilled modules"
     )
+    code: bool = knob(
+        False,
+        "also push one file with the model's code, for transformers without this package (trust_remote_code=True)",
+    )
+    code_url: str = knob(
+        "",
+        "address of the code for the model card: a git repository, or a wheel of m2mkd; empty = the git remote origin",
+    )
     license: str = knob("", "licence of the student, as the hub spells it (apache-2.0, mit, ...); empty = not stated")
+
+    def __post_init__(self):
+        if self.code_url:
+            known = "an address such as https://github.com/OWNER/NAME or https://HOST/m2mkd-0.2.0-py3-none-any.whl"
+            require("://" in self.code_url, "hub.code_url", self.code_url, known)

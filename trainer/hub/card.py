@@ -14,6 +14,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from trainer.config.data import BUILT_IN, PROCEDURAL, DataConfig
 from trainer.config.recipe import Recipe
+from trainer.hub.usage import published_as, usage
+from trainer.report.classes import expert_maps
 from trainer.report.data import RUNS, PhaseRecord
 from trainer.report.page import load_drawing
 from trainer.request.graph import artifact_name, own_teacher, preparation, taught_in, teacher_results
@@ -21,6 +23,12 @@ from trainer.tracking.measures import RELATIVE_ERROR, measure_of
 from trainer.tracking.metrics import read_metrics
 
 PICTURE = "expert_load.png"
+MAPS = "experts.png"
+MAPS_TEXT = (
+    "One validation image per row, then one column per MoE block from the input to the output: each square is a patch "
+    "in the colour of the expert it went to first, black where it found no place. The same colour in two blocks means "
+    "different experts."
+)
 # metrics of the card's table and model-index; those of features stand beside a teacher, or tell of labels
 OF_CLASSES = ("accuracy", "loss")
 OF_FEATURES = ("relative_error", "cosine", "knn_accuracy", "probe_accuracy")
@@ -34,16 +42,24 @@ CITATION = """@misc{m2mkd2024,
 }"""
 
 
-def write_card(run_dir: Path, recipe: Recipe, teacher_license: str | None, folders: Sequence[str]) -> dict[str, bytes]:
-    """The card and its picture.
+def write_card(
+    run_dir: Path,
+    recipe: Recipe,
+    teacher_license: str | None,
+    folders: Sequence[str],
+    address: str | None = None,
+) -> dict[str, bytes]:
+    """The card and its pictures.
 
     Args:
         run_dir: the folder of a run whose student is trained.
         teacher_license: as its page on the hub names it, None = not known.
         folders: sub-folders of the repo that hold the stages pushed beside the student.
+        address: of the code, see trainer/hub/address.py; None = not known.
 
     Returns:
-        README.md and, where the student has logged expert loads and matplotlib is installed, expert_load.png.
+        README.md; experts.png where phase evaluate has looked at the routing; expert_load.png where the student has
+        logged expert loads and matplotlib is installed.
     """
     records = _records(run_dir, recipe)
     student = records[artifact_name("train", start=recipe.train.start)]
@@ -51,22 +67,28 @@ def write_card(run_dir: Path, recipe: Recipe, teacher_license: str | None, folde
     measured, where = _measured(records, recipe)
     name = recipe.hub.repo.split("/")[-1] or run_dir.resolve().name
     picture = _picture(student)
+    evaluated = records[artifact_name("evaluate", start=recipe.train.start)]
+    maps = expert_maps(_analysis(evaluated))
     results = [(metric, f"{value:.4g}") for metric, value in measured.items()]
     parts = [
-        f"---\n{_metadata(recipe, name, measured, student)}\n---",
+        f"---\n{_metadata(recipe, name, measured, student, trained_with(run_dir, recipe))}\n---",
         f"# {name}",
         _what(recipe, config, student),
         f"## Result\n\n{_table(('metric', 'value'), results)}\n\n{where}",
+        *_speed(evaluated),
+        f"## How to use it\n\n{_loading(recipe, student, folders, config, address)}",
         f"## Data\n\n{_data(recipe.data, config, student)}",
         f"## Teacher\n\n{_teacher(recipe, records, teacher_license)}",
     ]
     if taught(recipe):
         parts.append(f"## Modules inside the meta model\n\n{_hybrids(records, recipe)}")
     parts.append(f"## Cost of training\n\n{_cost(records, recipe)}")
+    if maps:
+        parts.append(f"## What the experts see\n\n![Which expert took which patch of an image]({MAPS})\n\n{MAPS_TEXT}")
     if picture:
         parts.append(f"## Load of the experts\n\n![Load of each expert as share of uniform]({PICTURE})")
     parts += [
-        f"## How to load it\n\n{_loading(recipe, student, folders)}",
+        f"## Limits\n\n{_limits(recipe, config, student)}",
         "## How to cite\n\nThe method is m2mKD ([arXiv 2402.16918](https://arxiv.org/abs/2402.16918)):\n\n"
         f"```bibtex\n{CITATION}\n```",
     ]
@@ -74,6 +96,8 @@ def write_card(run_dir: Path, recipe: Recipe, teacher_license: str | None, folde
     files = {"README.md": text.encode()}
     if picture:
         files[PICTURE] = picture
+    if maps:
+        files[MAPS] = maps
     return files
 
 
@@ -148,8 +172,12 @@ def _written(record: PhaseRecord) -> float:
     return (record.folder / "result.json").stat().st_mtime
 
 
-def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float], student: PhaseRecord) -> str:
-    """The YAML head, with model-index."""
+def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float], student: PhaseRecord, teacher: str) -> str:
+    """The YAML head, with model-index.
+
+    Args:
+        teacher: its source, "" = made in this run.
+    """
     task = _task(measured)
     is_held_out = bool((student.result or {}).get("held_out"))
     dataset = None
@@ -179,7 +207,20 @@ def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float], student:
         datasets=[dataset] if dataset else None,
         model_name=name,
         eval_results=results,
+        **_base_model(recipe, teacher),
     ).to_yaml()
+
+
+def _base_model(recipe: Recipe, teacher: str) -> dict[str, str]:
+    """The model of the hub that this one comes from: that whose weights it began with, else its teacher.
+
+    The hub knows adapter, finetune, merge and quantized; of these a student is a finetune.
+    """
+    source = teacher if taught(recipe) else recipe.train.init
+    model = hub_id(source) if source else None
+    if model is None:
+        return {}
+    return {"base_model": model[0], "base_model_relation": "finetune"}
 
 
 def _task(measured: Mapping[str, float]) -> str:
@@ -345,38 +386,79 @@ def _cost(records: Mapping[str, PhaseRecord], recipe: Recipe) -> str:
     )
 
 
-def _loading(recipe: Recipe, student: PhaseRecord, folders: Sequence[str]) -> str:
-    repo = recipe.hub.repo
-    revision = recipe.hub.revision
-    branch = ""
-    source = repo
-    if revision != "main":
-        branch = f', revision="{revision}"'
-        source = f"{repo}@{revision}"
-    use = "logits = model(images)  # (B, C, H, W), preprocessed as model.preprocessing says\n"
-    if student.measure is RELATIVE_ERROR:
-        use = (
-            "# images (B, C, H, W), preprocessed as model.preprocessing says\n"
-            "features = model(images)  # (B, D)\n"
-            "tokens = model.forward_features(images)  # (B, T, D)\n"
-            "as_teacher = model(images, as_teacher=True)  # tokens in the width of the teacher\n"
+def _speed(evaluated: PhaseRecord) -> list[str]:
+    """The section of what phase evaluate measured of images per second, where it has."""
+    measured = (evaluated.result or {}).get("inference")
+    if not measured:
+        return []
+    rows = []
+    for row in measured["rows"]:
+        numbers = (
+            _number(row["images_per_second"], ",.1f"),
+            _number(row["accuracy"], ".4g"),
+            _number(row["flops"], ".3g"),
+            f"{row['parameters']:,}",
         )
-    text = (
-        "```python\nfrom models.vmoe import VMoE  # package m2mkd\n\n"
-        f'model = VMoE.from_pretrained("{repo}"{branch})  # in evaluation mode\n'
-        f"{use}```\n\n"
-        "torch, timm, safetensors and huggingface_hub are all it needs."
-    )
-    commit = (student.result["git_commit"] or "").removesuffix("+changes")
+        rows.append((row["name"], *numbers))
+    table = _table(("model", "images/s", "accuracy", "FLOPs per image", "parameters"), rows)
+    return [
+        f"## Inference\n\n{table}\n\nMeasured in one run by phase evaluate: {measured['where']}, batches of "
+        f"{measured['batch']}, {measured['dtype']}, the median of {measured['repeats']} forwards. With another k "
+        "than in training the accuracy is that of the same weights. The dense ViT of equal FLOPs has new weights: it "
+        "was timed, not trained."
+    ]
+
+
+def _loading(
+    recipe: Recipe, student: PhaseRecord, folders: Sequence[str], config: Mapping[str, Any], address: str | None
+) -> str:
+    commit, changes, _ = (student.result["git_commit"] or "").partition("+changes")
+    text = usage(published_as(recipe.hub, address, commit or None, config))
     if commit:
-        text += f" Trained with commit `{commit}` of m2mkd."
+        where = f"[{address}]({address})" if address and address.startswith("http") else "m2mkd"
+        own = ", with changes that this commit does not have" if changes else ""
+        text += f"\n\nTrained with commit `{commit}` of {where}{own}."
     if folders:
+        source = recipe.hub.repo
+        if recipe.hub.revision != "main":
+            source += f"@{recipe.hub.revision}"
         named = ", ".join(f"`{name}/`" for name in folders)
         text += (
             f"\n\nThe stages that taught it lie beside it ({named}): recipes can start from them with "
             f"`meta.source={source}` and `distill.source={source}`."
         )
     return text
+
+
+def _limits(recipe: Recipe, config: Mapping[str, Any], student: PhaseRecord) -> str:
+    """What the figures above do not say."""
+    name = _data_name(recipe.data)
+    moe = config["moe"]
+    lines = [
+        f"Measured on {_measured_on(recipe.data, student)} of {name} alone: nothing is known of other images, and what "
+        "those of training are biased to the model is biased to.",
+    ]
+    if config["num_classes"]:
+        lines.append(f"It always answers with one of its {config['num_classes']} classes, also where none is right.")
+    size = config["image_size"]
+    if not config.get("dynamic_img_size"):
+        lines.append(f"It takes square images of {size} pixels; a larger picture is made smaller, and details go.")
+    lines.append(
+        f"Only {moe['k']} of {moe['num_experts']} experts work on a token, but all of them lie in memory; small "
+        "batches gain less from it than the FLOPs say."
+    )
+    if moe.get("eval_capacity_factor") is not None and moe.get("images_per_group", 1) > 1:
+        lines.append(
+            f"Experts have a limited number of places for {moe['images_per_group']} images together: what the model "
+            "says of an image depends a little on those beside it."
+        )
+    lines.append("One training with one seed: another one would give somewhat other figures.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _analysis(evaluated: PhaseRecord) -> Mapping[str, Any] | None:
+    path = evaluated.folder / "analysis.json"
+    return json.loads(path.read_text()) if evaluated.result and path.is_file() else None
 
 
 def _picture(student: PhaseRecord) -> bytes | None:

@@ -24,6 +24,8 @@ from huggingface_hub.utils import validate_repo_id
 from trainer import artifacts
 from trainer.config.recipe import Recipe
 from trainer.config.runtime import HubConfig
+from trainer.hub import code
+from trainer.hub.address import code_address
 from trainer.hub.card import hub_id, taught, trained_with, write_card
 from trainer.hub.retry import patiently, reason_of
 from trainer.request import graph
@@ -32,8 +34,11 @@ log = logging.getLogger(__name__)
 PUBLISHED = re.compile(  # of an artifact
     r"(preprocessor_)?config\.json|basis\.safetensors|model.*\.safetensors(\.index\.json)?"
 )
-# what an earlier push may have left: weights and indexes of the student, and whole stages
-OURS = re.compile(r"[^/]+\.(safetensors|bin)(\.index\.json)?|(teacher|probe|assemble|meta|upcycle|distill_\d+)/.*")
+# what an earlier push may have left: weights and indexes of the student, whole stages, and what hub.code added
+OURS = re.compile(
+    r"[^/]+\.(safetensors|bin)(\.index\.json)?|(teacher|probe|assemble|meta|upcycle|distill_\d+)/.*|"
+    rf"{code.MODULE}\.py|preprocessor_config\.json"
+)
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,14 @@ def plan(run_dir: Path, recipe: Recipe, teacher_license: str | None = None) -> P
     files.append(_in_memory("recipe.yaml", recipe_text.encode()))
     ds_config_text = json.dumps(saved["ds_config"], indent=1) + "\n"
     files.append(_in_memory("ds_config.json", ds_config_text.encode()))
-    for path, content in write_card(run_dir, recipe, teacher_license, stages).items():
+    address = code_address(recipe.hub.code_url)
+    if address is None:
+        log.warning(
+            "the model card names no address of the code: set hub.code_url, so that others can install what loads it"
+        )
+    if recipe.hub.code:
+        files = _with_code(files, result, address)
+    for path, content in write_card(run_dir, recipe, teacher_license, stages, address).items():
         files.append(_in_memory(path, content))
     return Plan(recipe.hub.repo, recipe.hub.revision, tuple(sorted(files, key=lambda file: file.path)))
 
@@ -190,6 +202,28 @@ def _published(folder: Path, result: dict[str, Any], place: str) -> list[Planned
         for name, record in result["files"].items()
         if PUBLISHED.fullmatch(name)
     ]
+
+
+def _with_code(files: list[PlannedFile], result: dict[str, Any], address: str | None) -> list[PlannedFile]:
+    """The files with what hub.code adds: the modelling file, how config.json names it, and an image processor."""
+    (config_file,) = (file for file in files if file.path == "config.json")
+    config = json.loads(Path(config_file.content).read_text())
+    config["auto_map"] = code.auto_map()
+    commit = result.get("git_commit") or "not in git"
+    added = {
+        "config.json": json.dumps(config, indent=2) + "\n",
+        code.FILE: code.modelling_file(f"Sources: {address or 'not published'}, commit {commit}. MIT licence."),
+    }
+    if config.get("preprocessing"):
+        # here, because they import torch and transformers
+        from models.preprocessing import Preprocessing
+        from models.teacher.images import to_processor
+
+        added["preprocessor_config.json"] = to_processor(
+            Preprocessing.from_dict(config["preprocessing"])
+        ).to_json_string()
+    kept = [file for file in files if file.path not in added]
+    return kept + [_in_memory(path, text.encode()) for path, text in added.items()]
 
 
 def _in_memory(path: str, content: bytes) -> PlannedFile:

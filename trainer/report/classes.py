@@ -20,6 +20,9 @@ EXPERTS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 DROPPED = (0, 0, 0)
 RGB = tuple[int, int, int]
 MAPS = 12  # MoE blocks drawn, spread evenly over the network
+MAP_ROWS = 6  # images of the picture for a model card
+MAP_SIDE, MAP_GAP = 96, 4  # pixels of an image there, and between two
+MAP_OPACITY = 0.6  # of the colours over the image
 CLASS_ROWS = 40  # up to here every class has its line
 HARDEST, EASIEST, CONFUSIONS = 20, 10, 20  # lines above that
 
@@ -29,8 +32,8 @@ def routing_section(analysis: Mapping[str, Any] | None) -> str:
     if not analysis or not analysis["layers"] or not analysis["pictures"]:
         return ""
     layers = list(analysis["layers"])
-    count = min(MAPS, len(layers))
-    shown = [layers[place * len(layers) // count] for place in range(count)]
+    shown = _shown(analysis)
+    count = len(shown)
     most_experts = max(len(values["load"]) for values in analysis["layers"].values())
     colours = expert_colours(most_experts)
     photos = ""
@@ -51,6 +54,37 @@ def routing_section(analysis: Mapping[str, Any] | None) -> str:
         f'<div class="scroll"><table class="maps"><thead><tr><th>image</th>{head}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
+
+
+def expert_maps(analysis: Mapping[str, Any] | None) -> bytes | None:
+    """The same as one PNG for a model card: images below each other, maps beside them; None where there are none."""
+    if not analysis or not analysis["layers"] or not analysis["pictures"]:
+        return None
+    layers = _shown(analysis)
+    colours = expert_colours(max(len(values["load"]) for values in analysis["layers"].values()))
+    pictures = analysis["pictures"][:MAP_ROWS]
+    step = MAP_SIDE + MAP_GAP
+    sheet = Image.new("RGB", (step * (1 + len(layers)) - MAP_GAP, step * len(pictures) - MAP_GAP), "white")
+    for row, picture in enumerate(pictures):
+        photo = Image.open(io.BytesIO(base64.b64decode(_base64(picture["png"])))).convert("RGB")
+        photo = photo.resize((MAP_SIDE, MAP_SIDE), Image.Resampling.NEAREST)
+        sheet.paste(photo, (0, row * step))
+        for column, layer in enumerate(layers, start=1):
+            if layer not in picture["experts"]:
+                continue
+            patches = _patches(picture["experts"][layer], analysis["grid"], colours)
+            overlay = patches.resize((MAP_SIDE, MAP_SIDE), Image.Resampling.NEAREST)
+            sheet.paste(Image.blend(photo, overlay, MAP_OPACITY), (column * step, row * step))
+    with io.BytesIO() as file:
+        sheet.save(file, "PNG", optimize=True)
+        return file.getvalue()
+
+
+def _shown(analysis: Mapping[str, Any]) -> list[str]:
+    """The MoE blocks that are drawn, spread evenly over the network."""
+    layers = list(analysis["layers"])
+    count = min(MAPS, len(layers))
+    return [layers[place * len(layers) // count] for place in range(count)]
 
 
 def _picture_row(
@@ -153,13 +187,18 @@ def expert_colours(count: int) -> list[RGB]:
 
 def _overlay(experts: Sequence[int], grid: Sequence[int], colours: Sequence[RGB]) -> str:
     """A PNG as a data URI with one pixel per patch."""
+    with io.BytesIO() as file:
+        _patches(experts, grid, colours).save(file, "PNG", optimize=True)
+        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _patches(experts: Sequence[int], grid: Sequence[int], colours: Sequence[RGB]) -> Image.Image:
+    """One pixel per patch, in the colour of its expert."""
     rows, columns = grid
     picture = Image.new("RGB", (columns, rows))
     colour_of = dict(enumerate(colours))  # -1 is a dropped patch
     picture.putdata([colour_of.get(expert, DROPPED) for expert in experts])
-    with io.BytesIO() as file:
-        picture.save(file, "PNG", optimize=True)
-        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    return picture
 
 
 def _short(label: Any) -> str:

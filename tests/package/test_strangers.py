@@ -1,0 +1,190 @@
+"""A pushed model in the hands of people who have no clone: the card's blocks, as they stand, in fresh environments.
+
+(a, b) torch and timm with the wheel, (c) transformers with the wheel, (d) transformers and timm alone with hub.code.
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from models.vmoe import VMoE
+from tests.hub_server import HubServer, connect, environment
+from tests.launch import ROOT, TINY
+from tests.package.environments import FRESH, build_wheel, mend_torchvision, new_environment, run
+from trainer.config.data import DataConfig
+from trainer.data.sources import open_source
+from trainer.data.transforms import eval_transform
+
+REPO = "alice/digits"
+IMAGES = 100  # data.limit of the tiny recipe
+# what this process must not reach: the clone, and what a reader of the card need not have
+GUARD = """import importlib.util, json, sys
+for name in ("models", "trainer", "tests", "deepspeed", "datasets"{others}):
+    assert importlib.util.find_spec(name) is None, name
+assert not any({root!r} in path for path in sys.path), sys.path
+"""
+ACCURACY = """
+truth = json.load(open("truth.json"))
+found = logits.argmax(-1).tolist()
+print("accuracy", "{route}", sum(a == b for a, b in zip(found, truth, strict=True)) / len(truth))
+json.dump(found, open("{route}.json", "w"))
+before = logits
+"""
+# the model that was saved and loaded again: one that learned, and no other
+AFTER = """
+model.eval()
+with torch.no_grad():
+    again = model(images)
+again = getattr(again, "logits", again)
+print("learned", "{route}", (again - before).abs().max().item())
+"""
+
+
+def main_with_hub(url: str, home: str, arguments: list[str]) -> int:
+    """trainer/run.py in a fork whose client talks to the stand-in."""
+    connect(pytest.MonkeyPatch(), url, Path(home))
+    from trainer import run
+
+    return run.main(arguments)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def pushed(warm, chain, wheel, tmp_path_factory):
+    """(the stand-in with the tiny run's student and its code, the card, a folder with the validation images)."""
+    home = tmp_path_factory.mktemp("pushed")
+    source = open_source(DataConfig(limit=IMAGES), "val")
+    (home / "images").mkdir()
+    for index in range(len(source)):
+        source.image(index).save(home / "images" / f"{index:03}.png")
+    (home / "truth.json").write_text(json.dumps([source.label(index) for index in range(len(source))]))
+    student = VMoE.from_pretrained(chain[0] / "train")
+    images = torch.stack([eval_transform(student.preprocessing)(source.image(index)) for index in range(len(source))])
+    with torch.no_grad():
+        (home / "expected.json").write_text(json.dumps(student(images).argmax(-1).tolist()))
+    knobs = [f"hub.repo={REPO}", "hub.private=false", "hub.code=true", f"hub.code_url={wheel.as_uri()}"]
+    with HubServer() as hub:
+        words = [*TINY, "--phase", "push", *knobs, "--out", str(chain[0])]
+        done = warm.call("tests.package.test_strangers:main_with_hub", hub.url, str(home / "hub"), words)
+        assert done.code == 0, done.output
+        yield hub, ModelCard(hub.files(REPO)["README.md"].decode()), home
+
+
+def blocks(card: ModelCard, heading: str, language: str = "python") -> list[str]:
+    """The code under a heading of the card."""
+    section = re.split(r"^#+ ", card.text.split(f"\n### {heading}\n")[1], maxsplit=1, flags=re.MULTILINE)[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, flags=re.DOTALL)
+
+
+def follow(card: ModelCard, headings: dict[str, str], *, others: tuple[str, ...] = ()) -> str:
+    """A script of the card's blocks word for word, with what checks them between."""
+    hidden = "".join(f", {name!r}" for name in others)
+    script = GUARD.format(others=hidden, root=str(ROOT))
+    for heading, route in headings.items():
+        first, further = blocks(card, heading)
+        script += first + ACCURACY.format(route=route) + further + AFTER.format(route=route)
+    return script
+
+
+def told(output: str, word: str) -> dict[str, float]:
+    lines = [line.split(" ") for line in output.splitlines() if line.startswith(f"{word} ")]
+    return {route: float(value) for _, route, value in lines}
+
+
+def check(done, pushed, routes: set[str], images_off: int = 0) -> None:
+    """That a script ended well, with the card's accuracy by the same answers as the run's own student gives, and that
+    what it saved and loaded had learned.
+
+    Args:
+        images_off: of which the answer may differ, where other software resizes them.
+    """
+    _, card, home = pushed
+    assert done.returncode == 0, done.stderr[-3000:]
+    stated = {result.metric_type: result.metric_value for result in card.data.eval_results}["accuracy"]
+    accuracies = told(done.stdout, "accuracy")
+    assert accuracies.keys() == routes
+    for accuracy in accuracies.values():
+        assert abs(accuracy - stated) * IMAGES <= images_off + 1e-6, (accuracy, stated)
+    expected = json.loads((home / "expected.json").read_text())
+    for route in routes:
+        found = json.loads((home / f"{route}.json").read_text())
+        assert sum(one != other for one, other in zip(found, expected, strict=True)) <= images_off, route
+    learned = told(done.stdout, "learned")
+    assert learned.keys() == routes
+    assert all(1e-6 < change < 1 for change in learned.values()), learned
+
+
+def test_torch_and_timm_with_the_wheel(pushed, wheel, tmp_path):
+    hub, card, home = pushed
+    # by pip it starts with nothing: the card's command brings what it needs
+    packages = [] if FRESH else ["torch", "timm", "huggingface_hub", "safetensors", "numpy", "pillow"]
+    bin_folder = new_environment(tmp_path / "env", packages)
+    installing = re.search(r"```bash\n(pip install .*?)\n```", card.text)[1]
+    assert installing == f'pip install "m2mkd @ {wheel.as_uri()}"'
+    done = run(bin_folder, installing, home)
+    assert done.returncode == 0, done.stderr
+    network = environment(hub.url, tmp_path / "cache", None)
+    script = follow(card, {"With torch": "torch", "With timm": "timm"}, others=("transformers",))
+    check(run(bin_folder, ["python", "-c", script], home, **network), pushed, {"torch", "timm"})
+
+    info, predict, export = blocks(card, "On the command line", "bash")[0].strip().splitlines()
+    done = run(bin_folder, f"{info} --json && {predict} --json", home, **network)
+    assert done.returncode == 0, done.stderr
+    facts, said = map(json.loads, done.stdout.splitlines())
+    truth = json.loads((home / "truth.json").read_text())
+    assert len(said["predictions"]) == len(truth) and {len(row["classes"]) for row in said["predictions"]} == {3}
+    assert said["images_per_second"] > said["images_per_second_with_reading"] > 0
+    assert facts["classes"] == 10 and facts["active_parameters"] < facts["parameters"]
+    assert export == f"m2mkd export {REPO} --out model.pt2"  # run by tests/unit/test_export.py
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        assert run(bin_folder, ["m2mkd", "--help"], home).stdout.startswith("usage: m2mkd")
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.3
+
+
+def test_transformers_with_the_wheel(pushed, wheel, tmp_path):
+    hub, card, home = pushed
+    bin_folder = new_environment(tmp_path / "env", ["torch", "timm", "transformers", "safetensors"])
+    done = run(bin_folder, f"pip install {wheel}", home)
+    assert done.returncode == 0, done.stderr
+    script = follow(card, {"With transformers": "transformers"})
+    network = environment(hub.url, tmp_path / "cache", None)
+    check(run(bin_folder, ["python", "-c", script], home, **network), pushed, {"transformers"}, images_off=1)
+
+
+def test_transformers_alone(pushed, tmp_path):
+    hub, card, home = pushed
+    bin_folder = new_environment(tmp_path / "env", ["torch", "timm", "transformers"])
+    mend_torchvision(bin_folder)
+    script = follow(card, {"With transformers, without m2mkd": "alone"}, others=("m2mkd",))
+    network = environment(hub.url, tmp_path / "cache", None)
+    check(run(bin_folder, ["python", "-c", script], home, **network), pushed, {"alone"}, images_off=1)
+    saved = {path.name for path in (home / "tuned_alone").iterdir()}
+    assert saved == {"config.json", "modeling_vmoe.py", "model.safetensors"}
+
+
+def test_the_card_is_valid_and_true(pushed, wheel, monkeypatch, tmp_path):
+    hub, card, _ = pushed
+    hub.connect(monkeypatch, tmp_path)
+    card.validate()
+    assert f"m2mkd @ {wheel.as_uri()}" in card.text
+    for heading in ("Inference", "Limits", "What the experts see", "Cost of training", "How to use it"):
+        assert f"\n## {heading}\n" in card.text
+    assert hub.files(REPO)["experts.png"].startswith(b"\x89PNG")
+    rows = re.findall(r"^\| ((?:student, k|dense)[^|]*) \| ([\d.,]+) \| (\S+) \|", card.text, flags=re.MULTILINE)
+    names = [name for name, *_ in rows]
+    assert names == ["student, k = 1", "student, k = 2 (trained)", "student, k = 4", "dense teacher",
+                     "dense ViT of equal FLOPs"]  # fmt: skip
+    stated = {result.metric_type: result.metric_value for result in card.data.eval_results}["accuracy"]
+    assert float(rows[1][2]) == pytest.approx(stated, abs=5e-5) and rows[-1][2] == "-"
