@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..files.hub import CheckpointFiles
+from ..flops import forward_flops, num_tokens
 from ..modules.basis import Basis
 from ..modules.stitch import StudentModule, assemble_student, build_student_modules
 from ..modules.tokens import Rope, TokenLayout
@@ -123,3 +125,20 @@ def load(source: str, *, config: VMoEConfig | None = None, ep_size: int = 1, ep_
     if ep_size == 1:
         return VMoE.from_pretrained(source, config=config)
     return load_expert_parallel(source, ep_size, ep_rank, config=config)
+
+
+def dense_of_equal_flops(student: VMoE) -> VMoE:
+    """A new model without experts, as deep and as wide, whose MLPs cost what the student's routers and k experts do.
+
+    Its FLOPs per image are the student's but for less than half of what one hidden unit costs.
+    """
+    config = student.config
+    wanted = forward_flops(student, num_tokens(student))
+    sizes = []
+    for mlp_dim in (1, 2):
+        with torch.device("meta"):
+            model = VMoE(replace(config, moe_blocks="none", mlp_dim=mlp_dim, stitch_blocks=None))
+        sizes.append(forward_flops(model, num_tokens(model)))
+    # cost is linear in the hidden width
+    mlp_dim = 1 + round((wanted - sizes[0]) / (sizes[1] - sizes[0]))
+    return VMoE(replace(config, moe_blocks="none", mlp_dim=max(1, mlp_dim), stitch_blocks=None))

@@ -2,11 +2,13 @@
 
 On any number of ranks, each with the whole student. What is measured is what was saved, the fp32 masters, in the type
 that phase train worked in ("dtype" in its result.json): a bf16 run has one accuracy. A student without classes is
-measured beside its teacher, and where the images have labels by what its features tell of them.
+measured beside its teacher, and where the images have labels by what its features tell of them. One with classes is
+timed beside dense models, for the model card (run.inference).
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import replace
@@ -15,12 +17,14 @@ import torch
 from torch import nn
 
 from models.labels import refuse_other_classes
+from models.moe.layer import routed_layers
 from trainer import artifacts
 from trainer.context import Run, Trained
 from trainer.disk import write_json
 from trainer.distributed.engine import working_type
 from trainer.evaluation.accuracy import Predictor, evaluate
 from trainer.evaluation.analysis import Analysis
+from trainer.evaluation.inference import Candidate, inference
 from trainer.evaluation.pooled import class_accuracies
 from trainer.loop.fit import Data, Outcome
 from trainer.request.graph import artifact_name
@@ -64,8 +68,27 @@ def run(run: Run, start: str) -> None:
     if run.dist.main:
         write_json(folder / "analysis.json", summary)
     outcome = Outcome(metrics, time.perf_counter() - started, steps=0, images_seen=int(metrics["images"]))
+    made_with = {}
+    if run.recipe.run.inference and run.classifies and hasattr(student, "set_k") and routed_layers(student):
+        dense = _dense_models(run, student) if run.dist.main else []
+        made_with["inference"] = inference(student, dense, metrics["accuracy"], data, dtype, batch, run.dist)
     nothing_trained = Trained(outcome, {}, epochs=0, flops_per_image=0)
-    run.finish(folder, "evaluate", None, nothing_trained, settings, metrics=metrics)
+    run.finish(folder, "evaluate", None, nothing_trained, settings, metrics=metrics, made_with=made_with)
+
+
+def _dense_models(run: Run, student: nn.Module) -> list[Candidate]:
+    """What the student's speed is compared with: its teacher where it is at hand, and a dense ViT of equal FLOPs."""
+    models = []
+    record = run.out / "meta" / "result.json"
+    accuracy = None
+    if record.is_file():
+        accuracy = json.loads(record.read_text())["metrics"].get("teacher_accuracy")
+    try:
+        models.append(Candidate("dense teacher", run.load_teacher().model, accuracy=accuracy))
+    except (ValueError, OSError) as error:  # a student from scratch, or of weights that somebody else trained
+        log.info("the teacher is not timed beside the student: %s", error)
+    equal = family_of(run.recipe).dense_of_equal_flops(student)
+    return [*models, Candidate("dense ViT of equal FLOPs", equal)]
 
 
 def _of_labels(run: Run, student: nn.Module, data: Data, dtype: torch.dtype, batch: int) -> dict[str, float]:

@@ -27,10 +27,9 @@ class Family(Protocol):
     A student is a timm VisionTransformer (or behaves like one: blocks, embed_dim, patch_embed, num_prefix_tokens) with
     `config`, `preprocessing`, `source` and `save_pretrained(folder, preprocessing=, labels=)`. Its config is a frozen
     dataclass with `depth`, `drop_path_rate`, `tokens` (a TokenLayout) and `on_weights_of(saved, source)`. A student
-    with MoE layers, or one whose states are compared at borders, takes `out` and `states` as VMoE.forward does.
-    dataclass with `depth`, `drop_path_rate` and `on_weights_of(saved, source)`. A student with MoE layers, or one whose
-    states are compared at borders, takes `out` and `states` as VMoE.forward does. One that is built for 0 classes has
-    `feature_head`, from its normalised tokens to the teacher's width, and takes `as_teacher`, as VMoE.forward does.
+    with MoE layers, or one whose states are compared at borders, takes `out` and `states` as VMoE.forward does. One
+    that is built for 0 classes has `feature_head`, from its normalised tokens to the teacher's width, and takes
+    `as_teacher`, as VMoE.forward does.
     """
 
     def config(
@@ -76,6 +75,13 @@ class Family(Protocol):
 
     def load(self, source: str, *, config: Any = None, ep_size: int = 1, ep_rank: int = 0) -> nn.Module:
         """A saved student, with the experts of one rank only where ep_size is above 1."""
+
+
+class SparseFamily(Family, Protocol):
+    """A family whose students have MoE layers and `set_k`, as VMoE: phase evaluate compares their speed."""
+
+    def dense_of_equal_flops(self, student: nn.Module) -> nn.Module:
+        """A new student without experts that costs as much per image."""
 
 
 def family_of(recipe: Recipe) -> Family:
