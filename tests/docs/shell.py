@@ -62,6 +62,7 @@ class Shell:
             copy(ROOT / name, self.folder / name)
         for name in LINKED:
             (self.folder / name).symlink_to(ROOT / name)
+        (self.folder / "m2mkd").symlink_to(ROOT / "models")  # as if it were installed
 
     def type(self, command: str) -> None:
         """Run one command line. Raises AssertionError when it is unknown or does not end with exit code 0."""
@@ -87,6 +88,8 @@ class Shell:
             self._make(words[1:])
         elif words[0] == "sbatch" or words[:1] == ["bash"]:
             self._slurm(words[1:], variables)
+        elif words[0] == "m2mkd":
+            self._expect(self._work("module", ["models.cli", *words[1:]], variables), command)
         elif words[0] in ("python", "torchrun", "deepspeed"):
             self._python(words, variables)
         else:

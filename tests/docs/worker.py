@@ -31,6 +31,7 @@ def main(folder: str, url: str, kind: str, words: list[str], variables: dict[str
         return _chain(words)
     if kind == "code":
         code, place = words
+        sys.path.insert(0, folder)  # where the package m2mkd is as if installed
         exec(compile(code, place, "exec"), {"__name__": "__main__"})
         return 0
     sys.argv = words
