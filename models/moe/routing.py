@@ -203,9 +203,8 @@ def _queue(expert_GSK: Tensor, num_experts: int, priority_GS: Tensor | None) -> 
     asked_GN = queued_GSK.transpose(1, 2).reshape(G, K * S)
     # a stable sort by expert lays the queues behind each other; position = place - start of the expert's queue
     sorted_GN, place_GN = asked_GN.sort(dim=1, stable=True)
-    experts_GE = torch.arange(num_experts, device=asked_GN.device).expand(G, num_experts).contiguous()
-    end_GE = torch.searchsorted(sorted_GN, experts_GE, right=True)
-    count_GE = end_GE.diff(dim=1, prepend=end_GE.new_zeros(G, 1))
+    count_GE = asked_GN.new_zeros(G, num_experts).scatter_add(1, asked_GN, torch.ones_like(asked_GN))
+    end_GE = count_GE.cumsum(1)
     places_N = torch.arange(K * S, device=asked_GN.device)
     position_GN = places_N - (end_GE - count_GE).gather(1, sorted_GN)
     position_GN = torch.empty_like(position_GN).scatter_(1, place_GN, position_GN)
