@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
 from trainer.config.data import DataConfig
 from trainer.data.classes import checked_names
-from trainer.data.decode import UnreadableImageError
+from trainer.data.decode import Pixels, ShrinkOf, UnreadableImageError, pixels_of
 from trainer.data.hub_splits import listed
 
 logger = logging.getLogger(__name__)
+Picture = TypeVar("Picture", Image.Image, Pixels)
 
 
 class ImageSource(ABC):
@@ -65,10 +67,21 @@ class ImageSource(ABC):
 
     def try_image(self, index: int) -> Image.Image | None:
         """Image `index`, or None when it is unreadable and skip_unreadable is on (counted in `skipped`, logged)."""
+        return self._try(index, self.image)
+
+    def image_or_next(self, index: int) -> tuple[Image.Image, int]:
+        """Image `index`, or the next readable one when skip_unreadable is on, and the index that was read."""
+        return self._or_next(index, self.image)
+
+    def pixels_or_next(self, index: int, shrink_of: ShrinkOf) -> tuple[Pixels, int]:
+        """The same for training: decoded the shorter way, smaller where that is enough (decode.decode_pixels)."""
+        return self._or_next(index, lambda candidate: self._read_pixels(int(self.rows[candidate]), shrink_of))
+
+    def _try(self, index: int, read: Callable[[int], Picture]) -> Picture | None:
         if index in self.skipped:
             return None
         try:
-            return self.image(index)
+            return read(index)
         except UnreadableImageError as error:
             if not self.skip_unreadable:
                 raise
@@ -76,12 +89,11 @@ class ImageSource(ABC):
             logger.warning("skipped: %s", error)
             return None
 
-    def image_or_next(self, index: int) -> tuple[Image.Image, int]:
-        """Image `index`, or the next readable one when skip_unreadable is on, and the index that was read."""
+    def _or_next(self, index: int, read: Callable[[int], Picture]) -> tuple[Picture, int]:
         for candidate in range(index, index + len(self)):
-            image = self.try_image(candidate % len(self))
-            if image is not None:
-                return image, candidate % len(self)
+            picture = self._try(candidate % len(self), read)
+            if picture is not None:
+                return picture, candidate % len(self)
         raise ValueError(f"none of the {len(self)} images of {self.name} can be read.")
 
     def subset(self, indices: np.ndarray) -> ImageSource:
@@ -110,6 +122,9 @@ class ImageSource(ABC):
 
     @abstractmethod
     def _read(self, row: int) -> Image.Image: ...
+
+    def _read_pixels(self, row: int, shrink_of: ShrinkOf) -> Pixels:
+        return pixels_of(self._read(row), shrink_of)
 
 
 def spread_over(total: int, count: int) -> np.ndarray:

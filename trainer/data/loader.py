@@ -18,9 +18,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from models.preprocessing import Preprocessing
 from trainer.config.data import AugmentConfig
+from trainer.data.augment import Crop, Erased, TrainTransform, finish, gathered
 from trainer.data.base import ImageSource
+from trainer.data.decode import Pixels
 from trainer.data.sampler import TrainRequest, eval_requests, train_requests
-from trainer.data.transforms import Transform, eval_transform, train_transform
+from trainer.data.transforms import eval_transform, train_transform
 
 MixFunction = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
@@ -72,9 +74,11 @@ def train_batches(
     world: int = 1,
     rank: int = 0,
     workers: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
     """One Batch per micro-step of this rank: from optimiser step `start_step` of `epoch`, through `epochs` epochs.
 
+    Images and labels come on `device`, where the images are normalised and erased: only their bytes are moved there.
     Worker processes live as long as the iterator: pass epochs > 1 to keep them, and their prefetching, across epochs.
     Close the iterator (or drop it) to end them early.
 
@@ -97,7 +101,8 @@ def train_batches(
         rank=rank,
         repeats=aug.repeats,
     )
-    return _load(_TrainImages(source, train_transform(pre, aug)), requests, source, workers)
+    loaded = _load(_TrainImages(source, train_transform(pre, aug)), requests, source, workers)
+    return _finished(loaded, pre, device)
 
 
 def steps_per_epoch(n: int, *, micro_batch: int, accumulation: int = 1, world: int = 1) -> int:
@@ -162,31 +167,88 @@ def make_mixup(aug: AugmentConfig, num_classes: int) -> MixFunction | None:
     return mix
 
 
+@dataclass(frozen=True)
+class _Bytes:
+    """A micro-batch of training as a worker hands it over: to be normalised and erased where it is used."""
+
+    images: torch.Tensor  # (B, C, H, W) uint8
+    erased: Erased
+    labels: torch.Tensor  # (B,) int64
+    index: torch.Tensor  # (B,) int64
+    skipped: tuple[int, ...]
+
+    def pin_memory(self) -> "_Bytes":
+        """The same in pinned memory; torch's DataLoader calls it."""
+        erased = replace(self.erased, noise_N=self.erased.noise_N.pin_memory())
+        return replace(self, images=self.images.pin_memory(), labels=self.labels.pin_memory(), erased=erased)
+
+
 class _TrainImages(Dataset):
     """A whole micro-batch per item, so that the random state is put aside once per batch (86 us), not per image."""
 
-    def __init__(self, source: ImageSource, transform: Transform):
+    def __init__(self, source: ImageSource, transform: TrainTransform):
         self.source = source
         self.transform = transform
 
-    def __getitem__(self, request: TrainRequest) -> Batch:
+    def __getitem__(self, request: TrainRequest) -> _Bytes:
         indices, seeds = request
-        images = []
+        size = self.transform.pre.image_size
+        images_BCHW = torch.empty((len(indices), self.transform.pre.in_chans, size, size), dtype=torch.uint8)
+        rectangles = []
         used = []  # the index of each image; not the one asked for where that is unreadable
         skipped_before = set(self.source.skipped)
+        reader = _Reader(self.source, self.transform)
         with _kept_random_state():
-            for index, seed in zip(indices.tolist(), seeds.tolist(), strict=True):
-                image, read = self.source.image_or_next(index)
-                _seed_all(seed)
-                images.append(self.transform(image))
+            for place, (index, seed) in enumerate(zip(indices.tolist(), seeds.tolist(), strict=True)):
+                pixels, crop, read = reader.read(index, seed)
+                images_BCHW[place] = self.transform.view(pixels, crop)
+                rectangles.append(self.transform.rectangle())
                 used.append(read)
-        return Batch(
-            images=torch.stack(images),
+        return _Bytes(
+            images=images_BCHW,
+            erased=gathered(rectangles),
             labels=torch.tensor([self.source.label(index) for index in used]),
-            mask=torch.ones(len(used), dtype=torch.bool),
             index=torch.tensor(used),
             skipped=tuple(self.source.skipped - skipped_before),
         )
+
+
+class _Reader:
+    """Reads the pictures of one micro-batch, one that stands several times in a row (augment.repeats) once per size."""
+
+    def __init__(self, source: ImageSource, transform: TrainTransform):
+        self.source = source
+        self.transform = transform
+        self.asked = -1  # the index that was asked for last
+        self.read_as = -1  # the one that was read then
+        self.decoded: dict[int, Pixels] = {}  # of it, by what it was asked to be shrunk by
+
+    def read(self, index: int, seed: int) -> tuple[Pixels, Crop, int]:
+        """The pixels of an image, the crop that is drawn of it, and the index that was read.
+
+        The random state is left where the transform draws on: it depends on `seed` and the size of the picture.
+        """
+        crop = None
+        shrink = 1
+
+        def draw(width: int, height: int) -> int:
+            nonlocal crop, shrink
+            _seed_all(seed)
+            crop = self.transform.crop(width, height)
+            shrink = self.transform.shrink(crop)
+            return shrink
+
+        if index == self.asked:
+            stored = next(iter(self.decoded.values()))
+            draw(stored.width, stored.height)
+            if shrink in self.decoded:
+                return self.decoded[shrink], crop, self.read_as
+        else:
+            self.decoded = {}
+        pixels, self.read_as = self.source.pixels_or_next(index, draw)
+        self.asked = index
+        self.decoded[shrink] = pixels
+        return pixels, crop, self.read_as
 
 
 class _EvalImages(Dataset):
@@ -218,7 +280,8 @@ class _EvalImages(Dataset):
 
 def _load(
     dataset: Dataset, requests: Iterable[TrainRequest | np.ndarray], source: ImageSource, workers: int
-) -> Iterator[Batch]:
+) -> Iterator:
+    """What `dataset` makes of each request."""
     loader = DataLoader(
         dataset,
         sampler=requests,
@@ -231,6 +294,17 @@ def _load(
     for batch in loader:
         source.skipped.update(batch.skipped)  # a worker's own copy of the source is lost with it
         yield batch
+
+
+def _finished(loaded: Iterator[_Bytes], pre: Preprocessing, device: torch.device | str) -> Iterator[Batch]:
+    for part in loaded:
+        yield Batch(
+            images=finish(part.images, part.erased, pre, device),
+            labels=part.labels.to(device, non_blocking=True),
+            mask=torch.ones(len(part.index), dtype=torch.bool),
+            index=part.index,
+            skipped=part.skipped,
+        )
 
 
 def _outlast_a_warning(_worker: int) -> None:

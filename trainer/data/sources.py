@@ -21,7 +21,16 @@ from models.labels import tidy
 from trainer.config.data import BUILT_IN, HELD_OUT, PROCEDURAL, VALIDATION, DataConfig
 from trainer.data.base import ImageSource
 from trainer.data.classes import checked_names, held_out, labels_and_targets, refuse_differing_folders
-from trainer.data.decode import EXTENSIONS, SKIP_HINT, UnreadableImageError, decode, opened
+from trainer.data.decode import (
+    EXTENSIONS,
+    SKIP_HINT,
+    Pixels,
+    ShrinkOf,
+    UnreadableImageError,
+    decode,
+    decode_pixels,
+    opened,
+)
 from trainer.data.hub_splits import HELD_OUT_HINT, check_columns, listed, load_splits, refuse_outside
 from trainer.data.walk import (
     SPLIT_NAMES,
@@ -180,6 +189,10 @@ class FolderSource(ImageSource):
         path = os.fsdecode(self._paths[row])
         return decode(path, path, self.max_pixels)
 
+    def _read_pixels(self, row: int, shrink_of: ShrinkOf) -> Pixels:
+        path = os.fsdecode(self._paths[row])
+        return decode_pixels(path, path, self.max_pixels, shrink_of)
+
 
 class HubSource(ImageSource):
     """A split of a hub data set (id or id@revision), a `save_to_disk` folder, or a folder of images or parquet."""
@@ -229,6 +242,13 @@ class HubSource(ImageSource):
         return _beginning(file["path"], limit) if file.get("path") else b""
 
     def _read(self, row: int) -> Image.Image:
+        return decode(*self._file(row), self.max_pixels)
+
+    def _read_pixels(self, row: int, shrink_of: ShrinkOf) -> Pixels:
+        return decode_pixels(*self._file(row), self.max_pixels, shrink_of)
+
+    def _file(self, row: int) -> tuple[str | bytes, str]:
+        """Path or content of an image, and what an error calls it."""
         file = self._images[row][self._image_key] or {}
         content = file.get("bytes")
         path = file.get("path")
@@ -237,7 +257,7 @@ class HubSource(ImageSource):
             description += f" ({path})"
         if content is None and path is None:
             raise UnreadableImageError(f"image {description} is empty. {SKIP_HINT}")
-        return decode(path if content is None else content, description, self.max_pixels)
+        return path if content is None else content, description
 
 
 def _classes_of(root: Path, train_name: str, name: str, tally: Tally) -> list[str]:
