@@ -28,6 +28,7 @@ from trainer.data.classes import doubts
 from trainer.data.fingerprint import fingerprint as images_fingerprint
 from trainer.data.sampler import phase_seed
 from trainer.data.sources import open_source
+from trainer.data.workers import MOST_ELSEWHERE, spare_processors
 from trainer.disk import replacing
 from trainer.distributed.engine import build_engine, compile_blocks, working_type
 from trainer.distributed.ranks import Dist, seed_everything
@@ -241,7 +242,17 @@ class Run:
         """The same with a given preprocessing, for the phase that makes the teacher."""
         d = self.recipe.data
         classes = max(1, len(self.labels))  # images without labels are of one, for what mixes targets
-        return Data(*self.sources, preprocessing, self.recipe.augment, d.workers, classes, d.skip_unreadable)
+        measured = d.workers is None
+        return Data(
+            *self.sources, preprocessing, self.recipe.augment, self.workers, classes, d.skip_unreadable, measured
+        )
+
+    @property
+    def workers(self) -> int:
+        """Processes that load images, of training where it does not measure how many."""
+        if self.recipe.data.workers is None:
+            return min(MOST_ELSEWHERE, spare_processors(self.dist.local_world))
+        return self.recipe.data.workers
 
     @property
     def tokens(self) -> int:

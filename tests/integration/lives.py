@@ -111,15 +111,16 @@ def fit(out: str, options: dict[str, Any]) -> None:
     """One life of a phase in folder `out`; its end, for the test to read, in out/rank_N.json.
 
     Args:
-        options: run = knobs of RunConfig, faults (see prepare), schedule = changes to SCHEDULE, workers, accumulation,
-            engine = options of build_engine.
+        options: run = knobs of RunConfig, faults (see prepare), schedule = changes to SCHEDULE, workers (None =
+            measured), accumulation, engine = options of build_engine.
     """
     dist = start()
     prepare(dist, options.get("faults", {}))
     schedule = replace(SCHEDULE, **options.get("schedule", {}))
     digits = DataConfig(limit=96)
+    workers = options.get("workers", 0)
     data = Data(DigitsSource(digits, "train"), DigitsSource(digits, "val"), Preprocessing(16, (0.5,) * 3, (0.5,) * 3),
-                AugmentConfig(), options.get("workers", 0), 10, False)  # fmt: skip
+                AugmentConfig(), workers or 0, 10, False, workers is None)  # fmt: skip
     often = {"log_every": 4, "save_every": 3, "save_epochs": 9, "keep": 9, "trackers": ()}
     config = RunConfig(**often | options.get("run", {}))
     end: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """Training health on real ranks: faults done to them for real, and what the run makes of them."""
 
 import json
+import os
 import math
 import signal
 import time
@@ -116,6 +117,15 @@ def test_a_dead_data_worker_is_an_error_for_people(warm, tmp_path):
     life = Life(warm, tmp_path, ranks=1, faults={"kill worker": 5}, workers=1)
     assert life.error.startswith("a data loading process died: DataLoader worker (pid ")
     assert "lower data.workers" in life.error
+
+
+def test_data_workers_that_are_measured_change_no_weight(warm, tmp_path):
+    """The first steps load their images themselves; processes go on with the very next image."""
+    given = Life(warm, tmp_path / "given", ranks=1, workers=0)
+    measured = Life(warm, tmp_path / "measured", ranks=1, workers=None)
+    assert measured.weights == given.weights
+    if len(os.sched_getaffinity(0)) > 1:
+        assert "data.workers=null: " in measured.output
 
 
 def test_a_save_that_fails_on_one_rank_ends_all_of_them(warm, tmp_path):

@@ -1,4 +1,4 @@
-"""The training transform against timm's own, image by image from the same seed: the same draws, nearly the same pixels."""
+"""The training transform against timm's own, image by image from one seed: the same draws, nearly the same pixels."""
 
 import io
 import math
@@ -85,8 +85,8 @@ def test_without_colours_pixels_are_timms_to_a_level(interpolation):
         apart.append(levels_apart(found, theirs(image)))
         assert draws_left() == found_next
     apart = torch.stack(apart)
-    # a level; more in crops whose height Pillow 13 resizes before the width, where overshoots are cut off elsewhere. The
-    # noise of erased pixels, up to 4 x 255 levels, is the same
+    # a level; more in crops whose height Pillow 13 resizes before the width, where overshoots are cut off elsewhere.
+    # The noise of erased pixels, up to 4 x 255 levels, is the same
     assert apart.max() < 8.001
     assert (apart > 1.001).float().mean() < 1e-3
     assert (apart > 0.5).float().mean() < 0.04

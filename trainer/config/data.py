@@ -76,7 +76,12 @@ class DataConfig:
         "val_split is the validation split",
         Range(0, 1, open_most=True),
     )
-    workers: int = knob(0, "data loading processes per rank", Range(0, 1024))
+    workers: int | None = knob(
+        0,
+        "data loading processes per rank; null = as many as the first steps show to be needed, of the processors that "
+        "do not train",
+        Range(0, 1024),
+    )
     skip_unreadable: bool = knob(False, "replace an unreadable image by the next one and count it, instead of stopping")
     max_pixels: int = knob(
         100_000_000, "width x height of the largest image that is decoded: a guard against bombs", Range(1, 10**12)

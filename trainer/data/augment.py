@@ -139,7 +139,7 @@ class TrainTransform:
 
 
 def gathered(rectangles: Sequence[Sequence[tuple[tuple[slice, ...], Tensor]]]) -> Erased:
-    """The rectangles of all images of a batch in two tensors: one each would need a file handle each between processes."""
+    """The rectangles of a batch in two tensors: one each would need a file handle each between processes."""
     places = []
     noise = [torch.empty(0)]
     for number, written in enumerate(rectangles):

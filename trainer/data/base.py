@@ -65,6 +65,10 @@ class ImageSource(ABC):
         """Image `index` in RGB. Raises UnreadableImageError (a ValueError) naming the file or row."""
         return self._read(int(self.rows[index]))
 
+    def pixels(self, index: int, shrink_of: ShrinkOf) -> Pixels:
+        """Image `index` for training, smaller where that is enough; see decode.decode_pixels."""
+        return pixels_of(self.image(index), shrink_of)
+
     def try_image(self, index: int) -> Image.Image | None:
         """Image `index`, or None when it is unreadable and skip_unreadable is on (counted in `skipped`, logged)."""
         return self._try(index, self.image)
@@ -74,8 +78,8 @@ class ImageSource(ABC):
         return self._or_next(index, self.image)
 
     def pixels_or_next(self, index: int, shrink_of: ShrinkOf) -> tuple[Pixels, int]:
-        """The same for training: decoded the shorter way, smaller where that is enough (decode.decode_pixels)."""
-        return self._or_next(index, lambda candidate: self._read_pixels(int(self.rows[candidate]), shrink_of))
+        """The same for training, as from pixels()."""
+        return self._or_next(index, lambda candidate: self.pixels(candidate, shrink_of))
 
     def _try(self, index: int, read: Callable[[int], Picture]) -> Picture | None:
         if index in self.skipped:
@@ -122,9 +126,6 @@ class ImageSource(ABC):
 
     @abstractmethod
     def _read(self, row: int) -> Image.Image: ...
-
-    def _read_pixels(self, row: int, shrink_of: ShrinkOf) -> Pixels:
-        return pixels_of(self._read(row), shrink_of)
 
 
 def spread_over(total: int, count: int) -> np.ndarray:

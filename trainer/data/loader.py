@@ -364,3 +364,4 @@ class Data:
     workers: int
     num_classes: int
     skip_unreadable: bool
+    measure_workers: bool = False  # for training: trainer/data/workers.py

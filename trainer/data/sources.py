@@ -189,8 +189,8 @@ class FolderSource(ImageSource):
         path = os.fsdecode(self._paths[row])
         return decode(path, path, self.max_pixels)
 
-    def _read_pixels(self, row: int, shrink_of: ShrinkOf) -> Pixels:
-        path = os.fsdecode(self._paths[row])
+    def pixels(self, index: int, shrink_of: ShrinkOf) -> Pixels:
+        path = os.fsdecode(self._paths[self.rows[index]])
         return decode_pixels(path, path, self.max_pixels, shrink_of)
 
 
@@ -244,8 +244,8 @@ class HubSource(ImageSource):
     def _read(self, row: int) -> Image.Image:
         return decode(*self._file(row), self.max_pixels)
 
-    def _read_pixels(self, row: int, shrink_of: ShrinkOf) -> Pixels:
-        return decode_pixels(*self._file(row), self.max_pixels, shrink_of)
+    def pixels(self, index: int, shrink_of: ShrinkOf) -> Pixels:
+        return decode_pixels(*self._file(int(self.rows[index])), self.max_pixels, shrink_of)
 
     def _file(self, row: int) -> tuple[str | bytes, str]:
         """Path or content of an image, and what an error calls it."""

@@ -155,6 +155,7 @@ class _Loop:
         if row:
             self.monitor.train_row(self.done, row | health.counts(), self.engine.lr)
             findings += health.look(self.done, row)
+        self.monitor.note(*self.step.take_notes())
         broken = saving and not self.step.weights_are_finite()
         if broken:
             findings.append(health.broken_weights(self.done))
@@ -272,6 +273,11 @@ class _Monitor:
                 row = self._head("warning", done) | finding.about
                 self.log.write(row | {"message": finding.message, "time": time.time()})
                 self.progress.note(f"warning: {finding.message}")
+
+    def note(self, *texts: str) -> None:
+        if self.main:
+            for text in texts:
+                self.progress.note(text)
 
     def _head(self, kind: str, done: int) -> dict[str, Any]:
         """What every metrics row begins with."""

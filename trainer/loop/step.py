@@ -16,6 +16,7 @@ from torch import Tensor
 from models.moe.out import Out, routing_metrics
 from trainer.config.runtime import RunConfig
 from trainer.data.loader import Batch, Data, make_mixup, train_batches
+from trainer.data.workers import FIRST_STEPS, MEASURED_STEPS, Limit, Times, spare_processors, workers_for
 from trainer.distributed.engine import Engine
 from trainer.distributed.ranks import Dist, seed_draws
 from trainer.loop.profile import part, waiting
@@ -50,10 +51,33 @@ class TrainStep:
         self.losses: list[dict[str, Tensor]] = []  # per micro-batch of the last step
         self.routing: list[dict[str, Tensor]] = []
         self.skipped: set[int] = set()
+        self.workers = data.workers  # processes that load images now
+        self.limit = Limit(spare_processors(dist.local_world))
+        self.notes: list[str] = []  # lines for the log, to be taken
         self._reset()
 
     def batches(self, done: int, per_epoch: int) -> Iterator[list[Batch]]:
         """The micro-batches of every optimiser step that is left after `done`."""
+        if self.data.measure_workers and self.limit.spare:
+            self.workers = 0
+            times = Times()
+            first_steps = itertools.islice(self._loaded(done, per_epoch), FIRST_STEPS + MEASURED_STEPS)
+            yield from times.of(first_steps)
+            done += len(times.waited)
+            if len(times.waited) > FIRST_STEPS:
+                self.workers = workers_for(times, self.limit.spare)
+                self.notes.append(f"data.workers=null: {self.workers} processes load the images, as measured")
+        loaded = self._loaded(done, per_epoch)
+        yield from itertools.islice(loaded, 1)  # not waited for: the processes begin
+        yield from self.limit.times.of(loaded)
+
+    def take_notes(self) -> list[str]:
+        """Lines for the log since the last call, about the loading of images."""
+        notes = self.notes
+        self.notes = []
+        return notes
+
+    def _loaded(self, done: int, per_epoch: int) -> Iterator[list[Batch]]:
         settings = self.engine.settings
         epoch, start = divmod(done, per_epoch)
         if epoch == self.task.epochs:
@@ -70,7 +94,8 @@ class TrainStep:
             accumulation=settings.accumulation,
             world=self.dist.world,
             rank=self.dist.rank,
-            workers=self.data.workers,
+            workers=self.workers,
+            device=self.dist.device,
         )
         micro_batches = waiting(micro_batches)
         for first in micro_batches:
@@ -154,6 +179,7 @@ class TrainStep:
         means = {name: value / max(steps, 1) for name, value in self.sums.items()}
         metrics = _mean_over_ranks(means | _means(self.routing), self.dist)
         self._reset()
+        self.notes += filter(None, [self.limit.remark(self.workers)])
         if not steps:
             return {}
         images_per_s = images * self.dist.world / seconds

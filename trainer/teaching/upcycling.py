@@ -425,7 +425,7 @@ def _basis_images(run: Run, dense: Teacher) -> int:
 def _batches(run: Run, images: ImageSource) -> Iterator[Tensor]:
     """Images as the dense model wants them, on the device."""
     preprocessing = dense_start(run).preprocessing
-    for batch in eval_batches(images, preprocessing, batch=BATCH, workers=run.recipe.data.workers):
+    for batch in eval_batches(images, preprocessing, batch=BATCH, workers=run.workers):
         HEARTBEAT.beat()
         yield batch.images[batch.mask].to(run.dist.device)
 
@@ -457,7 +457,7 @@ def _mlp_inputs(run: Run, images: ImageSource, layers: list[int]) -> dict[int, T
     ]
     try:
         dense.model.to(device)
-        for b in eval_batches(images, dense.preprocessing, batch=BATCH, workers=run.recipe.data.workers):
+        for b in eval_batches(images, dense.preprocessing, batch=BATCH, workers=run.workers):
             HEARTBEAT.beat()
             dense.model(b.images[b.mask].to(device))
             drawn_BT = torch.rand(int(b.mask.sum()), num_tokens(dense.model), generator=generator).argsort(1)
