@@ -1,8 +1,8 @@
 """Training health on real ranks: faults done to them for real, and what the run makes of them."""
 
 import json
-import os
 import math
+import os
 import signal
 import time
 

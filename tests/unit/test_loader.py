@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
 
@@ -169,6 +170,63 @@ def test_batch_moves_all_its_tensors():
         "meta"
     }
     assert moved.skipped == (3,)
+
+
+# JPEGs that are decoded smaller, and once for several views
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory):
+    """16 pictures many times larger than the views of PRE, so that each crop decides how much smaller it is decoded."""
+    folder = tmp_path_factory.mktemp("jpegs")
+    rng = np.random.default_rng(0)
+    for number in range(16):
+        path = folder / "train" / ("cat", "dog")[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        grey = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+        grey.resize((360, 270), Image.Resampling.BICUBIC).save(path)
+    return open_source(DataConfig(source="folder", path=str(folder), val_split="train"), "train")
+
+
+REPEATED = AugmentConfig(repeats=3, rand_augment="rand-m9-mstd0.5-inc1", random_erasing=0.5)
+
+
+def test_views_of_one_picture_are_those_of_pictures_read_anew(jpegs):
+    """Whatever stands beside it in a micro-batch: ranks, accumulation and workers cut the repeats of an image apart."""
+    whole = batches(jpegs, REPEATED, epochs=2)
+    assert_same(batches(jpegs, REPEATED, epochs=2, workers=2), whole)
+    ranks = [batches(jpegs, REPEATED, epochs=2, micro_batch=1, accumulation=4, world=2, rank=rank) for rank in (0, 1)]
+    for step, expected in enumerate(whole):
+        parts = [ranks[rank][step * 4 + part] for part in range(4) for rank in range(2)]
+        assert torch.equal(torch.cat([part.images for part in parts]), expected.images)
+        assert torch.equal(torch.cat([part.labels for part in parts]), expected.labels)
+
+
+def test_a_picture_is_decoded_once_for_each_size_it_is_wanted_in(jpegs, monkeypatch):
+    sizes = []
+
+    def counted(content, *arguments, **options):
+        sizes.append((content, options["min_factor"]))
+        return original(content, *arguments, **options)
+
+    original = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", counted)
+    (batch, *_) = train_batches(jpegs, PRE, REPEATED, seed=5, epoch=2, micro_batch=15)
+    assert len(batch.index.unique()) == 5
+    assert len(sizes) == len(set(sizes)) < 15
+    assert len({shrink for _, shrink in sizes}) > 1
+
+
+def test_images_and_labels_come_on_the_device(jpegs):
+    """On the meta device, which raises where a value is asked for, also while they are mixed."""
+    aug = AugmentConfig(random_erasing=1.0, mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+    mix = make_mixup(aug, num_classes=2)
+    for number, batch in enumerate(train_batches(jpegs, PRE, aug, seed=0, epoch=0, micro_batch=4, device="meta")):
+        assert (batch.images.device.type, batch.labels.device.type) == ("meta", "meta")
+        assert (batch.images.shape, batch.images.dtype) == ((4, 3, 12, 12), torch.float32)
+        mixed, targets = mix(batch.images, batch.labels, number)
+        assert (mixed.device.type, targets.shape) == ("meta", (4, 2))
+    assert number == 3
 
 
 # mixup

@@ -32,6 +32,7 @@ from trainer.data.warps import FASTER
 # the filter of the decoder would show beside that of the resize
 SPARE = 2
 SHRINKS = (8, 4, 2)
+CACHED = 2**18  # float32 values, 1 MiB
 TORCH_MODES = ("bilinear", "bicubic")  # those that torch resizes as Pillow does
 
 
@@ -160,8 +161,10 @@ def finish(images_BCHW: Tensor, erased: Erased, pre: Preprocessing, device: torc
         for values in (pre.mean, pre.std)
     )
     images_BCHW = torch.empty(bytes_BCHW.shape, device=device)
-    # image by image where a processor's cache holds one and not the batch
-    together = len(bytes_BCHW) if images_BCHW.device.type != "cpu" else 1
+    # on a processor as many images at a time as its cache holds
+    together = len(bytes_BCHW)
+    if images_BCHW.device.type == "cpu":
+        together = max(1, CACHED // images_BCHW[0].numel())
     for part, values in zip(images_BCHW.split(together), bytes_BCHW.split(together), strict=True):
         part.copy_(values).sub_(mean_C11).div_(std_C11)
     noise_N = erased.noise_N.to(device, non_blocking=True)
