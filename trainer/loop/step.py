@@ -66,7 +66,7 @@ class TrainStep:
             done += len(times.waited)
             if len(times.waited) > FIRST_STEPS:
                 self.workers = workers_for(times, self.limit.spare)
-                self.notes.append(f"data.workers=null: {self.workers} processes load the images, as measured")
+                self.notes.append(f"data.workers=null: it is {self.workers} from here on, as measured")
         loaded = self._loaded(done, per_epoch)
         yield from itertools.islice(loaded, 1)  # not waited for: the processes begin
         yield from self.limit.times.of(loaded)
