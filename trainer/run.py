@@ -25,6 +25,7 @@ from trainer.config.redaction import redact, refuse_secrets
 from trainer.distributed import interrupt
 from trainer.distributed.launchers import ranks_from_environment, spokesman_rank
 from trainer.request.job import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Job
+from trainer.request.plan import PlanRequest
 from trainer.tracking.console import quieten, set_up_logging
 
 
@@ -50,6 +51,9 @@ def _work(arguments: list[str], rank: int) -> Callable[[], int]:
     command = cli.read_command(options)
     if command:
         return partial(_alone, rank, _command, *command)
+    plan = cli.read_plan(options, arguments)
+    if plan is not None:
+        return partial(_alone, rank, _plan, plan)
     job = cli.read_job(options, arguments)
     try:
         rank = ranks_from_environment()["rank"]
@@ -146,6 +150,15 @@ def _dry_run(job: Job) -> int:
     from trainer.plan.show import show
 
     return show(job)
+
+
+def _plan(request: PlanRequest) -> int:
+    quieten()
+    set_up_logging(main=False)
+    import models  # noqa: F401  first: it mends torchvision beside a CPU torch
+    from trainer.plan.plan_page import show
+
+    return show(request)
 
 
 def _say(error: Exception, prefix: str = "") -> None:

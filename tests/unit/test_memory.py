@@ -5,13 +5,15 @@ import timm
 import torch
 
 from models.flops import num_tokens
-from models.memory import activation_bytes
+from models.memory import activation_bytes, expert_rows, kept_bytes
+from models.moe.layer import MoEConfig
+from models.vmoe.model import VMoE, VMoEConfig
 
 SIZES = {"img_size": 56, "patch_size": 14, "embed_dim": 48, "depth": 3, "num_heads": 3, "num_classes": 5}
 
 
-def kept_by_autograd(model) -> int:
-    """Bytes of every tensor that the backward pass of one image will read, parameters left out, each memory once."""
+def kept_by_autograd(model, images=None) -> int:
+    """Bytes of every tensor that the backward pass of some images will read, parameters left out, each memory once."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept = {}
 
@@ -21,7 +23,8 @@ def kept_by_autograd(model) -> int:
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no memory is used twice
         return tensor
 
-    images = torch.randn(1, 3, SIZES["img_size"], SIZES["img_size"])
+    if images is None:
+        images = torch.randn(1, 3, SIZES["img_size"], SIZES["img_size"])
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(images).sum()
     return sum(size for size, _ in kept.values())
@@ -38,3 +41,39 @@ def test_half_the_bytes_in_bfloat16_and_about_four_times_the_patches_at_twice_th
     model = timm.create_model("vit_tiny_patch16_224", **SIZES)
     assert activation_bytes(model, 17, 2) == activation_bytes(model, 17) / 2
     assert activation_bytes(model, 68) == pytest.approx(4 * activation_bytes(model, 17), rel=0.01)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("routing", ["capacity", "dropless", "many", "swiglu"])
+def test_what_a_vmoe_keeps_is_what_autograd_keeps(routing, frozen):
+    """Stacked weights, padded rows and routing included; a frozen model that hands the gradient on keeps less."""
+    config = {"num_experts": 32 if routing == "many" else 8, "k": 2}
+    if routing != "dropless":
+        config["capacity_factor"] = 1.05
+    sizes = {"image_size": 64, "patch_size": 8, "width": 64, "depth": 3, "heads": 4, "mlp_dim": 256, "num_classes": 5}
+    model = VMoE(VMoEConfig(**sizes, moe_blocks="1,2", moe=MoEConfig(**config), swiglu=routing == "swiglu")).train()
+    images = torch.randn(8, 3, 64, 64)
+    busiest = 1.0
+    if routing == "dropless":
+        told = {}
+        model(images, told)
+        loads = [told["blocks"][str(i)]["mlp"]["routing"].count_GE.sum(0).float() for i in (1, 2)]
+        busiest = max(float(load.max() / load.mean()) for load in loads)
+    if frozen:
+        model.requires_grad_(False)
+        images.requires_grad_(True)
+    planned = kept_bytes(model, 8, num_tokens(model), learns=not frozen, busiest=busiest)
+    assert planned == pytest.approx(kept_by_autograd(model, images), rel=0.1)
+
+
+def test_rows_of_an_expert_by_hand():
+    """12 tokens an image, 2 choices, 4 experts: 6 an image where the load is even."""
+    even = MoEConfig(num_experts=4, k=2)
+    assert expert_rows(even, images=8, tokens=12) == 48
+    assert expert_rows(even, images=8, tokens=12, busiest=1.25) == 60
+    assert expert_rows(even, images=8, tokens=12, busiest=9.0) == 96  # never more than all tokens
+    # with room for 6 an image, rounded up to 8; routed four together it is 24, which is a multiple of 4 already
+    assert expert_rows(MoEConfig(num_experts=4, k=2, capacity_factor=1.0), images=8, tokens=12) == 64
+    assert (
+        expert_rows(MoEConfig(num_experts=4, k=2, capacity_factor=1.0, images_per_group=4), images=8, tokens=12) == 48
+    )

@@ -15,9 +15,11 @@ from trainer.config.ds_config import ds_origins, read_ds_config
 from trainer.config.load import all_keys, close, load_recipe, origins
 from trainer.request.graph import ALL, phase_help
 from trainer.request.job import Job
+from trainer.request.plan import DEFAULTS, PLAN, PlanRequest, over_the_mean, whole
 
 # flags that a command needs; others have no meaning for it
 COMMAND_FLAGS = {"inspect": (), "export": ("out",), "import": ("layout", "out")}
+PLAN_FLAGS = ("nodes", "gpus", "gpu", "images", "classes", "busiest")
 IMPORT_SETTINGS = ("heads", "k")  # whole numbers behind the path
 NEEDED = "--recipe is needed (or --config OUT/PHASE/config.yaml, or OUT, to repeat a run)"
 PROFILED_STEPS = 10  # by --profile
@@ -45,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--recipe", help="recipes/*.yaml: what is trained")
     flags.add_argument("--ds_config", help=f"ds_configs/*.json: how it is spread over ranks (default {DS_CONFIG.name})")
-    flags.add_argument("--phase", help=f"{', '.join(phase_help())} (default)")
+    flags.add_argument("--phase", help=f"{', '.join(phase_help())} (default); or {PLAN}, which starts nothing")
     flags.add_argument("--module", help="phases that go by module (distill, ...): module 0..N-1, or all (default)")
     flags.add_argument("--expert", help="phase expert: expert 0..E-1 of the module, or all (default)")
     flags.add_argument("--out", help="folder of the run; phases find each other's results there")
@@ -53,6 +55,14 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--dry-run", action="store_true", help="check everything that can be checked, print the cost")
     flags.add_argument("--profile", action="store_true", help=f"where a step's time goes: run.profile={PROFILED_STEPS}")
     flags.add_argument("--print-recipe", action="store_true", help="the resolved recipe, with the origin of each value")
+    flags.add_argument("--nodes", help=f"--phase plan: nodes (default {DEFAULTS['nodes']})")
+    flags.add_argument("--gpus", help=f"--phase plan: GPUs of a node (default {DEFAULTS['gpus']})")
+    gpu_help = f"--phase plan: a GPU of the table, key=value behind it (default {DEFAULTS['gpu']}; h100,share=0.3)"
+    flags.add_argument("--gpu", help=gpu_help)
+    flags.add_argument("--images", help="--phase plan: training images, where the data is not to be opened")
+    flags.add_argument("--classes", help=f"--phase plan: of --images (default {DEFAULTS['classes']})")
+    busiest_help = f"--phase plan: tokens of the busiest expert over the mean (default {DEFAULTS['busiest']})"
+    flags.add_argument("--busiest", help=busiest_help)
     flags.add_argument("--layout", help="import: what SOURCE is, e.g. google_vmoe")
     flags.add_argument("-h", "--help", nargs="?", const="", metavar="SECTION", help="this, or the keys of a section")
     flags.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
@@ -88,6 +98,42 @@ def answer(options: argparse.Namespace) -> str | None:
     if options.print_recipe:
         return _resolved(options)
     return None
+
+
+def read_plan(options: argparse.Namespace, arguments: Sequence[str]) -> PlanRequest | None:
+    """The request behind --phase plan; None where it is something else.
+
+    Raises:
+        ValueError: something missing or out of range, or a flag of the plan beside another phase.
+    """
+    given = vars(options)
+    if options.phase != PLAN:
+        for flag in PLAN_FLAGS:
+            if given[flag] is not None:
+                raise ValueError(f"--{flag} has a meaning with --phase {PLAN} alone: ranks are the launcher's")
+        return None
+    for flag in ("module", "expert", "config", "dry_run", "layout"):
+        if given[flag]:
+            raise ValueError(f"--{flag.replace('_', '-')} has no meaning for --phase {PLAN}: it plans every phase")
+    if not options.recipe:
+        raise ValueError("--recipe is missing: --phase plan needs the recipe it plans for")
+    recipe_words, ds_words = _overrides(options)
+    ds_values = None
+    if options.ds_config or ds_words:
+        ds_values = read_ds_config(options.ds_config or DS_CONFIG, ds_words)
+    values = DEFAULTS | {flag: given[flag] for flag in PLAN_FLAGS if given[flag] is not None}
+    return PlanRequest(
+        load_recipe(options.recipe, recipe_words),
+        ds_values,
+        nodes=whole("nodes", values["nodes"]),
+        gpus=whole("gpus", values["gpus"]),
+        gpu=values["gpu"],
+        images=whole("images", values.get("images")),
+        classes=whole("classes", values["classes"]),
+        busiest=over_the_mean(values["busiest"]),
+        out=Path(options.out) if options.out else None,
+        command=shlex.join(["trainer/run.py", *arguments]),
+    )
 
 
 def read_job(options: argparse.Namespace, arguments: Sequence[str]) -> Job:

@@ -4,6 +4,7 @@
                                      phases (trainer/request/graph.py) says that it is repeated, run(run, start) of the
                                      two that go by the start of end-to-end training
     objective(run, ...)              what is taught, built once for training, rehearsal and benchmarks
+    taught(run, module)              the same before any training, for plans; None where nothing is trained
     rehearse(run, module, known)     everything but the training: what it finds, and what the training will cost
 
     check(run)                       what can be known before anything trains, where there is something

@@ -53,6 +53,12 @@ def objective(run: Run) -> Classify:
     return Classify(run.teacher.model, run.tokens, run.recipe.augment.label_smoothing)
 
 
+def taught(run: Run, module: int | None) -> Classify:
+    """What the phase trains, before any training."""
+    run.teacher.model.requires_grad_(True)
+    return objective(run)
+
+
 def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
     """What fine-tuning it will cost."""
     return of_training(run, "assemble", "assemble", objective(run).flops_per_image)

@@ -37,14 +37,14 @@ def run(run: Run, module: int) -> None:
     settings = run.settings("distill")
     made_with = {"teacher": run.teacher_record, "meta": meta_result["files"]["model.safetensors"]}
     made_with |= upcycling.record(run)
-    taught, spent = objective(run, module, student, meta, guided=schedule.epochs > 0)
+    pair, spent = objective(run, module, student, meta, guided=schedule.epochs > 0)
     spent += upcycling.spent(run) // recipe.modules
     if schedule.epochs:
         what = f"distill {module + 1}/{recipe.modules}"
         from_experts = assembly is not None
-        trained = run.train(taught, run.data, schedule, settings, folder, what, evaluate_start=from_experts)
+        trained = run.train(pair, run.data, schedule, settings, folder, what, evaluate_start=from_experts)
     else:
-        trained = run.left_as_it_is(taught, settings)
+        trained = run.left_as_it_is(pair, settings)
     outcome = trained.outcome
     measure = measure_of(outcome.evaluation).key
     metrics = outcome.evaluation | {
@@ -96,16 +96,21 @@ def check(run: Run) -> None:
         experts.check(run)
 
 
+def taught(run: Run, module: int) -> Distill:
+    """What the phase trains, before any training and without a guide."""
+    student = student_modules(run, run.recipe.distill.drop_path)[module]
+    return objective(run, module, student, new_meta(run))[0]
+
+
 def rehearse(run: Run, module: int, known: Known) -> Rehearsed:
     """One image through the hybrid, and what teaching the module will cost."""
     recipe = run.recipe
-    student, meta = student_modules(run, recipe.distill.drop_path)[module], new_meta(run)
-    taught, _ = objective(run, module, student, meta)
+    pair = taught(run, module)
     with torch.no_grad():
-        taught.predict(blank_images(run))
-    extra = assembly_flops(run, meta, student, module) if taught_by_expert(recipe) else 0
+        pair.predict(blank_images(run))
+    extra = assembly_flops(run, pair.meta, pair.module, module) if taught_by_expert(recipe) else 0
     extra += start_flops(run) // recipe.modules
-    found = of_training(run, "distill", f"distill_{module}", taught.flops_per_image, extra_flops=extra)
+    found = of_training(run, "distill", f"distill_{module}", pair.flops_per_image, extra_flops=extra)
     if not recipe.distill.epochs:
         return Rehearsed("left as it starts: distill.epochs is 0", found.costs)
     return found

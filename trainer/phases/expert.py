@@ -43,8 +43,8 @@ def run(run: Run, module: int, expert: int) -> None:
     else:
         images = len(run.data.train) if rule.train is None else int((rule.train == expert).sum())
         what = f"module {module + 1}/{recipe.modules}, expert {expert + 1}/{recipe.student.moe.num_experts}"
-        taught = objective(run, rule, module, expert, student, meta)
-        trained = run.train(taught, data, schedule, settings, folder, what)
+        pair = objective(run, rule, module, expert, student, meta)
+        trained = run.train(pair, data, schedule, settings, folder, what)
     metrics = dict(trained.outcome.evaluation)
     if "images" in metrics:
         metrics["val_images"] = metrics.pop("images")
@@ -76,6 +76,12 @@ def objective(run: Run, rule: Clusters, module: int, expert: int, student: Stude
 def check(run: Run) -> None:
     """Whether experts can be taught one by one."""
     experts.check(run)
+
+
+def taught(run: Run, module: int) -> Distill:
+    """What the phase trains of each expert of a module, before any training."""
+    student = experts.dense_modules(run)[module]
+    return objective(run, clusters.untrained(run, module), module, 0, student, new_meta(run))
 
 
 def rehearse(run: Run, module: int, known: Known) -> Rehearsed:

@@ -47,9 +47,14 @@ def objective(run: Run, module: int, meta: MetaModel) -> Incubate:
     return Incubate(stage, meta, module, run.tokens, run.recipe.augment.label_smoothing)
 
 
+def taught(run: Run, module: int) -> Incubate:
+    """What the phase trains, before any training."""
+    return objective(run, module, new_meta(run))
+
+
 def rehearse(run: Run, module: int, known: Known) -> Rehearsed:
     """One image through the hybrid, and what training the module will cost."""
-    taught = objective(run, module, new_meta(run))
+    grown = taught(run, module)
     with torch.no_grad():
-        taught.predict(blank_images(run))
-    return of_training(run, "incubate", f"incubate_{module}", taught.flops_per_image)
+        grown.predict(blank_images(run))
+    return of_training(run, "incubate", f"incubate_{module}", grown.flops_per_image)

@@ -74,6 +74,13 @@ def check(run: Run) -> None:
     reuse.check_meta(run)
 
 
+def taught(run: Run, module: int | None) -> Any:
+    """What the phase trains, before any training; None where the teacher is its own meta model or one is given."""
+    if run.recipe.meta.source or not run.recipe.meta.blocks_per_module:
+        return None
+    return objective(run, new_meta(run), run.teacher_stages())
+
+
 def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
     """One image through a new meta model, and what training it will cost."""
     meta = new_meta(run)

@@ -109,6 +109,12 @@ def objective(run: Run) -> Classify:
     return Classify(run.teacher.model, run.tokens, run.recipe.augment.label_smoothing)
 
 
+def taught(run: Run, module: int | None) -> Classify:
+    """What teacher.finetune_epochs trains."""
+    run.teacher.model.requires_grad_(True)
+    return objective(run)
+
+
 def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
     """One forward of the teacher per image, the size of its features, and what fine-tuning will cost."""
     result = run.out / "probe" / "result.json"

@@ -20,7 +20,7 @@ from models.moe.parallel import load_full_state_dict
 from trainer import artifacts
 from trainer.context import Run, Trained
 from trainer.loop.fit import Outcome
-from trainer.objectives import Distill, Together
+from trainer.objectives import Distill, Objective, Together
 from trainer.request.graph import in_one_job, trained_again
 from trainer.teaching.estimate import Cost, Known, Rehearsed, blank_images, of_training
 from trainer.teaching.guidance import module_guide
@@ -43,10 +43,10 @@ def run(run: Run, module: int | None) -> None:
     meta, modules, made_with, first_round = _learned(run, names, f"--phase refine --module {module}")
     settings = run.settings("refine")
     again = trained_again(recipe, module)
-    taught, spent = objective(run, module, modules, meta, guided=again)
+    pair, spent = objective(run, module, modules, meta, guided=again)
     if again:
         what = f"refine {module + 1}/{recipe.modules}"
-        trained = run.train(taught, run.data, schedule, settings, folder, what)
+        trained = run.train(pair, run.data, schedule, settings, folder, what)
         evaluation = trained.outcome.evaluation
         metrics = _with_hybrid(evaluation)
     else:
@@ -102,8 +102,8 @@ def objective_together(
         spent = [flops for _, flops in pairs]
     meta_is_teacher = recipe.meta.blocks_per_module == 0
     smoothing = recipe.augment.label_smoothing
-    taught = Together(modules, stages, meta, recipe.distill, run.tokens, meta_is_teacher, smoothing, guides)
-    return taught, spent
+    together = Together(modules, stages, meta, recipe.distill, run.tokens, meta_is_teacher, smoothing, guides)
+    return together, spent
 
 
 def _run_together(run: Run) -> None:
@@ -120,13 +120,13 @@ def _run_together(run: Run) -> None:
     folders = [folder for folder, _ in opened]
     meta, modules, made_with, _ = _learned(run, [f"distill_{module}" for module in numbers], "--phase refine")
     settings = run.settings("refine")
-    taught, spent = objective_together(run, modules, meta, guided=True)
-    flops_by_module = taught.flops_by_module  # counted before the engine takes experts out of the modules
-    trained = run.train(taught, run.data, schedule, settings, folders[-1], f"refine all {recipe.modules}")
+    together, spent = objective_together(run, modules, meta, guided=True)
+    flops_by_module = together.flops_by_module  # counted before the engine takes experts out of the modules
+    trained = run.train(together, run.data, schedule, settings, folders[-1], f"refine all {recipe.modules}")
     seconds_per_flop = trained.outcome.seconds / sum(flops_by_module)
     for module in numbers:
         last = module == recipe.modules - 1
-        outcome = trained.outcome if last else run.measure(taught.pairs[module], settings)
+        outcome = trained.outcome if last else run.measure(together.pairs[module], settings)
         prefix = f"chain.{module}."
         weights = {
             name.removeprefix(prefix): tensor for name, tensor in trained.weights.items() if name.startswith(prefix)
@@ -154,21 +154,32 @@ def _with_hybrid(evaluation: dict[str, float]) -> dict[str, float]:
     return {f"hybrid_{measure}": evaluation[measure], **evaluation}
 
 
+def taught(run: Run, module: int | None) -> Objective | None:
+    """What the phase trains, before any training and without guides: a module, or with None all at once.
+
+    None for a module whose second round is its first.
+    """
+    if module is None:
+        return objective_together(run, student_modules(run), new_meta(run))[0]
+    if not trained_again(run.recipe, module):
+        return None
+    return objective(run, module, student_modules(run)[: module + 1], new_meta(run))[0]
+
+
 def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
     """What teaching the module behind those before it will cost; None = all at once."""
     recipe = run.recipe
+    rehearsed = taught(run, module)
     if in_one_job(recipe, "refine"):
-        taught, _ = objective_together(run, student_modules(run), new_meta(run))
         with torch.no_grad():
-            taught.predict(blank_images(run))
-        parts = [of_training(run, "refine", f"refine_{i}", flops) for i, flops in enumerate(taught.flops_by_module)]
+            rehearsed.predict(blank_images(run))
+        parts = [of_training(run, "refine", f"refine_{i}", flops) for i, flops in enumerate(rehearsed.flops_by_module)]
         costs = {name: cost for part in parts for name, cost in part.costs.items()}
         return Rehearsed(f"{parts[-1].text} for all modules at once", costs)
     name = f"refine_{module}"
-    if not trained_again(recipe, module):
+    if rehearsed is None:
         return Rehearsed("fed images either way, so it is taken as it is", {name: Cost(0.0, 0.0)})
-    taught, _ = objective(run, module, student_modules(run)[: module + 1], new_meta(run))
-    return of_training(run, "refine", name, taught.flops_per_image)
+    return of_training(run, "refine", name, rehearsed.flops_per_image)
 
 
 def _learned(

@@ -44,6 +44,11 @@ def objective(run: Run, model: TransformersTeacher) -> Classify:
     return Classify(model, _tokens(run), run.recipe.augment.label_smoothing)
 
 
+def taught(run: Run, module: int | None) -> Classify:
+    """What the phase trains, in timm's form; `run` has a teacher of this size already."""
+    return objective(run, run.teacher.model.requires_grad_(True))
+
+
 def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
     """What training it will cost; `run` has a teacher of this size already."""
     return of_training(run, "teacher", "teacher", flops_per_image(cost.trained(run.teacher.model), run.tokens))

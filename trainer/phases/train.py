@@ -63,14 +63,14 @@ def run(run: Run, start: str) -> None:
     student = begun.student
     config = student.config
     data = run.data if student.preprocessing is None else run.data_for(student.preprocessing)
-    taught, spent = objective(run, student, _borders(run, student), guided=True)
+    whole, spent = objective(run, student, _borders(run, student), guided=True)
     if start == "scratch_equal_cost":
-        schedule = replace(schedule, epochs=schedule.epochs + _epochs_of_preparation(run, taught.flops_per_image))
+        schedule = replace(schedule, epochs=schedule.epochs + _epochs_of_preparation(run, whole.flops_per_image))
     name = "train" if start == "distilled" else start.replace("_equal_cost", ", equal cost")
     if run.dist.main:
         family.write_config(folder, config, data.preprocessing, run.classes)  # makes a model of an exported checkpoint
     trained = run.train(
-        taught,
+        whole,
         data,
         schedule,
         settings,
@@ -137,22 +137,29 @@ def check(run: Run) -> None:
     reuse.check_student(run)
 
 
-def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
-    """One image through the whole student, its cost, and that of its rivals."""
+def taught(run: Run, module: int | None) -> Objective:
+    """What the phase trains, before any training and without a guide."""
     t = run.recipe.train
     given = t.init if t.start == "distilled" else ""
     if given:
         reuse.check_student(run)
         student = family_of(run.recipe).load(given)
     else:
-        student = new_student(run)
-    parameters = sum(p.numel() for p in student.parameters())
+        student = new_student(run, t.drop_path)
     # borders without a place: to know how long the teacher is run
     fading = Borders((), ()) if t.border_weight or t.routing_weight else None
-    taught, _ = objective(run, student, fading)
+    return objective(run, student, fading)[0]
+
+
+def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
+    """One image through the whole student, its cost, and that of its rivals."""
+    t = run.recipe.train
+    whole = taught(run, module)
+    student = whole.module
+    parameters = sum(p.numel() for p in student.parameters())
     with torch.no_grad():
-        taught.predict(blank_images(run, student.preprocessing))
-    found = of_training(run, "train", "train", taught.flops_per_image)
+        whole.predict(blank_images(run, student.preprocessing))
+    found = of_training(run, "train", "train", whole.flops_per_image)
     own = found.costs["train"]
     costs = {"train": own} | {artifact_name("train", start=rival): own for rival in ("scratch", "upcycled")}
     before = preparation(run.recipe)
@@ -161,7 +168,7 @@ def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
         more_epochs = math.ceil(sum(known[name].flops for name in before) / flops_of_epoch)
         flops = own.flops + more_epochs * flops_of_epoch
         equal_cost = artifact_name("train", start="scratch_equal_cost")
-        costs[equal_cost] = Cost(flops / taught.flops_per_image, flops)
+        costs[equal_cost] = Cost(flops / whole.flops_per_image, flops)
     return Rehearsed(f"student of {parameters / 1e6:.3g} M parameters; {found.text}", costs, parameters)
 
 

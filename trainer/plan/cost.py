@@ -6,9 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-ASSUMED_FLOPS = (
-    1e14  # per GPU and second: about a tenth of the bf16 peak of an H100, what small-batch ViT training gets
-)
+ASSUMED_SHARE = 0.1  # of a GPU's peak bf16 rate: what small-batch ViT training gets; not measured here on a GPU yet
+ASSUMED_FLOPS = 1e14  # per GPU and second: about that share of an H100
 
 
 def measured_speed(folders: Sequence[Path]) -> tuple[float, str] | None:

@@ -1,0 +1,166 @@
+"""`--phase plan`, as it is printed; see planner.py."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from trainer.config.recipe import Recipe
+from trainer.plan.estimate import EXCHANGED, GRADIENTS, WEIGHTS, Estimate
+from trainer.plan.gpus import Gpu, parse
+from trainer.plan.planner import Plan, plan, problems, propose
+from trainer.plan.stand_ins import planned_run
+from trainer.plan.traffic import Layout
+from trainer.plan.work import Work, works
+from trainer.request.job import EXIT_BAD_INPUT
+from trainer.request.plan import PlanRequest
+from trainer.tracking.console import table
+
+
+def show(request: PlanRequest) -> int:
+    """Print a plan; 0, or EXIT_BAD_INPUT where what was asked for cannot be.
+
+    Raises:
+        ValueError: nothing fits, or something given has no meaning.
+    """
+    gpu = parse(request.gpu)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = request.out or Path(scratch)
+        run = planned_run(
+            request.recipe, request.ds_values or {}, out, request.nodes, request.gpus, request.images, request.classes
+        )
+        found = works(run)
+    layout = Layout(request.nodes, request.gpus)
+    layouts = dict.fromkeys((work.phase for work in found), layout)
+    text, wrong = page(request.recipe, found, request.ds_values, layouts, gpu, request.busiest)
+    print(f"{request.command}\n{layout.world} GPUs on {request.nodes} nodes\n\n{text}")
+    return EXIT_BAD_INPUT if wrong else 0
+
+
+def page(
+    recipe: Recipe,
+    found: Sequence[Work],
+    ds_values: dict | None,
+    layouts: Mapping[str, Layout],
+    gpu: Gpu,
+    busiest: float,
+) -> tuple[str, list[str]]:
+    """The plan under a DeepSpeed JSON, or under the one it proposes; and what of it cannot be.
+
+    Args:
+        ds_values: None = take the proposal.
+
+    Raises:
+        ValueError: there is nothing to train, or no settings fit.
+    """
+    if not found:
+        return "nothing is trained: every phase of this recipe is given or turned off", []
+    wrong: list[str] = []
+    proposed, refused = None, ""
+    try:
+        proposed = propose(recipe, found, layouts, gpu, busiest)
+    except ValueError as error:
+        if ds_values is None:
+            raise
+        refused = str(error)
+    chosen = proposed if ds_values is None else plan(recipe, found, ds_values, layouts, gpu, busiest)
+    wrong = problems(chosen, gpu)
+    parts = [f"{gpu}", tables(chosen, busiest, gpu)]
+    parts += [f"PROBLEM  {line}" for line in wrong]
+    if refused and wrong:
+        parts.append(refused)
+    if proposed is not None:
+        saved = "" if ds_values is None else f", {proposed.hours:.3g} GPU-hours in place of {chosen.hours:.3g}"
+        parts.append(f"proposed DeepSpeed JSON{saved}\n{json.dumps(proposed.ds_values, indent=2)}")
+    return "\n\n".join(parts), wrong
+
+
+def tables(chosen: Plan, busiest: float, gpu: Gpu) -> str:
+    """Memory, traffic, time."""
+    memory = table(MEMORY, [_memory(each) for each in chosen.estimates])
+    traffic = table(TRAFFIC, [_traffic(each) for each in chosen.estimates])
+    total = ("total", *[""] * 9, f"{chosen.hours:.3g}")
+    time = table(TIME, [*(_time(each) for each in chosen.estimates), total])
+    dropless = any(layer.config.capacity_factor is None for each in chosen.estimates for layer in each.work.moe_layers)
+    notes = []
+    if dropless:
+        notes.append(
+            f"nothing is dropped, so the busiest expert is taken to have {busiest:g} times the mean of tokens (--busiest)"
+        )
+    notes.append(
+        f"gradients are reduced beside {gpu.overlap:.0%} of the backward pass where overlap_comm is on, all else one "
+        "after another; input, evaluation, saves and start-up come on top"
+    )
+    return (
+        f"memory per GPU, GB\n{memory}\n\nsent by each GPU in a step, MB: inside the node + between nodes\n{traffic}\n\n"
+        f"time\n{time}\n" + "\n".join(notes)
+    )
+
+
+MEMORY = (
+    "result",
+    "batch",
+    "ep",
+    "weights",
+    "masters+moments",
+    "frozen",
+    "gradients",
+    "buckets",
+    "activations",
+    "peak",
+)
+TRAFFIC = ("result", "tokens to experts", "gradients", "weights")
+TIME = (
+    "result",
+    "ms/step",
+    "compute",
+    "experts",
+    "gradients",
+    "weights",
+    "update",
+    "small",
+    "steps",
+    "hours",
+    "GPU-hours",
+)
+
+
+def _memory(each: Estimate) -> tuple[str, ...]:
+    memory, settings = each.memory, each.settings
+    figures = (
+        memory.weights,
+        memory.masters + memory.moments + memory.average,
+        memory.frozen,
+        memory.gradients,
+        memory.buckets,
+        memory.activations + memory.workspace,
+        memory.peak,
+    )
+    batch = f"{settings.micro_batch}x{settings.accumulation}"
+    return (each.work.name, batch, str(settings.ep_size), *(f"{figure / 1e9:.3g}" for figure in figures))
+
+
+def _traffic(each: Estimate) -> tuple[str, ...]:
+    cells = []
+    for kinds in (EXCHANGED, GRADIENTS, WEIGHTS):
+        inside, between = each.wire(*kinds)
+        cells.append(f"{inside / 1e6:.3g} + {between / 1e6:.3g}")
+    return (each.work.name, *cells)
+
+
+def _time(each: Estimate) -> tuple[str, ...]:
+    seconds = each.seconds
+    figures = (
+        seconds.total,
+        seconds.compute,
+        seconds.exchange,
+        seconds.gradients,
+        seconds.weights,
+        seconds.update,
+        seconds.small,
+    )
+    milliseconds = (f"{1e3 * figure:.3g}" for figure in figures)
+    jobs = f" x {each.work.jobs}" if each.work.jobs > 1 else ""
+    return (each.work.name, *milliseconds, f"{each.steps:,}{jobs}", f"{each.hours:.3g}", f"{each.gpu_hours:.3g}")

@@ -1,0 +1,216 @@
+"""What a phase trains, in the numbers a plan needs: parameters, layers that keep something, experts, FLOPs, steps.
+
+Models are built on the meta device, so that the largest one costs neither memory nor time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.flops import forward_flops
+from models.memory import kept_bytes
+from models.moe.layer import LAYERS, MoE
+from trainer.config.phases import ScheduleConfig
+from trainer.context import Run
+from trainer.distributed.engine import parameter_groups
+from trainer.objectives.base import Objective
+from trainer.phases import code_of
+from trainer.request.graph import TABLE, Phase, artifact_name, in_one_job, taking_part
+
+# DeepSpeed cuts the experts' parameter groups at so many elements (split_params_into_different_moe_groups_for_optimizer)
+LARGEST_EXPERT_GROUP = 178_956_971
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trained parameter; `expert` is its number among the experts of its layer, None where it is of no expert."""
+
+    numel: int
+    expert: int | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """One training: of a phase, or of one of its modules."""
+
+    name: str  # of its result: distill_0
+    phase: str
+    section: str  # of the recipe
+    schedule: ScheduleConfig
+    objective: Objective
+    epochs: int
+    images: int  # an epoch's
+    image_numbers: int  # pixels of an image, all channels
+    layer_decay: float = 1.0
+    ema: bool = False
+    jobs: int = 1  # trainings of these sizes: the experts of a module, each taught alone
+
+    @property
+    def tokens(self) -> int:
+        """Length of the token sequence."""
+        return self.objective.tokens
+
+    @functools.cached_property
+    def moe_layers(self) -> list[MoE]:
+        """Of what is trained: those that experts are spread for."""
+        return [module for module in self.objective.module.modules() if isinstance(module, MoE)]
+
+    @functools.cached_property
+    def frozen_numbers(self) -> int:
+        """Parameters and buffers that lie beside what is trained, each once."""
+        trained = {id(tensor) for tensor in _tensors([self.objective.module])}
+        return sum(tensor.numel() for tensor in _tensors(self.objective.frozen) if id(tensor) not in trained)
+
+    @functools.cached_property
+    def trained_parts(self) -> list[nn.Module]:
+        """What images pass through and learns; a part stands there as often as it is run."""
+        learning = [each.part for each in self.objective.passes() if each.learns]
+        return learning or [self.objective.module]  # module replacing counts its cost another way
+
+    @functools.cached_property
+    def relaying_parts(self) -> list[nn.Module]:
+        """What is frozen and hands the gradient on."""
+        return [each.part for each in self.objective.passes() if each.relays and not each.learns]
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        """Trained parameters, all experts counted."""
+        return sum(p.numel() for p in self.objective.module.parameters() if p.requires_grad)
+
+    @functools.cached_property
+    def groups(self) -> list[list[Parameter]]:
+        """The optimiser's parameter groups, before experts are taken out of them."""
+        experts = {}
+        for layer in self.moe_layers:
+            for number, expert in enumerate(layer.experts):
+                experts |= dict.fromkeys(map(id, expert.parameters()), number)
+        groups = parameter_groups(self.objective.module, self.schedule.weight_decay, self.layer_decay)
+        return [[Parameter(p.numel(), experts.get(id(p))) for p in group["params"]] for group in groups]
+
+    @functools.cached_property
+    def recomputed_flops(self) -> int:
+        """FLOPs of an image that activation checkpointing computes again: a forward of the blocks that learn."""
+        return sum(forward_flops(block, self.tokens) for block in self.blocks)
+
+    @functools.cached_property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of the trained parts, which activation checkpointing recomputes."""
+        return [block for part in self.trained_parts for block in blocks_of(part)]
+
+    def block_numbers(self) -> int:
+        """Numbers that all blocks are given for one image: what is kept where they are computed again."""
+        return sum(self.tokens * block.norm1.normalized_shape[-1] for block in self.blocks)
+
+    def steps(self, global_batch: int) -> int:
+        """Optimiser steps from start to end."""
+        return self.epochs * (self.images // global_batch)
+
+
+def expert_numbers(layer: MoE) -> int:
+    """Weights of one expert."""
+    return len(LAYERS[layer.act]) * layer.dim * layer.hidden
+
+
+def flat_groups(groups: Sequence[Sequence[Parameter]], local_experts: int) -> list[tuple[int, bool]]:
+    """(elements, of experts) of each flat parameter group that ZeRO makes on a rank.
+
+    Args:
+        local_experts: of each layer on this rank.
+    """
+    flats = []
+    of_experts = []
+    for group in groups:
+        dense = sum(p.numel for p in group if p.expert is None)
+        if dense:
+            flats.append((dense, False))
+        held = [p.numel for p in group if p.expert is not None and p.expert < local_experts]
+        of_experts += [(elements, True) for elements in _cut(held)]
+    return flats + of_experts
+
+
+def blocks_of(part: nn.Module) -> Iterator[nn.Module]:
+    """The transformer blocks inside a part."""
+    if hasattr(part, "norm1") and hasattr(part, "attn"):
+        yield part
+        return
+    for child in part.children():
+        yield from blocks_of(child)
+
+
+def works(run: Run, asked: Sequence[str] = ()) -> list[Work]:
+    """Every training of a recipe, in order.
+
+    Args:
+        run: whose teacher may stand on the meta device.
+        asked: phases; () = all that take part.
+    """
+    found = []
+    for row in TABLE:
+        takes_part = row in taking_part(run.recipe) and (not asked or row.name in asked)
+        if takes_part and row.section and row.trains(run.recipe) and hasattr(code_of(row.name), "taught"):
+            found += _works_of(run, row)
+    return found
+
+
+def _works_of(run: Run, row: Phase) -> list[Work]:
+    schedule = getattr(run.recipe, row.section)
+    epochs = run.recipe.teacher.finetune_epochs if row.name == "probe" else schedule.epochs
+    modules: list[int | None] = [None]
+    if row.repeated and not in_one_job(run.recipe, row.name):
+        modules = list(range(run.recipe.modules))
+    seen = run.teacher.preprocessing
+    found = []
+    for module in modules:
+        with torch.device("meta"):
+            objective = code_of(row.name).taught(run, module)
+        if objective is None or not epochs:
+            continue
+        work = Work(
+            artifact_name(row.name, module),
+            row.name,
+            row.section,
+            schedule,
+            objective,
+            epochs,
+            len(run.sources[0]),
+            seen.in_chans * seen.image_size**2,
+            layer_decay=getattr(schedule, "layer_decay", 1.0),
+            ema=bool(getattr(schedule, "ema", 0.0)),
+        )
+        if row.repeated == "expert":
+            count = run.recipe.student.moe.num_experts
+            work = replace(work, jobs=count, images=max(work.images // count, schedule.global_batch or 1))
+        found.append(work)
+    return found
+
+
+def _cut(held: Sequence[int]) -> list[int]:
+    """Elements of the groups that DeepSpeed makes of one group's experts."""
+    cut, current = [], 0
+    for numel in held:
+        if current + numel > LARGEST_EXPERT_GROUP:
+            cut.append(current)
+            current = 0
+        current += numel
+    return [*cut, current] if held else []
+
+
+def _tensors(modules: Sequence[nn.Module]) -> Iterator[Any]:
+    """Parameters and buffers of some modules, each once."""
+    seen = set()
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
+def kept_by(parts: Sequence[nn.Module], learns: bool, images: int, tokens: int, numbers: int, **experts: Any) -> int:
+    """Bytes that some parts keep of a forward; see models.memory.kept_bytes."""
+    return sum(kept_bytes(part, images, tokens, numbers, learns=learns, **experts) for part in parts)
