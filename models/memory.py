@@ -65,7 +65,9 @@ def widest_bytes(block: nn.Module, images: int, tokens: int, bytes_per_number: i
         return rows * block.hidden * bytes_per_number
     if isinstance(block, nn.Linear):
         return images * tokens * block.out_features * bytes_per_number
-    return max((widest_bytes(child, images, tokens, bytes_per_number, busiest) for child in block.children()), default=0)
+    return max(
+        (widest_bytes(child, images, tokens, bytes_per_number, busiest) for child in block.children()), default=0
+    )
 
 
 def expert_rows(config: MoEConfig, images: int, tokens: int, busiest: float = 1.0) -> int:

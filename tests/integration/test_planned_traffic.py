@@ -24,7 +24,10 @@ CASES = {
         ["ds.bf16.enabled=true", "ds.zero_optimization.stage=2", "ds.gradient_accumulation_steps=2",
          "ds.trainer.activation_checkpointing=true", "student.moe.dropout=0.1", "train.layer_decay=0.7"],
     ),
-    "4 ranks, two of them hold the same experts": (4, ["ds.trainer.ep_size=2", "ds.zero_optimization.overlap_comm=false"]),
+    "4 ranks, two of them hold the same experts": (
+        4,
+        ["ds.trainer.ep_size=2", "ds.zero_optimization.overlap_comm=false"],
+    ),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""How long a step takes: FLOPs at a stated share of the peak, and what of the communication does not run beside them."""
+"""How long a step takes: FLOPs at a stated share of the peak, and the communication that does not run beside them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.flops import flops
 from models.memory import expert_rows
-from models.moe.layer import MoE
 from trainer.config.ds_config import Settings
-from trainer.plan.footprint import Footprint, footprint
+from trainer.plan.footprint import BACKWARD, Footprint, footprint, own_elements, state_bytes
 from trainer.plan.gpus import Gpu
-from trainer.plan.traffic import FLOAT32, Collective, Layout, collectives, padded_numel, wire_bytes
-from trainer.plan.work import Work, flat_groups
+from trainer.plan.traffic import Collective, Layout, collectives, wire_bytes
+from trainer.plan.work import Work
 
-UPDATED = 7  # float32 numbers that AdamW reads and writes per weight: four in, three out
 HOST_GB_S = 20.0  # of the host's memory for each GPU, where the optimiser is there: an assumption
-BACKWARD = 2 / 3  # of the FLOPs of a step
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,8 @@ def estimate(work: Work, settings: Settings, layout: Layout, gpu: Gpu, busiest: 
     """
     moved = collectives(work, settings, layout, busiest)
     memory = footprint(work, settings, layout, busiest)
-    return Estimate(work, settings, layout, memory, moved, _seconds(work, settings, layout, gpu, busiest, moved))
+    seconds = _seconds(work, settings, layout, gpu, busiest, moved)
+    return Estimate(work, settings, layout, memory, moved, seconds)
 
 
 def step_flops(work: Work, settings: Settings, busiest: float) -> float:
@@ -97,17 +94,21 @@ def step_flops(work: Work, settings: Settings, busiest: float) -> float:
     if settings.activation_checkpointing:
         per_image += work.recomputed_flops
     images = settings.micro_batch * settings.accumulation
-    total = float(images * per_image)
-    for layer in work.moe_layers:
-        total += settings.accumulation * _empty_row_flops(layer, settings.micro_batch, work.tokens, busiest)
-    return total
+    return images * per_image + settings.accumulation * _empty_row_flops(work, settings.micro_batch, busiest)
 
 
 def _seconds(
-    work: Work, settings: Settings, layout: Layout, gpu: Gpu, busiest: float, moved: Sequence[Collective]
+    work: Work,
+    settings: Settings,
+    layout: Layout,
+    gpu: Gpu,
+    busiest: float,
+    moved: Sequence[Collective],
 ) -> Seconds:
+    # FLOPs at the rate counted on, and what the layers between the products move through memory
     compute = step_flops(work, settings, busiest) / gpu.flops_per_second
-    times = {kind: 0.0 for kind in ("exchange", "gradients", "weights", "small")}
+    compute += gpu.touched * state_bytes(work, settings, layout, busiest) / (gpu.memory_gb_s * 1e9)
+    times = dict.fromkeys(("exchange", "gradients", "weights", "small"), 0.0)
     for each in moved:
         times[_kind(each)] += _time(each, layout, gpu)
     if settings.config["zero_optimization"].get("overlap_comm", False):
@@ -136,22 +137,16 @@ def _time(collective: Collective, layout: Layout, gpu: Gpu) -> float:
 
 
 def _update(work: Work, settings: Settings, layout: Layout, gpu: Gpu) -> float:
-    layers = work.moe_layers
-    local = layers[0].config.num_experts // layout.ep_size if layers else 0
-    replicas = layout.world // layout.ep_size
-    own = 0
-    for numel, expert in flat_groups(work.groups, local):
-        ranks = replicas if expert else layout.world
-        own += padded_numel(numel, ranks) // ranks
     offloaded = settings.config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
     speed = HOST_GB_S if offloaded else gpu.memory_gb_s
-    return own * UPDATED * FLOAT32 / (speed * 1e9)
+    return own_elements(work, layout) * gpu.updated_bytes / (speed * 1e9)
 
 
-def _empty_row_flops(layer: MoE, images: int, tokens: int, busiest: float) -> float:
+def _empty_row_flops(work: Work, images: int, busiest: float) -> float:
     """FLOPs of rows that no token fills, forward and backward; below 0 where tokens are dropped."""
-    taken = images * tokens * layer.config.k
-    rows = layer.config.num_experts * expert_rows(layer.config, images, tokens, busiest)
-    router = images * 3 * 2 * tokens * layer.dim * layer.config.num_experts
-    of_experts = images * flops(layer, tokens).trained - router
-    return of_experts * (rows - taken) / taken
+    total = 0.0
+    for layer, of_image in zip(work.moe_layers, work.expert_flops):
+        taken = images * work.tokens * layer.config.k
+        rows = layer.config.num_experts * expert_rows(layer.config, images, work.tokens, busiest)
+        total += images * of_image * (rows - taken) / taken
+    return total

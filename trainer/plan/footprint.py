@@ -1,23 +1,25 @@
 """Memory of one GPU at the peak of a step, from shapes: what lies there always, and what comes and goes.
 
-Under ZeRO-1 and 2 a rank holds all weights of what is trained (of experts its own), and of masters and moments its part:
-dense ones shared out over all ranks, experts' over the ranks that hold the same experts. benchmarks/planner.py compares
-the sum with what a real step allocates.
+Under ZeRO-1 and 2 a rank holds all weights of what is trained (of experts its own), and its part of masters and
+moments: dense ones shared out over all ranks, experts' over the ranks that hold the same experts. benchmarks/planner.py
+compares the sum with what a real step allocates.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from models.memory import kept_bytes, widest_bytes
 from trainer.config.ds_config import Settings
 from trainer.plan.traffic import FLOAT32, Layout, bytes_per_number, padded_numel
-from trainer.plan.work import Work, flat_groups, kept_by
+from trainer.plan.work import States, Work
 
 BUCKET = 500_000_000  # elements: DeepSpeed's default of reduce_bucket_size
 MOMENTS = {"adamw": 2, "sgd": 1}  # float32 copies of the weights that an optimiser keeps
 # of a flat group's part in float32 while torch updates it: the gradient, and of AdamW the root and the divisor
 UPDATE_COPIES = {"adamw": 3, "sgd": 1}
+
+
+BACKWARD = 2 / 3  # of a step's FLOPs, and of what it moves through memory
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def footprint(work: Work, settings: Settings, layout: Layout, busiest: float = 1
     on_gpu = 0 if offloaded else sum(own) * FLOAT32
     bucket = zero.get("reduce_bucket_size", BUCKET)
     buffers = 2 if zero.get("overlap_comm", False) else 1
-    experts = {"ep_size": layout.ep_size, "busiest": busiest}
+    states = _states(work, settings, layout, busiest)
     gradients = held if zero["stage"] == 1 else min(held, sum(own) + bucket)
     return Footprint(
         weights=held * number,
@@ -83,32 +85,35 @@ def footprint(work: Work, settings: Settings, layout: Layout, busiest: float = 1
         buckets=buffers * bucket * number,
         sent=min(bucket, held) * number,
         images=settings.micro_batch * work.image_numbers * number,
-        activations=_activations(work, settings, number, experts),
-        relayed=kept_by(work.relaying_parts, False, settings.micro_batch, work.tokens, number, **experts),
-        workspace=_workspace(work, settings, number, busiest),
+        activations=states.kept_recomputing if settings.activation_checkpointing else states.kept,
+        relayed=states.relayed,
+        workspace=states.widest,
         update=0 if offloaded else UPDATE_COPIES[work.schedule.optimizer] * FLOAT32 * max(own),
     )
 
 
+def state_bytes(work: Work, settings: Settings, layout: Layout, busiest: float = 1.0) -> float:
+    """Bytes of the states that a step passes through, whether it keeps them or not: what its memory traffic goes by.
+
+    A part that is run forward alone counts for a third, and so does what activation checkpointing computes again.
+    """
+    states = _states(work, settings, layout, busiest)
+    passed = states.both_ways + (1 - BACKWARD) * states.forward_only
+    if settings.activation_checkpointing:
+        passed += (1 - BACKWARD) * states.of_blocks
+    return settings.accumulation * passed
+
+
+def own_elements(work: Work, layout: Layout) -> int:
+    """Weights that a rank updates."""
+    return sum(padded_numel(numel, ranks) // ranks for numel, ranks in _flats_with_ranks(work, layout))
+
+
+def _states(work: Work, settings: Settings, layout: Layout, busiest: float) -> States:
+    return work.states(settings.micro_batch, bytes_per_number(settings), layout.ep_size, busiest)
+
+
 def _flats_with_ranks(work: Work, layout: Layout) -> list[tuple[int, int]]:
     """(elements, ranks that share its masters) of each flat group of a rank."""
-    layers = work.moe_layers
-    local = layers[0].config.num_experts // layout.ep_size if layers else 0
     replicas = layout.world // layout.ep_size
-    return [(numel, replicas if expert else layout.world) for numel, expert in flat_groups(work.groups, local)]
-
-
-def _activations(work: Work, settings: Settings, number: int, experts: dict) -> float:
-    images, tokens = settings.micro_batch, work.tokens
-    everything = kept_by(work.trained_parts, True, images, tokens, number, **experts)
-    if not settings.activation_checkpointing:
-        return everything
-    # each block's input, and all that one block keeps while it is computed again
-    inside = [kept_bytes(block, images, tokens, number, **experts) for block in work.blocks]
-    inputs = work.block_numbers() * images * number
-    return everything - sum(inside) + inputs + max(inside, default=0)
-
-
-def _workspace(work: Work, settings: Settings, number: int, busiest: float) -> float:
-    images, tokens = settings.micro_batch, work.tokens
-    return max((widest_bytes(block, images, tokens, number, busiest) for block in work.blocks), default=0)
+    return [(numel, replicas if expert else layout.world) for numel, expert in work.flats(layout.ep_size)]

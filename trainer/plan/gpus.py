@@ -1,20 +1,23 @@
 """What a GPU can do, by data sheets, and what of it the planner counts on. No torch here.
 
-parse("h200"); parse("a100,memory_gb=40"); parse("h100,share=0.3,network_gb_s=25")
+parse("h200"); parse("a100,memory_gb=40"); parse("h100,share=0.3,network_gb_s=25"); parse("measured.json")
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from trainer.config.load import close
 from trainer.plan.cost import ASSUMED_SHARE
 
-# What nobody has measured here on a GPU yet: each is an assumption, and a field of Gpu that `--gpu NAME,key=value` sets.
+# Nobody has measured these here on a GPU: each is an assumption, and a field of Gpu that `--gpu NAME,key=value` sets.
 OVERLAP = 0.8  # of the backward pass that gradients can be reduced beside, where "overlap_comm" is on
 LATENCY_US = 20.0  # per collective and doubling of the ranks; NCCL's own tests show 10 to 30 for small tensors
+UPDATED_BYTES = 28.0  # float32 weight, gradient and two moments of AdamW in, weight and moments out
 FULL = 0.9  # of the memory that is planned with: CUDA, NCCL and the gaps between tensors take the rest
 
 
@@ -33,6 +36,8 @@ class Gpu:
     overlap: float = OVERLAP
     latency_us: float = LATENCY_US
     full: float = FULL
+    touched: float = 0.0  # times that a byte kept for the backward pass crosses memory, apart from what `share` covers
+    updated_bytes: float = UPDATED_BYTES  # that the optimiser's step reads and writes per weight
 
     @property
     def flops_per_second(self) -> float:
@@ -71,24 +76,36 @@ CHANGEABLE = tuple(field.name for field in dataclasses.fields(Gpu) if field.name
 
 
 def parse(text: str) -> Gpu:
-    """A GPU of the table by name, with what follows a comma changed.
+    """A GPU of the table by name, or of a file that benchmarks/planner.py wrote, with what follows a comma changed.
 
     Raises:
         ValueError: a name, a key or a number that has no meaning.
     """
     name, *changes = text.split(",")
-    if name not in GPUS:
-        raise ValueError(f"--gpu {name} is not in the table. {close(name, list(GPUS))}; any figure follows by a comma")
+    gpu = _read(Path(name)) if name.endswith(".json") else GPUS.get(name)
+    if gpu is None:
+        raise ValueError(
+            f"--gpu {name} is not in the table. {close(name, list(GPUS))} Figures may follow: h100,memory_gb=94"
+        )
     values = {}
     for change in changes:
         key, equals, number = change.partition("=")
         if not equals or key not in CHANGEABLE:
             raise ValueError(f"--gpu {text}: {change!r} sets nothing, expected key=number with one of {CHANGEABLE}")
         values[key] = _number(text, key, number)
-    gpu = replace(GPUS[name], **values)
+    gpu = replace(gpu, **values)
     if values:
         gpu = replace(gpu, source=f"{gpu.source}; given: {', '.join(changes)}")
     return gpu
+
+
+def _read(path: Path) -> Gpu:
+    if not path.is_file():
+        raise ValueError(f"--gpu {path}: no such file; write one with: python benchmarks/planner.py time --out {path}")
+    try:
+        return Gpu(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--gpu {path} does not hold the figures of a GPU: {error}") from None
 
 
 def _number(text: str, key: str, number: str) -> float:
@@ -97,7 +114,7 @@ def _number(text: str, key: str, number: str) -> float:
     except ValueError:
         value = math.nan
     share = key in ("share", "overlap", "full")
-    least = 0 if key in ("overlap", "latency_us") else 1e-6
+    least = 0 if key in ("overlap", "latency_us", "touched") else 1e-6
     most = 1.0 if share else 1e9
     if not least <= value <= most:
         raise ValueError(f"--gpu {text}: {key} is {number}, expected a number from {least:g} to {most:g}")

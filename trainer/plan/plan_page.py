@@ -87,16 +87,18 @@ def tables(chosen: Plan, busiest: float, gpu: Gpu) -> str:
     notes = []
     if dropless:
         notes.append(
-            f"nothing is dropped, so the busiest expert is taken to have {busiest:g} times the mean of tokens (--busiest)"
+            f"nothing is dropped: the busiest expert is taken to have {busiest:g} times the mean of tokens (--busiest)"
         )
     notes.append(
         f"gradients are reduced beside {gpu.overlap:.0%} of the backward pass where overlap_comm is on, all else one "
         "after another; input, evaluation, saves and start-up come on top"
     )
-    return (
-        f"memory per GPU, GB\n{memory}\n\nsent by each GPU in a step, MB: inside the node + between nodes\n{traffic}\n\n"
-        f"time\n{time}\n" + "\n".join(notes)
+    parts = (
+        f"memory per GPU, GB\n{memory}",
+        f"sent by each GPU in a step, MB: inside the node + between nodes\n{traffic}",
+        f"time, ms of a step\n{time}",
     )
+    return "\n\n".join(parts) + "\n" + "\n".join(notes)
 
 
 MEMORY = (

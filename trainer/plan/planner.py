@@ -12,19 +12,24 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from trainer.config.ds_config import Settings, resolve
+import torch
+
+from trainer.config.ds_config import Settings
 from trainer.config.recipe import Recipe
+from trainer.context import Run
+from trainer.distributed.ranks import Dist
 from trainer.plan.estimate import Estimate, estimate
 from trainer.plan.gpus import GPUS, Gpu
 from trainer.plan.traffic import Layout
 from trainer.plan.work import Work
-from trainer.request.graph import experts_in
 
 BUSIEST = 1.5  # tokens of the busiest expert over the mean where nothing is dropped: an assumption
 BUCKET = 100_000_000  # elements, of a proposal: DeepSpeed's default of 500 million takes 2 GB and reduces no faster
 MOST_NODES = 512  # that a refusal looks at
+WORTH_IT = 0.99  # of the GPU-hours of something simpler
 LARGEST_MICRO_BATCH = 512  # images; beyond it a GPU gains nothing
 
 
@@ -79,18 +84,24 @@ def propose(
     Raises:
         ValueError: nothing fits; with what would.
     """
-    best = None
     least = None
-    for ds_values in candidates(recipe, works, layouts):
-        found = plan(recipe, works, ds_values, layouts, gpu, busiest)
-        if least is None or found.peak < least.peak:
-            least = found
-        # a later candidate is more complicated: it has to be worth it
-        if found.peak <= gpu.usable_bytes and (best is None or found.hours < 0.99 * best.hours):
-            best = found
-    if best is not None:
-        return best
+    # recomputing and the host's memory only cost time: what needs them is looked at where nothing else fits
+    for _, alike in itertools.groupby(candidates(recipe, works, layouts), key=_costs_time):
+        best = None
+        for ds_values in alike:
+            found = plan(recipe, works, ds_values, layouts, gpu, busiest)
+            if least is None or found.peak < least.peak:
+                least = found
+            # a later candidate is more complicated: it has to be worth it
+            if found.peak <= gpu.usable_bytes and (best is None or found.hours < WORTH_IT * best.hours):
+                best = found
+        if best is not None:
+            return best
     raise ValueError(_refusal(recipe, works, layouts, gpu, busiest, least))
+
+
+def _costs_time(ds_values: Mapping[str, Any]) -> tuple[bool, bool]:
+    return "offload_optimizer" in ds_values["zero_optimization"], ds_values["trainer"]["activation_checkpointing"]
 
 
 def candidates(recipe: Recipe, works: Sequence[Work], layouts: Mapping[str, Layout]) -> Iterator[dict[str, Any]]:
@@ -123,16 +134,10 @@ def settings_of(recipe: Recipe, work: Work, ds_values: dict[str, Any], layout: L
     """A DeepSpeed JSON resolved for one training.
 
     Raises:
-        ValueError: as trainer.config.ds_config.resolve.
+        ValueError: as Run.settings.
     """
-    return resolve(
-        ds_values,
-        work.schedule,
-        world=layout.world,
-        local_world=layout.per_node,
-        num_experts=experts_in(recipe, work.section),
-        phase=work.section,
-    )
+    dist = Dist(0, layout.world, 0, layout.per_node, torch.device("cpu"))
+    return Run(recipe, ds_values, Path(), dist, "plan").settings(work.section)
 
 
 def problems(found: Plan, gpu: Gpu) -> list[str]:
@@ -231,6 +236,8 @@ def _nodes_that_fit(
         wider = {name: replace(layout, nodes=factor * layout.nodes) for name, layout in layouts.items()}
         try:
             for ds_values in candidates(recipe, works, wider):
+                if not all(_costs_time(ds_values)):
+                    continue  # what takes the least memory decides
                 if plan(recipe, works, ds_values, wider, gpu, busiest).peak <= gpu.usable_bytes:
                     return factor * most
         except ValueError:  # the batch does not divide any more

@@ -15,7 +15,7 @@ from typing import Literal
 from models.memory import expert_rows
 from models.moe.layer import MoE
 from trainer.config.ds_config import Settings
-from trainer.plan.work import Work, flat_groups
+from trainer.plan.work import Work
 
 ALIGNED = 2  # elements: DeepSpeed pads each flat group to a multiple of this times the ranks
 EXCHANGES = 4  # all-to-alls of an MoE layer: to the experts and back, and both again for the gradient
@@ -85,7 +85,7 @@ def collectives(work: Work, settings: Settings, layout: Layout, busiest: float =
         busiest: tokens of the busiest expert over the mean, where nothing is dropped; see models.memory.expert_rows.
     """
     number = bytes_per_number(settings)
-    flats = _flats(work, layout)
+    flats = work.flats(layout.ep_size)
     zero = settings.config["zero_optimization"]
     found = _exchanges(work, settings, layout, busiest)
     # ZeRO-2 reduces the gradients of every micro-batch, ZeRO-1 their sum
@@ -153,12 +153,6 @@ def padded_numel(numel: int, ranks: int) -> int:
     """Elements of a flat group that ZeRO shares out among so many ranks."""
     aligned = ALIGNED * ranks
     return math.ceil(numel / aligned) * aligned
-
-
-def _flats(work: Work, layout: Layout) -> list[tuple[int, bool]]:
-    layers = work.moe_layers
-    local = layers[0].config.num_experts // layout.ep_size if layers else 0
-    return flat_groups(work.groups, local)
 
 
 def _exchanges(work: Work, settings: Settings, layout: Layout, busiest: float) -> list[Collective]:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.flops import forward_flops
-from models.memory import kept_bytes
+from models.flops import flops, forward_flops
+from models.memory import kept_bytes, widest_bytes
 from models.moe.layer import LAYERS, MoE
 from trainer.config.phases import ScheduleConfig
 from trainer.context import Run
@@ -23,7 +23,7 @@ from trainer.objectives.base import Objective
 from trainer.phases import code_of
 from trainer.request.graph import TABLE, Phase, artifact_name, in_one_job, taking_part
 
-# DeepSpeed cuts the experts' parameter groups at so many elements (split_params_into_different_moe_groups_for_optimizer)
+# elements that DeepSpeed cuts groups of experts at (split_params_into_different_moe_groups_for_optimizer)
 LARGEST_EXPERT_GROUP = 178_956_971
 
 
@@ -36,6 +36,28 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class States:
+    """Bytes of what the images of a micro-batch pass through.
+
+    Attributes:
+        kept: of a forward for the backward pass, by what learns.
+        kept_recomputing: the same with activation checkpointing: the blocks' inputs, and all of the largest block.
+        relayed: by what is frozen and hands the gradient on.
+        widest: the largest state inside a block.
+        both_ways, forward_only: of all parts that a gradient passes, and of those it does not.
+        of_blocks: that learn.
+    """
+
+    kept: int
+    kept_recomputing: int
+    relayed: int
+    widest: int
+    both_ways: int
+    forward_only: float
+    of_blocks: int
+
+
+@dataclass(frozen=True, eq=False)
 class Work:
     """One training: of a phase, or of one of its modules."""
 
@@ -106,6 +128,56 @@ class Work:
     def block_numbers(self) -> int:
         """Numbers that all blocks are given for one image: what is kept where they are computed again."""
         return sum(self.tokens * block.norm1.normalized_shape[-1] for block in self.blocks)
+
+    def states(self, images: int, number: int, ep_size: int, busiest: float) -> States:
+        """Of a micro-batch of so many images in numbers of so many bytes; computed once."""
+        key = (images, number, ep_size, busiest)
+        if key not in self._states:
+            self._states[key] = self._counted(*key)
+        return self._states[key]
+
+    def _counted(self, images: int, number: int, ep_size: int, busiest: float) -> States:
+        def kept(part: nn.Module, learns: bool = True) -> int:
+            return kept_bytes(part, images, self.tokens, number, learns=learns, ep_size=ep_size, busiest=busiest)
+
+        everything = sum(map(kept, self.trained_parts))
+        blocks = [kept(block) for block in self.blocks]
+        inputs = self.block_numbers() * images * number
+        passes = self.objective.passes()
+        forward_only = [each for each in passes if not each.learns and not each.relays]
+        return States(
+            kept=everything,
+            kept_recomputing=everything - sum(blocks) + inputs + max(blocks, default=0),
+            relayed=sum(kept(part, learns=False) for part in self.relaying_parts),
+            widest=max((widest_bytes(b, images, self.tokens, number, busiest) for b in self.blocks), default=0),
+            both_ways=everything + sum(map(kept, self.relaying_parts)),
+            forward_only=sum(each.share * kept(each.part) for each in forward_only),
+            of_blocks=sum(blocks),
+        )
+
+    def flats(self, ep_size: int) -> list[tuple[int, bool]]:
+        """(elements, of experts) of each flat parameter group of a rank; computed once."""
+        if ep_size not in self._flats:
+            local = self.moe_layers[0].config.num_experts // ep_size if self.moe_layers else 0
+            self._flats[ep_size] = flat_groups(self.groups, local)
+        return self._flats[ep_size]
+
+    @functools.cached_property
+    def expert_flops(self) -> list[int]:
+        """FLOPs of an image, backward included, in the experts of each MoE layer."""
+        found = []
+        for layer in self.moe_layers:
+            router = 3 * 2 * self.tokens * layer.dim * layer.config.num_experts
+            found.append(flops(layer, self.tokens).trained - router)
+        return found
+
+    @functools.cached_property
+    def _states(self) -> dict[tuple[int, int, int, float], States]:
+        return {}
+
+    @functools.cached_property
+    def _flats(self) -> dict[int, list[tuple[int, bool]]]:
+        return {}
 
     def steps(self, global_batch: int) -> int:
         """Optimiser steps from start to end."""
@@ -209,8 +281,3 @@ def _tensors(modules: Sequence[nn.Module]) -> Iterator[Any]:
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield tensor
-
-
-def kept_by(parts: Sequence[nn.Module], learns: bool, images: int, tokens: int, numbers: int, **experts: Any) -> int:
-    """Bytes that some parts keep of a forward; see models.memory.kept_bytes."""
-    return sum(kept_bytes(part, images, tokens, numbers, learns=learns, **experts) for part in parts)
