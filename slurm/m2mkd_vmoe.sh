@@ -37,6 +37,7 @@ ENV_FILE=${ENV_FILE:-}          # sourced before python starts: module load ...,
 PYTHON=${PYTHON:-python}
 SRUN_ARGS=${SRUN_ARGS:-}        # e.g. --container-image=... --container-mounts=...
 SBATCH_ARGS=${SBATCH_ARGS:-}
+GPU_KIND=${GPU_KIND:-}          # plan: h200, h100, ... for memory, traffic and time of every phase
 ARRAY_THROTTLE=${ARRAY_THROTTLE:-0}   # jobs of one array (modules, experts) running at once; 0 = all
 LEVEL=${LEVEL:-}                # module or expert; empty = distill.level of the recipe
 set +a

@@ -50,6 +50,7 @@ WITHOUT_TORCH = (
     "made_of",
     "pins",
     "plan.cost",
+    "plan.gpus",
     "report",
     "request",
     "run",

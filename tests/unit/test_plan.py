@@ -93,3 +93,17 @@ def test_plan_finds_what_only_torch_can_see(tmp_path, capsys, no_slurm):
     assert plan.show(settings) == 1
     shown = capsys.readouterr().out
     assert "PROBLEM  distill_0" in shown and "ok       meta" in shown
+
+
+def test_plan_says_what_each_phase_needs_on_a_gpu(tmp_path, capsys, no_slurm):
+    """Under the DeepSpeed JSON of the chain, on the ranks of each stage; what does not fit is a problem."""
+    settings = settings_for(tmp_path, gpu_kind="h100,share=0.2", nodes="2,distill=1")
+    assert plan.show(settings) == 0
+    shown = capsys.readouterr().out
+    assert "h100: 989 TFLOP/s bf16, 20% of them counted on" in shown
+    rows = {line.split()[0]: line.split() for line in shown.splitlines() if " x" in line or "x1" in line}
+    assert rows["distill_0"][1] == "16x1" and rows["train"][1] == "8x1"  # one rank, and two
+    assert plan.show(settings_for(tmp_path, gpu_kind="h100,memory_gb=0.001")) == 1
+    assert "PROBLEM  train needs" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="--gpu h1 is not in the table"):
+        settings_for(tmp_path, gpu_kind="h1")

@@ -44,6 +44,8 @@ def show(settings: Settings) -> int:
         report = _dry_run(settings, folder)
         flops_per_second, source = speed(settings)
         print(f"\ncost\n{cost(settings, orders, report['flops'], flops_per_second, source)}")
+        if report.get("plan"):
+            print(f"\n{report['plan']}")
         print("\ndry run on this machine's CPU")
         for line in report["checks"]:
             print(f"  ok       {line}")
@@ -150,6 +152,8 @@ def _dry_run(settings: Settings, folder: Path) -> dict:
         "--report": str(report),
         "--ranks": json.dumps(ranks),
     }
+    if settings.gpu_kind:
+        flags["--gpu"] = settings.gpu_kind
     command = [sys.executable, "-m", "trainer.plan.rehearsal"]
     for flag, value in flags.items():
         command += [flag, value]

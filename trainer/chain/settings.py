@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.knobs import knob, require
+from trainer.plan import gpus
 from trainer.request.graph import stage_names
 from trainer.request.stages import DOWNLOAD
 
@@ -51,6 +52,7 @@ class Settings:
     max_requeues: int = knob(20, "restarts of one job, whatever the reason")
     max_idle_requeues: int = knob(1, "restarts in a row that gained no training step")
     speed_from: str = knob("", "plan: a finished run folder whose measured speed the estimate uses")
+    gpu_kind: str = knob("", "plan: GPU of the nodes, e.g. h200 (docs/scaling.md): memory, traffic and time by phase")
     overrides: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -62,6 +64,8 @@ class Settings:
         if self.gpus_per_node == 0:
             expected = "1 or more ranks per node when gpus_per_node is 0"
             require(self.tasks_per_node > 0, "tasks_per_node", self.tasks_per_node, expected)
+        if self.gpu_kind:
+            gpus.parse(self.gpu_kind)
         for name in ("cpus_per_task", "warn_seconds", "max_idle_requeues"):
             value = getattr(self, name)
             require(value >= 1, name, value, "1 or more")

@@ -25,8 +25,9 @@ from trainer.plan.estimate import Estimate, estimate
 from trainer.plan.gpus import GPUS, Gpu
 from trainer.plan.traffic import Layout
 from trainer.plan.work import Work
+from trainer.request.plan import DEFAULTS
 
-BUSIEST = 1.5  # tokens of the busiest expert over the mean where nothing is dropped: an assumption
+BUSIEST: float = DEFAULTS["busiest"]  # tokens of the busiest expert over the mean where nothing is dropped
 BUCKET = 100_000_000  # elements, of a proposal: DeepSpeed's default of 500 million takes 2 GB and reduces no faster
 MOST_NODES = 512  # that a refusal looks at
 WORTH_IT = 0.99  # of the GPU-hours of something simpler

@@ -30,7 +30,12 @@ from trainer.data.classes import describe, doubts
 from trainer.distributed.ranks import Dist
 from trainer.phases import code_of
 from trainer.plan import image_size
+from trainer.plan.gpus import parse
+from trainer.plan.plan_page import page
+from trainer.plan.planner import BUSIEST
 from trainer.plan.preflight import check_training, said_of_features
+from trainer.plan.traffic import Layout
+from trainer.plan.work import works
 from trainer.request.graph import TABLE, Phase, in_one_job, last_round, learns_from_teacher
 from trainer.request.stages import chain, hub_names
 from trainer.teaching.estimate import Cost
@@ -43,6 +48,7 @@ def main() -> int:
     for name in ("recipe", "ds_config", "out", "report"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--ranks", required=True, help="JSON: stage -> [nodes, ranks per node]")
+    parser.add_argument("--gpu", help="plan memory, traffic and time on this one as well")
     options = parser.parse_args()
     ranks = json.loads(options.ranks)
     report: dict[str, Any] = {}
@@ -51,8 +57,20 @@ def main() -> int:
         phases = {stage.phase for stage in chain(dry.recipe)}
         report["checks"], report["problems"] = carry_out(dry.checks(phases))
         report["flops"] = {name: cost.flops for name, cost in dry.costs.items()}
+        if options.gpu:
+            report["plan"], wrong = planned(dry, options.gpu)
+            report["problems"] += wrong
     Path(options.report).write_text(json.dumps(report))
     return 0
+
+
+def planned(dry: DryRun, gpu: str) -> tuple[str, list[str]]:
+    """What every phase needs and takes on the GPUs of its nodes, and what of it cannot be; for people."""
+    layouts = {name: Layout(nodes, local) for name, (nodes, local) in dry.ranks.items()}
+    try:
+        return page(dry.recipe, works(dry.run), dry.run.ds_values, layouts, parse(gpu), BUSIEST)
+    except (ValueError, OSError) as error:  # the teacher or the data, which the checks name too
+        return "", [f"plan on {gpu}: {error}"]
 
 
 def carry_out(checks: Iterable[tuple[str, Callable[[], str]]]) -> tuple[list[str], list[str]]:

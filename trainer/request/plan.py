@@ -10,7 +10,7 @@ from trainer.config.recipe import Recipe
 
 PLAN = "plan"  # the word --phase takes
 PLAN_HELP = "say what each phase needs and takes on --nodes of --gpus, with settings that fit; starts nothing"
-DEFAULTS = {"nodes": 1, "gpus": 8, "gpu": "h200", "classes": 1000, "busiest": 1.5}
+DEFAULTS = {"nodes": 1, "gpus": 8, "gpu": "h200", "classes": 1000, "busiest": 1.5}  # busiest: an assumption
 MOST = {"nodes": 100_000, "gpus": 256, "images": 10**12, "classes": 10**7}
 
 
