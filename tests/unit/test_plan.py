@@ -8,7 +8,10 @@ import pytest
 from trainer.chain import plan
 from trainer.chain.settings import Settings
 from trainer.chain.submit import load, plan_orders
+from trainer.config.load import load_recipe
 from trainer.plan import cost
+from trainer.plan.stand_ins import planned_run
+from trainer.teaching.estimate import of_training
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -103,7 +106,20 @@ def test_plan_says_what_each_phase_needs_on_a_gpu(tmp_path, capsys, no_slurm):
     assert "h100: 989 TFLOP/s bf16, 20% of them counted on" in shown
     rows = {line.split()[0]: line.split() for line in shown.splitlines() if " x" in line or "x1" in line}
     assert rows["distill_0"][1] == "16x1" and rows["train"][1] == "8x1"  # one rank, and two
+    assert "trains in float32" in shown
     assert plan.show(settings_for(tmp_path, gpu_kind="h100,memory_gb=0.001")) == 1
     assert "PROBLEM  train needs" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--gpu h1 is not in the table"):
         settings_for(tmp_path, gpu_kind="h1")
+
+
+def test_images_fewer_than_a_batch_are_a_problem_and_still_have_a_cost():
+    """The ImageNet recipe on 1,500 pictures: a batch of 1024 has a step, one of 2048 has none."""
+    recipe = load_recipe(ROOT / "recipes/vmoe_base_imagenet.yaml")
+    ds_values = {"zero_optimization": {"stage": 1}}
+    run = planned_run(recipe, ds_values, ROOT / "unused", 1, 8, images=1500, classes=1000)
+    fits = of_training(run, "train", "train", 10.0)
+    assert not fits.problem and fits.costs["train"].images == 30 * 1024
+    small = of_training(run, "distill", "distill_0", 10.0, extra_flops=7)
+    assert "1500" in small.problem and "2048" in small.problem
+    assert small.costs["distill_0"].flops == 5 * 1500 * 10 + 7

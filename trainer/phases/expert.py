@@ -95,10 +95,11 @@ def rehearse(run: Run, module: int, known: Known) -> Rehearsed:
     images = len(run.sources[0])
     if rule.train is not None:
         images = max(images // count, run.settings("expert").global_batch)
-    costs, text = {}, ""
+    costs, text, problem = {}, "", ""
     for expert in range(count):
         found = of_training(run, "expert", f"expert_{module}_{expert}", flops_per_image, images=images)
         costs |= found.costs
         text = text or found.text
+        problem = problem or found.problem
     apart = count * sum(p.numel() for p in student.parameters())
-    return Rehearsed(f"{count} experts, each about {text}", costs, apart=apart)
+    return Rehearsed(f"{count} experts, each about {text}", costs, apart=apart, problem=problem)

@@ -135,12 +135,14 @@ def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
     )
     cost = Cost(float(images), float(flops))
     parameters = 0
+    problem = ""
     if run.recipe.teacher.finetune_epochs:
         tuned = of_training(_for_tuning(run), "teacher", "probe", objective(run).flops_per_image)
         text += f"; then {tuned.text}"
+        problem = tuned.problem
         cost = Cost(images + tuned.costs["probe"].images, flops + tuned.costs["probe"].flops)
         parameters = sum(p.numel() for p in run.teacher.model.parameters())
-    return Rehearsed(text, {"probe": cost}, parameters, files=files)
+    return Rehearsed(text, {"probe": cost}, parameters, files=files, problem=problem)
 
 
 def _leave_as_it_is(run: Run, folder: Any, head: Head, settings: Any) -> None:

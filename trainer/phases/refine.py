@@ -175,7 +175,7 @@ def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
             rehearsed.predict(blank_images(run))
         parts = [of_training(run, "refine", f"refine_{i}", flops) for i, flops in enumerate(rehearsed.flops_by_module)]
         costs = {name: cost for part in parts for name, cost in part.costs.items()}
-        return Rehearsed(f"{parts[-1].text} for all modules at once", costs)
+        return replace(parts[-1], text=f"{parts[-1].text} for all modules at once", costs=costs)
     name = f"refine_{module}"
     if rehearsed is None:
         return Rehearsed("fed images either way, so it is taken as it is", {name: Cost(0.0, 0.0)})

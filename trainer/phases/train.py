@@ -169,7 +169,8 @@ def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
         flops = own.flops + more_epochs * flops_of_epoch
         equal_cost = artifact_name("train", start="scratch_equal_cost")
         costs[equal_cost] = Cost(flops / whole.flops_per_image, flops)
-    return Rehearsed(f"student of {parameters / 1e6:.3g} M parameters; {found.text}", costs, parameters)
+    text = f"student of {parameters / 1e6:.3g} M parameters; {found.text}"
+    return replace(found, text=text, costs=costs, parameters=parameters)
 
 
 def _begin(run: Run, start: str, settings: Settings, folder: Path) -> Beginning:

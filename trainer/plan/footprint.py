@@ -15,8 +15,9 @@ from trainer.plan.work import States, Work
 
 BUCKET = 500_000_000  # elements: DeepSpeed's default of reduce_bucket_size
 MOMENTS = {"adamw": 2, "sgd": 1}  # float32 copies of the weights that an optimiser keeps
-# of a flat group's part in float32 while torch updates it: the gradient, and of AdamW the root and the divisor
-UPDATE_COPIES = {"adamw": 3, "sgd": 1}
+# of a flat group's part in float32 while torch updates it: the gradient, and of AdamW root and divisor, of SGD the
+# gradient with weight decay
+UPDATE_COPIES = {"adamw": 3, "sgd": 2}
 
 
 BACKWARD = 2 / 3  # of a step's FLOPs, and of what it moves through memory

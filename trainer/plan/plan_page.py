@@ -89,6 +89,8 @@ def tables(chosen: Plan, busiest: float, gpu: Gpu) -> str:
         notes.append(
             f"nothing is dropped: the busiest expert is taken to have {busiest:g} times the mean of tokens (--busiest)"
         )
+    if not all(each.settings.bf16 for each in chosen.estimates):
+        notes.append("the DeepSpeed JSON trains in float32, and the rate is that of bf16: compute takes longer")
     notes.append(
         f"gradients are reduced beside {gpu.overlap:.0%} of the backward pass where overlap_comm is on, all else one "
         "after another; input, evaluation, saves and start-up come on top"

@@ -188,6 +188,8 @@ class DryRun:
         self.parameters = max(self.parameters, rehearsed.parameters)
         self.apart += rehearsed.apart
         self.files += rehearsed.files
+        if rehearsed.problem:
+            raise ValueError(rehearsed.problem)
         return rehearsed.text
 
     def disk(self) -> str:

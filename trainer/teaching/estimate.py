@@ -36,6 +36,7 @@ class Rehearsed:
         parameters: of the largest model in it that checkpoints would hold; 0 = not more than what is known already.
         apart: parameters of all models that are trained side by side, each with checkpoints of its own.
         files: bytes of what it keeps beside weights.
+        problem: why it cannot be trained on these images after all; empty = it can.
     """
 
     text: str
@@ -43,6 +44,7 @@ class Rehearsed:
     parameters: int = 0
     apart: int = 0
     files: int = 0
+    problem: str = ""
 
 
 def of_training(
@@ -50,17 +52,27 @@ def of_training(
 ) -> Rehearsed:
     """What training by a section of the recipe comes to.
 
+    Images that are fewer than a global batch are a problem; the cost is then that of each of them once an epoch, as it
+    would be with a smaller batch.
+
     Args:
         images: an epoch's; 0 = the training images.
         extra_flops: beside those per image.
     """
     schedule, settings = getattr(run.recipe, section), run.settings(section)
+    problem = ""
     if images:
         steps_per_epoch = images // settings.global_batch
     else:
-        steps_per_epoch = epoch_length(run.data_for(None), settings)
+        try:
+            steps_per_epoch = epoch_length(run.data_for(None), settings)
+        except ValueError as error:
+            steps_per_epoch = 0
+            problem = str(error)
     steps = schedule.epochs * steps_per_epoch
     passed = float(steps * settings.global_batch)
+    if problem:
+        passed = float(schedule.epochs * len(run.sources[0]))
     few = few_steps(section, images or len(run.sources[0]), settings.global_batch)
     text = (
         f"{steps:,} steps of {settings.global_batch} images on {run.dist.world} ranks (micro-batch "
@@ -68,7 +80,7 @@ def of_training(
     )
     if few:
         text += f" ({few})"
-    return Rehearsed(text, {artifact: Cost(passed, passed * flops_per_image + extra_flops)})
+    return Rehearsed(text, {artifact: Cost(passed, passed * flops_per_image + extra_flops)}, problem=problem)
 
 
 def few_steps(section: str, images: int, global_batch: int) -> str:
