@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from models.moe.grouped import LOOP
 from trainer.config.ds_config import Settings, read_ds_config
 from trainer.config.load import load_recipe
 from trainer.context import Run
@@ -178,7 +179,7 @@ def calibrated(plans: Sequence[tuple[Work, Settings, Layout]], seconds: Sequence
     figures = {"memory_gb": round(ram, 1), "memory_gb_s": speed, "node_gb_s": 1.0, "network_gb_s": 1.0}
     return Gpu(
         "this machine", rate / 1e12, source="benchmarks/planner.py time", share=share, touched=touched,
-        updated_bytes=updated, **figures,
+        updated_bytes=updated, form=LOOP, **figures,
     )  # fmt: skip
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 from torch import nn
 
 from .flops import ONE_TOKEN
-from .moe.layer import LAYERS, MoE, MoEConfig
+from .modules.stages import MOST_SCORED_TOKENS
+from .moe.expert import LAYERS
+from .moe.grouped import CHUNK_BYTES, GROUPED, LOOP
+from .moe.layer import MoE, MoEConfig
 from .moe.routing import capacity
 
 FLOAT32 = 4  # bytes
 INT64 = 8
-ROUTER_COPIES = 4  # float32 tensors of tokens x experts that routing and its losses keep: logits, gates, ranks
+ROUTER_COPIES = 2  # float32 tensors of tokens x experts that routing and its losses keep: logits, gates
 
 
 def activation_bytes(module: nn.Module, tokens: int, bytes_per_number: int = FLOAT32) -> int:
@@ -26,7 +29,7 @@ def activation_bytes(module: nn.Module, tokens: int, bytes_per_number: int = FLO
         tokens: length of the token sequence, prefix tokens included.
         bytes_per_number: 4 in float32, 2 in bfloat16.
     """
-    return kept_bytes(module, 1, tokens, bytes_per_number)
+    return kept_bytes(module, 1, tokens, bytes_per_number, form=GROUPED)
 
 
 def kept_bytes(
@@ -38,51 +41,65 @@ def kept_bytes(
     learns: bool = True,
     ep_size: int = 1,
     busiest: float = 1.0,
+    form: str = LOOP,
 ) -> int:
     """Bytes that a forward of `images` images keeps for the backward pass, without activation checkpointing.
 
     Args:
         module: of plain torch: MoE layers are counted as `ep_size` ranks share them.
         learns: its weights are trained; else the gradient of its input alone is wanted.
-        ep_size: ranks that share the experts; each keeps the stacked weights of its own.
-        busiest: tokens of the busiest expert over the mean, see expert_rows.
+        ep_size: ranks that share the experts.
+        busiest: rows of the busiest of those ranks over the mean, see expert_rows.
+        form: of the experts' products, see models/moe/grouped.py; LOOP means a CPU.
     """
     if isinstance(module, MoE):
-        return _moe_bytes(module, images, tokens, bytes_per_number, learns, ep_size, busiest)
+        return _moe_bytes(module, images, tokens, bytes_per_number, learns, ep_size, busiest, form)
     own = images * bytes_per_number * _own_numbers(module, tokens, learns)
+    if form == LOOP and bytes_per_number != FLOAT32 and hasattr(module, "fused_attn") and tokens <= MOST_SCORED_TOKENS:
+        own += images * bytes_per_number * module.num_heads * tokens**2  # attention made of products keeps its scores
     if isinstance(module, nn.Conv2d | nn.Linear) or hasattr(module, "normalized_shape"):
         return own
     for name, child in module.named_children():
         length = 1 if name in ONE_TOKEN else tokens
-        own += kept_bytes(child, images, length, bytes_per_number, learns=learns, ep_size=ep_size, busiest=busiest)
+        own += kept_bytes(
+            child, images, length, bytes_per_number, learns=learns, ep_size=ep_size, busiest=busiest, form=form
+        )
     return own
 
 
-def widest_bytes(block: nn.Module, images: int, tokens: int, bytes_per_number: int, busiest: float = 1.0) -> int:
-    """Bytes of the largest state inside a block: while it runs backward, one gradient of that size lies beside it."""
+def widest_bytes(
+    block: nn.Module,
+    images: int,
+    tokens: int,
+    bytes_per_number: int,
+    *,
+    ep_size: int = 1,
+    busiest: float = 1.0,
+    form: str = LOOP,
+) -> int:
+    """Bytes that the largest layer inside a block needs while it runs backward, beside what is kept; see kept_bytes."""
     if isinstance(block, MoE):
-        rows = block.config.num_experts * expert_rows(block.config, images, tokens, busiest)
-        return rows * block.hidden * bytes_per_number
+        return _moe_workspace(block, images, tokens, bytes_per_number, ep_size, busiest, form)
     if isinstance(block, nn.Linear):
         return images * tokens * block.out_features * bytes_per_number
-    return max(
-        (widest_bytes(child, images, tokens, bytes_per_number, busiest) for child in block.children()), default=0
-    )
+    needs = []
+    for child in block.children():
+        needs.append(widest_bytes(child, images, tokens, bytes_per_number, ep_size=ep_size, busiest=busiest, form=form))
+    return max(needs, default=0)
 
 
 def expert_rows(config: MoEConfig, images: int, tokens: int, busiest: float = 1.0) -> int:
-    """Rows of each expert's batch for the tokens of `images` images, empty ones included.
+    """Rows that the experts of a layer compute on one rank, at most, where every rank has so many images.
 
     Args:
-        busiest: where nothing is dropped, every expert's batch has the rows of the busiest expert of any rank: so many
-            times the mean.
+        busiest: rows of the busiest rank over the mean, where several share the experts.
     """
-    group = config.images_per_group or images
+    choices = round(images * tokens * config.k * busiest)
     if config.capacity_factor is None:
-        mean = images * tokens * config.k / config.num_experts
-        return min(images * tokens, round(mean * busiest))
+        return choices
+    group = config.images_per_group or images
     slots = capacity(group * tokens, config.num_experts, config.k, config.capacity_factor, config.capacity_multiple)
-    return images // group * min(slots, group * tokens)
+    return min(choices, images // group * config.num_experts * min(slots, group * tokens))
 
 
 def _own_numbers(module: nn.Module, tokens: int, learns: bool) -> int:
@@ -106,24 +123,51 @@ def _own_numbers(module: nn.Module, tokens: int, learns: bool) -> int:
 
 
 def _moe_bytes(
-    moe: MoE, images: int, tokens: int, bytes_per_number: int, learns: bool, ep_size: int, busiest: float
+    moe: MoE,
+    images: int,
+    tokens: int,
+    bytes_per_number: int,
+    learns: bool,
+    ep_size: int,
+    busiest: float,
+    form: str,
 ) -> int:
-    """Of an MoE layer as models/moe/layer.py computes it: batched products of stacked weights on padded rows."""
+    """Of an MoE layer as models/moe/grouped.py computes it, on one rank or (deepspeed_layer.py) on several."""
     config = moe.config
     *first, _ = LAYERS[moe.act]
     all_tokens = images * tokens
-    rows = config.num_experts * expert_rows(config, images, tokens, busiest)
-    # rows into the activation function; SwiGLU is given two, and keeps silu(gate) too
-    numbers = rows * moe.hidden * (1 if len(first) == 1 else 3)
+    sent = expert_rows(config, images, tokens)
+    rows = sent if ep_size == 1 else expert_rows(config, images, tokens, busiest)
+    # what the experts are given: the tokens in the loop on one rank, else their rows; and rows into the activation
+    numbers = all_tokens * moe.dim if form == LOOP and ep_size == 1 else rows * moe.dim
+    numbers += rows * moe.hidden * len(first)
     if learns:
-        # rows into the first products and into the last one
-        numbers += rows * (moe.dim + moe.hidden)
-    # what every token gets back from its k experts, before it is weighted
-    numbers += all_tokens * config.k * moe.dim
-    # the stacked weights of this rank's experts
-    numbers += config.num_experts // ep_size * len(LAYERS[moe.act]) * moe.dim * moe.hidden
+        numbers += rows * moe.hidden  # into the last product
+    # what comes back from the experts, before it is weighted
+    numbers += sent * moe.dim
+    integers = 2 * rows + all_tokens * config.k
+    if form != LOOP:
+        if len(first) == 2:
+            numbers += rows * moe.hidden  # silu(gate)
+        # the stacked weights of this rank's experts
+        numbers += config.num_experts // ep_size * len(LAYERS[moe.act]) * moe.dim * moe.hidden
+        numbers += rows * config.num_experts // ep_size  # of which expert a row is, for the biases
     routing = ROUTER_COPIES * all_tokens * config.num_experts * FLOAT32
     if bytes_per_number != FLOAT32:
         routing += all_tokens * moe.dim * FLOAT32  # routing is float32 always
-    places = INT64 * (rows + all_tokens * config.k)
-    return numbers * bytes_per_number + routing + places
+    return numbers * bytes_per_number + routing + INT64 * integers
+
+
+def _moe_workspace(
+    moe: MoE, images: int, tokens: int, bytes_per_number: int, ep_size: int, busiest: float, form: str
+) -> int:
+    """Of an MoE layer in backward: gradients of the experts held here and of hidden rows, what is gathered and summed."""
+    of_weights = moe.config.num_experts // ep_size * len(LAYERS[moe.act]) * moe.dim * moe.hidden * bytes_per_number
+    rows = expert_rows(moe.config, images, tokens, 1.0 if ep_size == 1 else busiest)
+    hidden_rows = rows * moe.hidden * bytes_per_number
+    if form == LOOP and hidden_rows > CHUNK_BYTES:
+        rows = rows * CHUNK_BYTES // hidden_rows
+        hidden_rows = CHUNK_BYTES
+    # rows of outputs and inputs, and the sums over a token's choices, in float32
+    sums = 2 * rows * moe.dim * bytes_per_number + images * tokens * moe.dim * FLOAT32
+    return of_weights + hidden_rows + sums

@@ -184,7 +184,9 @@ class _Loop(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         weights, biases = _by_layer(parameters, act)
-        trained = any(ctx.needs_input_grad)
+        passes_on = any(ctx.needs_input_grad)
+        needs_weight = ctx.needs_input_grad[1]
+        needs_parameters = any(ctx.needs_input_grad[-len(parameters) :])
         # sums over the choices of a token in the weights' type, float32, or better
         y_ND = x_ND.new_zeros(x_ND.shape, dtype=torch.promote_types(x_ND.dtype, weight_R.dtype))
         kept = []
@@ -200,8 +202,12 @@ class _Loop(torch.autograd.Function):
                 dropout.drop_(y_CD, piece.start, piece.stop, site=1)
             weighted_CD = y_CD * weight_R[piece.start : piece.stop].unsqueeze(1)
             y_ND.index_add_(0, token_C, weighted_CD)
-            if trained:
-                kept += [*before_CH, h_CH, y_CD]
+            if passes_on:
+                kept += before_CH
+            if needs_parameters:
+                kept.append(h_CH)
+            if needs_weight:
+                kept.append(y_CD)
         ctx.save_for_backward(x_ND, weight_R, token_R, *parameters, *kept)
         ctx.ends = ends
         ctx.act = act
@@ -224,9 +230,10 @@ class _Loop(torch.autograd.Function):
         gradients = _Gradients(weights, biases) if needs_parameters else None
         first = range(len(weights) - 1)
         for piece in _pieces(ctx.ends, weights[0][0]):
+            # in the order of forward
             before_CH = [next(kept) for _ in first]
-            h_CH = next(kept)
-            y_CD = next(kept)
+            h_CH = next(kept) if needs_parameters else None
+            y_CD = next(kept) if needs_weight else None
             token_C = token_R[piece.start : piece.stop]
             grad_CD = grad_ND.index_select(0, token_C)
             if needs_weight:
@@ -348,8 +355,10 @@ def _pieces(ends: Sequence[int], weight_HD: Tensor) -> list[_Piece]:
 
 
 def _activate_backward(act: str, grad_CH: Tensor, before_CH: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of what was given to expert.activate."""
+    """Gradients of what was given to expert.activate; `grad_CH` may be written over."""
     if act == SWIGLU:
         gate, value = before_CH
         return [torch.ops.aten.silu_backward(grad_CH * value, gate), grad_CH * F.silu(gate)]
-    return [torch.ops.aten.gelu_backward(grad_CH, before_CH[0], approximate=GELU[act])]
+    (h_CH,) = before_CH
+    torch.ops.aten.gelu_backward.grad_input(grad_CH, h_CH, approximate=GELU[act], grad_input=grad_CH)
+    return [grad_CH]

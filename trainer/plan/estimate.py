@@ -83,18 +83,20 @@ def estimate(work: Work, settings: Settings, layout: Layout, gpu: Gpu, busiest: 
         busiest: see models.memory.expert_rows.
     """
     moved = collectives(work, settings, layout, busiest)
-    memory = footprint(work, settings, layout, busiest)
+    memory = footprint(work, settings, layout, busiest, gpu.form)
     seconds = _seconds(work, settings, layout, gpu, busiest, moved)
     return Estimate(work, settings, layout, memory, moved, seconds)
 
 
-def step_flops(work: Work, settings: Settings, busiest: float) -> float:
-    """FLOPs of one GPU in a step: counted ones, what checkpointing computes again, and empty rows of experts."""
+def step_flops(work: Work, settings: Settings, layout: Layout, busiest: float) -> float:
+    """FLOPs of the busiest GPU in a step: counted ones, what checkpointing computes again, more rows than the mean."""
     per_image = work.objective.flops_per_image
     if settings.activation_checkpointing:
         per_image += work.recomputed_flops
     images = settings.micro_batch * settings.accumulation
-    return images * per_image + settings.accumulation * _empty_row_flops(work, settings.micro_batch, busiest)
+    if layout.ep_size == 1:
+        busiest = 1.0
+    return images * per_image + settings.accumulation * _further_flops(work, settings.micro_batch, busiest)
 
 
 def _seconds(
@@ -106,8 +108,8 @@ def _seconds(
     moved: Sequence[Collective],
 ) -> Seconds:
     # FLOPs at the rate counted on, and what the layers between the products move through memory
-    compute = step_flops(work, settings, busiest) / gpu.flops_per_second
-    compute += gpu.touched * state_bytes(work, settings, layout, busiest) / (gpu.memory_gb_s * 1e9)
+    compute = step_flops(work, settings, layout, busiest) / gpu.flops_per_second
+    compute += gpu.touched * state_bytes(work, settings, layout, busiest, gpu.form) / (gpu.memory_gb_s * 1e9)
     times = dict.fromkeys(("exchange", "gradients", "weights", "small"), 0.0)
     for each in moved:
         times[_kind(each)] += _time(each, layout, gpu)
@@ -142,11 +144,11 @@ def _update(work: Work, settings: Settings, layout: Layout, gpu: Gpu) -> float:
     return own_elements(work, layout) * gpu.updated_bytes / (speed * 1e9)
 
 
-def _empty_row_flops(work: Work, images: int, busiest: float) -> float:
-    """FLOPs of rows that no token fills, forward and backward; below 0 where tokens are dropped."""
+def _further_flops(work: Work, images: int, busiest: float) -> float:
+    """FLOPs of rows beyond the mean, forward and backward; below 0 where tokens are dropped."""
     total = 0.0
     for layer, of_image in zip(work.moe_layers, work.expert_flops):
         taken = images * work.tokens * layer.config.k
-        rows = layer.config.num_experts * expert_rows(layer.config, images, work.tokens, busiest)
+        rows = expert_rows(layer.config, images, work.tokens, busiest)
         total += images * of_image * (rows - taken) / taken
     return total

@@ -15,9 +15,8 @@ from trainer.plan.work import States, Work
 
 BUCKET = 500_000_000  # elements: DeepSpeed's default of reduce_bucket_size
 MOMENTS = {"adamw": 2, "sgd": 1}  # float32 copies of the weights that an optimiser keeps
-# of a flat group's part in float32 while torch updates it: the gradient, and of AdamW root and divisor, of SGD the
-# gradient with weight decay
-UPDATE_COPIES = {"adamw": 3, "sgd": 2}
+# of a flat group in float32 while torch updates it: the gradient, and of SGD (which is not fused) that with decay
+UPDATE_COPIES = {"adamw": 1, "sgd": 2}
 
 
 BACKWARD = 2 / 3  # of a step's FLOPs, and of what it moves through memory
@@ -59,11 +58,12 @@ class Footprint:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
-def footprint(work: Work, settings: Settings, layout: Layout, busiest: float = 1.0) -> Footprint:
+def footprint(work: Work, settings: Settings, layout: Layout, busiest: float = 1.0, form: str = "loop") -> Footprint:
     """Of one rank in one training.
 
     Args:
         busiest: see models.memory.expert_rows.
+        form: of the experts' products, see models/moe/grouped.py.
     """
     number = bytes_per_number(settings)
     zero = settings.config["zero_optimization"]
@@ -74,7 +74,7 @@ def footprint(work: Work, settings: Settings, layout: Layout, busiest: float = 1
     on_gpu = 0 if offloaded else sum(own) * FLOAT32
     bucket = zero.get("reduce_bucket_size", BUCKET)
     buffers = 2 if zero.get("overlap_comm", False) else 1
-    states = _states(work, settings, layout, busiest)
+    states = _states(work, settings, layout, busiest, form)
     gradients = held if zero["stage"] == 1 else min(held, sum(own) + bucket)
     return Footprint(
         weights=held * number,
@@ -93,12 +93,12 @@ def footprint(work: Work, settings: Settings, layout: Layout, busiest: float = 1
     )
 
 
-def state_bytes(work: Work, settings: Settings, layout: Layout, busiest: float = 1.0) -> float:
+def state_bytes(work: Work, settings: Settings, layout: Layout, busiest: float = 1.0, form: str = "loop") -> float:
     """Bytes of the states that a step passes through, whether it keeps them or not: what its memory traffic goes by.
 
     A part that is run forward alone counts for a third, and so does what activation checkpointing computes again.
     """
-    states = _states(work, settings, layout, busiest)
+    states = _states(work, settings, layout, busiest, form)
     passed = states.both_ways + (1 - BACKWARD) * states.forward_only
     if settings.activation_checkpointing:
         passed += (1 - BACKWARD) * states.of_blocks
@@ -110,8 +110,8 @@ def own_elements(work: Work, layout: Layout) -> int:
     return sum(padded_numel(numel, ranks) // ranks for numel, ranks in _flats_with_ranks(work, layout))
 
 
-def _states(work: Work, settings: Settings, layout: Layout, busiest: float) -> States:
-    return work.states(settings.micro_batch, bytes_per_number(settings), layout.ep_size, busiest)
+def _states(work: Work, settings: Settings, layout: Layout, busiest: float, form: str) -> States:
+    return work.states(settings.micro_batch, bytes_per_number(settings), layout.ep_size, busiest, form)
 
 
 def _flats_with_ranks(work: Work, layout: Layout) -> list[tuple[int, int]]:

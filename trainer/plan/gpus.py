@@ -38,6 +38,7 @@ class Gpu:
     full: float = FULL
     touched: float = 0.0  # times that a byte kept for the backward pass crosses memory, apart from what `share` covers
     updated_bytes: float = UPDATED_BYTES  # that the optimiser's step reads and writes per weight
+    form: str = "grouped"  # of the experts' products (models/moe/grouped.py)
 
     @property
     def flops_per_second(self) -> float:
@@ -72,7 +73,7 @@ GPUS = {
         Gpu("mi300x", 1307, 192, 5300, 448, 50, "data sheet AMD Instinct MI300X; 400 Gb/s per GPU assumed"),
     )
 }
-CHANGEABLE = tuple(field.name for field in dataclasses.fields(Gpu) if field.name not in ("name", "source"))
+CHANGEABLE = tuple(field.name for field in dataclasses.fields(Gpu) if field.name not in ("name", "source", "form"))
 
 
 def parse(text: str) -> Gpu:

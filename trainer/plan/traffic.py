@@ -8,7 +8,6 @@ every run.log_every steps, and 24 bytes a second by which ranks agree to go on.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,7 +17,7 @@ from trainer.config.ds_config import Settings
 from trainer.plan.work import Work
 
 ALIGNED = 2  # elements: DeepSpeed pads each flat group to a multiple of this times the ranks
-EXCHANGES = 4  # all-to-alls of an MoE layer: to the experts and back, and both again for the gradient
+EXCHANGES = 4  # all-to-alls of an MoE layer's rows: to the experts and back, and both again for the gradient
 RECOMPUTED_EXCHANGES = 2  # more where activation checkpointing runs the forward of the layer again
 FLOAT32 = 4  # bytes
 INT64 = 8
@@ -67,7 +66,7 @@ class Collective:
         group: see Layout.group.
         size: ranks of the group.
         calls: of it in a step.
-        bytes: of the tensors handed over in all calls together; of an all_gather, of what each rank then has.
+        bytes: of the tensors handed over in all calls together; of all_gather and all_to_all, of what comes.
     """
 
     what: str
@@ -82,7 +81,7 @@ def collectives(work: Work, settings: Settings, layout: Layout, busiest: float =
     """All that one optimiser step of a rank asks for.
 
     Args:
-        busiest: tokens of the busiest expert over the mean, where nothing is dropped; see models.memory.expert_rows.
+        busiest: rows of the busiest rank over the mean, see models.memory.expert_rows; 1: mean over the ranks.
     """
     number = bytes_per_number(settings)
     flats = work.flats(layout.ep_size)
@@ -116,13 +115,18 @@ def collectives(work: Work, settings: Settings, layout: Layout, busiest: float =
     return found
 
 
-def exchanged_bytes(layer: MoE, images: int, tokens: int, number: int, busiest: float = 1.0) -> int:
-    """Bytes of a rank's tensor in one all-to-all of an MoE layer: every expert's batch, padded to the busiest rank's.
+def exchanged_bytes(
+    layer: MoE, images: int, tokens: int, number: int, busiest: float = 1.0, recomputed: bool = False
+) -> int:
+    """Bytes that a rank is given by all all-to-alls of an MoE layer in a micro-batch, where nothing is dropped.
 
-    This is the form of models/moe/deepspeed_layer.py: E x R x D, the same on all ranks.
+    This is the form of models/moe/deepspeed_layer.py: exactly the rows that ranks have for each other, D numbers each.
+    Out come those for this rank's experts, and on the way back its own; in backward the same, in the other order.
     """
-    rows = expert_rows(layer.config, images, tokens, busiest)
-    return layer.config.num_experts * rows * layer.dim * number
+    own = expert_rows(layer.config, images, tokens)
+    for_experts_here = expert_rows(layer.config, images, tokens, busiest)
+    times = (EXCHANGES + RECOMPUTED_EXCHANGES * recomputed) // 2
+    return times * (own + for_experts_here) * layer.dim * number
 
 
 def wire_bytes(collective: Collective, layout: Layout) -> tuple[float, float]:
@@ -158,26 +162,21 @@ def padded_numel(numel: int, ranks: int) -> int:
 def _exchanges(work: Work, settings: Settings, layout: Layout, busiest: float) -> list[Collective]:
     """What the MoE layers ask for in the micro-batches of a step."""
     layers = work.moe_layers
-    forwards = (2 if settings.activation_checkpointing else 1) * settings.accumulation
-    found = []
-    if layout.ep_size > 1 and layers:
-        times = EXCHANGES + RECOMPUTED_EXCHANGES * settings.activation_checkpointing
-        calls = times * settings.accumulation * len(layers)
-        number = bytes_per_number(settings)
-        each = sum(exchanged_bytes(layer, settings.micro_batch, work.tokens, number, busiest) for layer in layers)
-        moved = times * settings.accumulation * each
-        found.append(Collective("tokens to experts and back", "all_to_all", "experts", layout.ep_size, calls, moved))
-    found += _small(layers, forwards, layout)
-    return found
-
-
-def _small(layers: Sequence[MoE], forwards: int, layout: Layout) -> list[Collective]:
-    """Single numbers: the rows of the busiest expert, and what dropout draws."""
     size = layout.ep_size
-    found = []
-    dropless = forwards * sum(layer.config.capacity_factor is None for layer in layers)
-    if dropless:
-        found.append(Collective("rows", "all_reduce", "experts", size, dropless, INT64 * dropless))
+    if size == 1 or not layers:
+        return []
+    recomputed = settings.activation_checkpointing
+    number = bytes_per_number(settings)
+    moved = 0
+    for layer in layers:
+        moved += exchanged_bytes(layer, settings.micro_batch, work.tokens, number, busiest, recomputed)
+    calls = (EXCHANGES + RECOMPUTED_EXCHANGES * recomputed) * len(layers)
+    times = settings.accumulation
+    found = [Collective("tokens to experts and back", "all_to_all", "experts", size, times * calls, times * moved)]
+    # how many rows that will be, and what dropout draws
+    forwards = (1 + recomputed) * times
+    experts = sum(layer.config.num_experts for layer in layers)
+    found.append(Collective("rows", "all_to_all", "experts", size, forwards * len(layers), INT64 * forwards * experts))
     drawing = forwards * sum(layer.config.dropout > 0 for layer in layers)
     if drawing:
         found.append(Collective("draws", "all_gather", "experts", size, drawing, INT64 * size * drawing))

@@ -129,16 +129,21 @@ class Work:
         """Numbers that all blocks are given for one image: what is kept where they are computed again."""
         return sum(self.tokens * block.norm1.normalized_shape[-1] for block in self.blocks)
 
-    def states(self, images: int, number: int, ep_size: int, busiest: float) -> States:
+    def states(self, images: int, number: int, ep_size: int, busiest: float, form: str) -> States:
         """Of a micro-batch of so many images in numbers of so many bytes; computed once."""
-        key = (images, number, ep_size, busiest)
+        key = (images, number, ep_size, busiest, form)
         if key not in self._states:
             self._states[key] = self._counted(*key)
         return self._states[key]
 
-    def _counted(self, images: int, number: int, ep_size: int, busiest: float) -> States:
+    def _counted(self, images: int, number: int, ep_size: int, busiest: float, form: str) -> States:
         def kept(part: nn.Module, learns: bool = True) -> int:
-            return kept_bytes(part, images, self.tokens, number, learns=learns, ep_size=ep_size, busiest=busiest)
+            return kept_bytes(
+                part, images, self.tokens, number, learns=learns, ep_size=ep_size, busiest=busiest, form=form
+            )
+
+        def widest(block: nn.Module) -> int:
+            return widest_bytes(block, images, self.tokens, number, ep_size=ep_size, busiest=busiest, form=form)
 
         everything = sum(map(kept, self.trained_parts))
         blocks = [kept(block) for block in self.blocks]
@@ -149,7 +154,7 @@ class Work:
             kept=everything,
             kept_recomputing=everything - sum(blocks) + inputs + max(blocks, default=0),
             relayed=sum(kept(part, learns=False) for part in self.relaying_parts),
-            widest=max((widest_bytes(b, images, self.tokens, number, busiest) for b in self.blocks), default=0),
+            widest=max(map(widest, self.blocks), default=0),
             both_ways=everything + sum(map(kept, self.relaying_parts)),
             forward_only=sum(each.share * kept(each.part) for each in forward_only),
             of_blocks=sum(blocks),
@@ -172,7 +177,7 @@ class Work:
         return found
 
     @functools.cached_property
-    def _states(self) -> dict[tuple[int, int, int, float], States]:
+    def _states(self) -> dict[tuple[int, int, int, float, str], States]:
         return {}
 
     @functools.cached_property
