@@ -1,7 +1,7 @@
 """How many training images a second one core prepares, against torchvision's ImageFolder with timm's create_transform.
 
     nice -n -5 python benchmarks/input.py
-    python benchmarks/input.py --width 4000 --height 3000 --kilobytes 3500 --images 8 --pairs 5
+    python benchmarks/input.py --width 4000 --height 3000 --kilobytes 3500 --images 12 --batch 4 --pairs 7
 
 Both read the same JPEGs, made here (clouds of noise, 4:2:0, of the size in bytes that is asked for), at the
 augmentation of a recipe: as it stands there, without RandAugment, and with its repeated augmentation, which ImageFolder
@@ -47,7 +47,6 @@ from trainer.data.sources import open_source
 from trainer.data.transforms import train_transform
 
 PRE = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-BATCH = 32
 MANY_EPOCHS = 1000
 
 
@@ -59,6 +58,7 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=375)
     parser.add_argument("--kilobytes", type=float, default=58.0, help="of one JPEG")
     parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=32, help="images of a batch, at most 3/4 of all")
     parser.add_argument("--pairs", type=int, default=15, help="batches of each kind")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
@@ -72,12 +72,16 @@ def main() -> None:
         cases = {"recipe": recipe_augment, "without RandAugment": plain}
         if repeats > 1:
             cases[f"recipe, repeats {repeats}"] = replace(recipe_augment, repeats=repeats)
-        figures = {name: _compare(Path(folder), source, augment, options.pairs) for name, augment in cases.items()}
+        figures = {}
+        for name, augment in cases.items():
+            theirs = _image_folder(Path(folder), augment, options.batch)
+            ours = train_batches(source, PRE, augment, seed=0, epoch=0, epochs=MANY_EPOCHS, micro_batch=options.batch)
+            figures[name] = _compare(theirs, ours, options.pairs, options.batch)
         stages = _stages(source, recipe_augment)
     figures["stages"] = stages
     figures["about"] = {
         "picture": f"{options.width} x {options.height}, {size / 1e3:.0f} kB",
-        "batch": BATCH,
+        "batch": options.batch,
         "pairs": options.pairs,
         "processor": platform.processor() or platform.machine(),
         "versions": {
@@ -134,10 +138,8 @@ def _encoded(image: Image.Image, quality: int) -> bytes:
     return content.getvalue()
 
 
-def _compare(folder: Path, source: ImageSource, augment: AugmentConfig, pairs: int) -> dict[str, float]:
+def _compare(theirs: Iterator[object], ours: Iterator[object], pairs: int, batch: int) -> dict[str, float]:
     """Images a second of either, and the median ratio of the pairs."""
-    theirs = _image_folder(folder, augment)
-    ours = _trainer(source, augment)
     seconds = {"ImageFolder + timm": [], "trainer": []}
     for pair in range(-2, pairs):  # two to warm up
         for name, batches in (("ImageFolder + timm", theirs), ("trainer", ours)):
@@ -145,11 +147,11 @@ def _compare(folder: Path, source: ImageSource, augment: AugmentConfig, pairs: i
             if pair >= 0:
                 seconds[name].append(taken)
     ratios = [a / b for a, b in zip(*seconds.values(), strict=True)]
-    rates = {f"{name}, images/s": BATCH / statistics.median(taken) for name, taken in seconds.items()}
+    rates = {f"{name}, images/s": batch / statistics.median(taken) for name, taken in seconds.items()}
     return rates | {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
-def _image_folder(folder: Path, augment: AugmentConfig) -> Iterator[list[torch.Tensor]]:
+def _image_folder(folder: Path, augment: AugmentConfig, batch: int) -> Iterator[list[torch.Tensor]]:
     transform = create_transform(
         input_size=(3, PRE.image_size, PRE.image_size),
         is_training=True,
@@ -170,11 +172,7 @@ def _image_folder(folder: Path, augment: AugmentConfig) -> Iterator[list[torch.T
                 op.aug_fn = posterize
     dataset = ImageFolder(str(folder / "train"), transform)
     while True:
-        yield from DataLoader(dataset, batch_size=BATCH, shuffle=True, drop_last=True)
-
-
-def _trainer(source: ImageSource, augment: AugmentConfig) -> Iterator[object]:
-    return train_batches(source, PRE, augment, seed=0, epoch=0, epochs=MANY_EPOCHS, micro_batch=BATCH)
+        yield from DataLoader(dataset, batch_size=batch, shuffle=True, drop_last=True)
 
 
 def _stages(source: ImageSource, augment: AugmentConfig) -> dict[str, float]:
@@ -232,7 +230,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _print(figures: dict[str, dict]) -> None:
     about = figures["about"]
-    print(f"{about['picture']}, batches of {BATCH}, {about['pairs']} pairs")
+    print(f"{about['picture']}, batches of {about['batch']}, {about['pairs']} pairs")
     print("| | ImageFolder + timm, images/s | trainer, images/s | ratio | least to most |\n|---|---:|---:|---:|---:|")
     for name, values in figures.items():
         if "ratio" in values:

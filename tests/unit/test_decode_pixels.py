@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trainer.config.data import DataConfig
 from trainer.data import decode as decode_module
 from trainer.data.decode import UnreadableImageError, decode, decode_pixels
+from trainer.data.sources import open_source
 
 rng = np.random.default_rng(0)
 WAVES = [128 + 90 * np.sin(np.arange(90)[:, None] / (9 + k)) * np.cos(np.arange(121) / (7 + k)) for k in range(3)]
@@ -137,3 +139,33 @@ def test_files_that_are_large_or_no_files_go_pillows_way(tmp_path, monkeypatch):
     for name in ("pipe", "nothing there", "."):
         with pytest.raises(UnreadableImageError, match="image it cannot be read"):
             decode_pixels(str(tmp_path / name), "it", LIMIT, lambda *_: 1)
+
+
+def test_a_hub_set_and_a_folder_go_the_same_way(tmp_path):
+    import datasets
+
+    rows = {"image": [], "label": []}
+    for number, name in enumerate(("4:2:0", "CMYK", "PNG")):
+        content = (JPEGS | OTHERS)[name]
+        path = tmp_path / "pictures" / "train" / f"class {number % 2}" / f"{number}.{'png' if name == 'PNG' else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        rows["image"].append({"bytes": content, "path": None})
+        rows["label"].append(number % 2)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["class 0", "class 1"])}
+    )
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(rows, features)}).save_to_disk(tmp_path / "saved")
+    common = {"val_split": "train"}
+    folder = open_source(DataConfig(source="folder", path=str(tmp_path / "pictures"), **common), "train")
+    saved = open_source(DataConfig(source="hub", path=str(tmp_path / "saved"), **common), "train")
+    asked = []
+    for index, row in enumerate((0, 2, 1)):  # a folder is read class by class
+        asked.clear()
+        for source, number in ((folder, index), (saved, row)):
+            pixels, read = source.pixels_or_next(number, lambda *size: asked.append(size) or 2)
+            assert read == number
+            assert pixels.shrink == (2 if row == 0 else 1)
+            asked.append(pixels.values_HWC.tobytes())
+        half = len(asked) // 2
+        assert asked[:half] == asked[half:]
