@@ -161,7 +161,7 @@ def _moe_bytes(
 def _moe_workspace(
     moe: MoE, images: int, tokens: int, bytes_per_number: int, ep_size: int, busiest: float, form: str
 ) -> int:
-    """Of an MoE layer in backward: gradients of the experts held here and of hidden rows, what is gathered and summed."""
+    """Of an MoE layer in backward: gradients of its experts here and of hidden rows, what is gathered and summed."""
     of_weights = moe.config.num_experts // ep_size * len(LAYERS[moe.act]) * moe.dim * moe.hidden * bytes_per_number
     rows = expert_rows(moe.config, images, tokens, 1.0 if ep_size == 1 else busiest)
     hidden_rows = rows * moe.hidden * bytes_per_number

@@ -145,7 +145,7 @@ class Shell:
             before, words = words[:place], words[place + 1 :]
             assert before[0] == "python" or before[1] in ("--num_gpus", "--nproc_per_node"), line
             recipe = dict(itertools.pairwise(words)).get("--recipe")
-            if recipe and not {"--print-recipe", "--help"} & set(words):
+            if recipe and not {"--print-recipe", "--help", "plan"} & set(words):  # a plan is quick at any size
                 words = [*words, *_quick(str(self.folder / recipe), words)]
             self._expect(self._work("run", words, variables), line)
             return
