@@ -5,7 +5,7 @@
 
 import json
 import re
-import time
+import resource
 from pathlib import Path
 
 import pytest
@@ -26,7 +26,7 @@ IMAGES = 100  # data.limit of the tiny recipe
 GUARD = """import importlib.util, json, sys
 for name in ("models", "trainer", "tests", "deepspeed", "datasets"{others}):
     assert importlib.util.find_spec(name) is None, name
-assert not any({root!r} in path for path in sys.path), sys.path
+assert not any(path == {root!r} or path.startswith({root!r} + "/") for path in sys.path), sys.path
 """
 ACCURACY = """
 truth = json.load(open("truth.json"))
@@ -145,12 +145,11 @@ def test_torch_and_timm_with_the_wheel(pushed, wheel, tmp_path):
     assert said["images_per_second"] > said["images_per_second_with_reading"] > 0
     assert facts["classes"] == 10 and facts["active_parameters"] < facts["parameters"]
     assert export == f"m2mkd export {REPO} --out model.pt2"  # run by tests/unit/test_export.py
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        assert run(bin_folder, ["m2mkd", "--help"], home).stdout.startswith("usage: m2mkd")
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.3
+    # processor time: what the machine does besides is not the command's
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert run(bin_folder, ["m2mkd", "--help"], home).stdout.startswith("usage: m2mkd")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
 
 
 def test_transformers_with_the_wheel(pushed, wheel, tmp_path):
