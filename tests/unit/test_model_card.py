@@ -1,5 +1,7 @@
 """The model card: what the hub reads out of it, and what it tells for each kind of run."""
 
+import base64
+import io
 import json
 import os
 import sys
@@ -7,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from tests.run_folder import finish_run, new_recipe, new_student
 from trainer import artifacts
 from trainer.config.load import build
 from trainer.config.recipe import Recipe
-from trainer.hub.card import PICTURE, hub_id, trained_with, write_card
+from trainer.hub.card import MAPS, PICTURE, hub_id, trained_with, write_card
+from trainer.report.classes import MAP_GAP, MAP_SIDE
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +74,67 @@ def test_what_a_stranger_reads(tmp_path, student):
     ):
         assert line in card.text, line
     assert "None" not in card.content and "license" not in card.data.to_dict()
+
+
+def test_what_the_model_comes_from_and_where_its_code_lies(tmp_path, student):
+    """base_model is the teacher, or the weights that training began from; a folder is none."""
+    taught = card_of(tmp_path / "taught", student, teacher={"source": "hf-hub:timm/deit3@v2"})
+    assert (taught.data.base_model, taught.data.base_model_relation) == ("timm/deit3", "finetune")
+    begun = card_of(tmp_path / "begun", student, train={"init": "someone/vmoe@v1"})
+    assert begun.data.base_model == "someone/vmoe"
+    for number, sections in enumerate(({}, {"teacher": {"source": "./vit"}}, {"train": {"start": "scratch"}})):
+        assert "base_model" not in card_of(tmp_path / str(number), student, **sections).data.to_dict()
+    recipe = new_recipe(hub={"revision": "v3"})
+    address = "https://host.org/a/b"
+    text = write_card(tmp_path / "taught", recipe, None, (), address)["README.md"].decode()
+    assert '```bash\npip install "m2mkd @ git+https://host.org/a/b@0123abc"\n```' in text
+    assert (
+        f"Trained with commit `0123abc` of [{address}]({address}), with changes that this commit does not have." in text
+    )
+    assert 'timm.create_model("hf-hub:alice/model@v3", pretrained=True)' in text
+    assert 'AutoImageProcessor.from_pretrained("alice/model", revision="v3")' in text
+    assert "m2mkd export alice/model@v3 --out model.pt2" in text and "trust_remote_code" not in text
+
+
+def test_what_the_experts_see_and_how_fast_it_is(tmp_path, student):
+    """From what phase evaluate leaves: analysis.json, and the table in its result."""
+    recipe = new_recipe()
+    finish_run(tmp_path, recipe, student)
+    assert MAPS not in write_card(tmp_path, recipe, None, ())
+    with io.BytesIO() as file:
+        Image.new("RGB", (8, 8), (255, 0, 0)).save(file, "PNG")
+        photo = base64.b64encode(file.getvalue()).decode()
+    analysis = {
+        "layers": {"blocks.1.mlp": {"load": [0.5, 0.5]}},
+        "grid": [2, 2],
+        "pictures": [{"png": photo, "experts": {"blocks.1.mlp": [0, 1, -1, 0]}}],
+    }
+    (tmp_path / "evaluate/analysis.json").write_text(json.dumps(analysis))
+    path = tmp_path / "evaluate/result.json"
+    rows = [{"name": "student, k = 1", "images_per_second": 1234.56, "accuracy": 0.8, "flops": 2e6, "parameters": 4321}]
+    rows += [
+        {
+            "name": "dense ViT of equal FLOPs",
+            "images_per_second": 99.0,
+            "accuracy": None,
+            "flops": 2e6,
+            "parameters": 12,
+        }
+    ]
+    table = {"rows": rows, "batch": 32, "dtype": "float32", "repeats": 7, "where": "1 thread of a CPU"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inference": table}))
+    files = write_card(tmp_path, recipe, None, ())
+    text = files["README.md"].decode()
+    assert f"]({MAPS})" in text and "| student, k = 1 | 1,234.6 | 0.8 | 2e+06 | 4,321 |" in text
+    assert "| dense ViT of equal FLOPs | 99.0 | - |" in text and "1 thread of a CPU, batches of 32, float32" in text
+    maps = Image.open(io.BytesIO(files[MAPS]))
+    assert maps.size == (2 * MAP_SIDE + MAP_GAP, MAP_SIDE)
+    # the photo itself, then its patches: experts 0 and 1 in other colours, the dropped one (row 1, column 0) darkest
+    corner = MAP_SIDE + MAP_GAP
+    assert maps.getpixel((5, 5)) == (255, 0, 0)
+    first, second = maps.getpixel((corner + 5, 5)), maps.getpixel((corner + MAP_SIDE - 5, 5))
+    dropped = maps.getpixel((corner + 5, MAP_SIDE - 5))
+    assert len({first, second, dropped}) == 3 and sum(dropped) < min(sum(first), sum(second))
 
 
 def test_without_a_current_evaluation_the_end_of_training_counts(tmp_path, student):
