@@ -49,11 +49,15 @@ def routings(out: Mapping[str, Any]) -> dict[str, Routing]:
 
 
 def auxiliary_loss(out: Mapping[str, Any]) -> Tensor:
-    """Sum over the MoE layers that ran of the mean over groups of their weighted balance losses; 0 when none ran.
+    """What a model adds to its loss on its own account; 0 where nothing does.
 
-    sum over layers and losses of weight x mean_g(loss_g); the weights are those of each layer's MoEConfig.
+    Of the MoE layers that ran: sum over layers and losses of weight x mean_g(loss_g), a mean over groups; the weights
+    are those of each layer's MoEConfig. And "regularisers", a dict of losses that come with their weights.
     """
     total = torch.zeros(())
+    for losses in by_layer(out, "regularisers").values():
+        for loss in losses.values():
+            total = total.to(loss.device) + loss
     for routing in routings(out).values():
         config = routing.config
         weights = {"importance": config.importance_weight, "load": config.load_weight, "gshard": config.gshard_weight}

@@ -18,7 +18,7 @@ LAYERS = (
     "models._torchvision models.labels models.preprocessing models.version",
     "models.files models.moe models.pictures",
     "models.flops models.modules models.teacher",
-    "models.memory models.vmoe",
+    "models.memory models.nac models.vmoe",
     "models.experts models.auto models.registry models.export models.predict",
     "models.cli",
     "trainer.config",

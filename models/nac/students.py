@@ -1,0 +1,148 @@
+"""A NAC as student modules of m2mKD: read-in, mediators and read-out between stitches that speak the teacher's width.
+
+The parts are those of the whole NAC, shared with it, so that assembly is the NAC itself, with its own signatures,
+codes, seeder and kernels, and the stitches left behind. B images, T tokens of the meta model, C state width, K code width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..moe.layer import draw
+from ..moe.out import Out
+from .model import NAC, Exchange, pool, reset_linear
+
+FEWEST = 3  # modules: one that reads in, one that mediates, one that reads out
+
+
+class NACModule(nn.Module):
+    """What the modules share: a code and first state that are drawn once and never learned, and saved with the module.
+
+    Args:
+        index: of the module; its draws depend on this and the seed only.
+    """
+
+    def __init__(self, nac: NAC, index: int, seed: int, *, state: bool) -> None:
+        super().__init__()
+        self.index = index
+        self.num_classes = nac.num_classes
+        self.register_buffer("code", torch.empty(1, nac.config.code_dim))
+        draw(self.code, nn.init.normal_, seed, "student", index, "code")
+        if state:
+            self.register_buffer("state", torch.empty(1, 1, nac.config.state_dim))
+            draw(self.state, nn.init.normal_, seed, "student", index, "state")
+
+
+class ReadInModule(NACModule):
+    """Images (B, channels, H, W) -> (B, 1, D_t): one receiver reads all tokens (published)."""
+
+    def __init__(self, nac: NAC, teacher_width: int, seed: int) -> None:
+        super().__init__(nac, 0, seed, state=True)
+        self.tokenizer = nac.tokenizer
+        self.read_in = nac.read_in
+        self.post = _stitch(nac.config.state_dim, teacher_width, seed, 0, "post")
+
+    def forward(
+        self, images: Tensor, out: Out | None = None, code: Tensor | None = None, state: Tensor | None = None
+    ) -> Tensor:
+        """Images -> (B, 1, D_t); code (1, K) and state (B or 1, 1, C) may be handed in."""
+        code = self.code if code is None else code
+        state = self.state if state is None else state
+        states = self.read_in(state.expand(len(images), -1, -1), code, self.tokenizer(images))
+        return self.post(states)
+
+
+class MediatorModule(NACModule):
+    """Tokens (B, T, D_t) -> (B, T, D_t): every token hears every other; no kernel, one code for all."""
+
+    def __init__(self, nac: NAC, propagators: Sequence[Exchange], index: int, teacher_width: int, seed: int) -> None:
+        super().__init__(nac, index, seed, state=False)
+        self.pre = _stitch(teacher_width, nac.config.state_dim, seed, index, "pre")
+        # a propagator's kernel stays behind: nothing here depends on it
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"attn": propagator.attn, "ffn": propagator.ffn}) for propagator in propagators
+        )
+        self.post = _stitch(nac.config.state_dim, teacher_width, seed, index, "post")
+
+    def forward(self, tokens: Tensor, out: Out | None = None, code: Tensor | None = None) -> Tensor:
+        """(B, T, D_t) -> (B, T, D_t); the code (1, K) may be handed in."""
+        code = self.code if code is None else code
+        states = self.pre(tokens)
+        for layer in self.layers:
+            states = layer["ffn"](layer["attn"](states, code, states, code), code)
+        return self.post(states)
+
+
+class ReadOutModule(NACModule):
+    """Tokens (B, T, D_t) -> logits (B, classes): one receiver hears all tokens; no kernel."""
+
+    def __init__(self, nac: NAC, index: int, teacher_width: int, seed: int) -> None:
+        super().__init__(nac, index, seed, state=True)
+        self.pre = _stitch(teacher_width, nac.config.state_dim, seed, index, "pre")
+        self.attn = nac.read_out.attn
+        self.ffn = nac.read_out.ffn
+        self.confidence = nac.confidence
+        self.head = nac.head
+
+    def forward(
+        self, tokens: Tensor, out: Out | None = None, code: Tensor | None = None, state: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, D_t) -> logits (B, classes); code (1, K) and state (B or 1, 1, C) may be handed in."""
+        code = self.code if code is None else code
+        state = self.state if state is None else state
+        receivers = state.expand(len(tokens), -1, -1)
+        # the senders of this one are modulated by the receiver's code, as there is no other
+        states = self.ffn(self.attn(receivers, code, self.pre(tokens), code), code)
+        return self.head(pool(states, self.confidence))
+
+
+def student_modules(nac: NAC, depths: Sequence[int], teacher_width: int, seed: int) -> list[NACModule]:
+    """The student modules of a NAC, sharing its parameters.
+
+    Args:
+        depths: blocks per module; the first is the read-in, the last the read-out, those between share the propagators.
+
+    Raises:
+        ValueError: fewer than 3 modules, or depths that do not fit.
+    """
+    propagators = list(nac.propagators)
+    mediators = list(depths[1:-1])
+    check_modules(len(depths), len(propagators))
+    if depths[0] != 1 or depths[-1] != 1 or sum(mediators) != len(propagators) or min(mediators) < 1:
+        raise ValueError(
+            f"depths {list(depths)} do not fit a NAC of {len(propagators)} propagators: the first and the last module "
+            f"are read-in and read-out, 1 each, and those between must be 1 or more and make {len(propagators)} "
+            "together."
+        )
+    modules: list[NACModule] = [ReadInModule(nac, teacher_width, seed)]
+    for index, depth in enumerate(mediators, start=1):
+        start = sum(mediators[: index - 1])
+        taken = propagators[start : start + depth]
+        modules.append(MediatorModule(nac, taken, index, teacher_width, seed))
+    modules.append(ReadOutModule(nac, len(depths) - 1, teacher_width, seed))
+    return modules
+
+
+def check_modules(modules: int, propagators: int) -> None:
+    """Refuse a number of modules that a NAC cannot be cut into.
+
+    Raises:
+        ValueError: naming both numbers and the way out.
+    """
+    if modules < FEWEST:
+        raise ValueError(
+            f"a NAC is taught in {FEWEST} modules at least (read-in, mediators, read-out), got modules {modules}."
+        )
+    if modules - 2 > propagators:
+        raise ValueError(
+            f"modules {modules} make {modules - 2} mediator modules, but this NAC has {propagators} propagators: lower "
+            f"modules to {propagators + 2}, or raise student.propagators."
+        )
+
+
+def _stitch(width_in: int, width_out: int, seed: int, index: int, place: str) -> nn.Linear:
+    """The published stitch: a linear layer alone."""
+    layer = nn.Linear(width_in, width_out)
+    reset_linear(layer, seed, f"student.{index}.{place}")
+    return layer
