@@ -53,24 +53,27 @@ def flops(module: nn.Module, tokens: int) -> Flops:
             torch or expert parallel. What it is given takes no gradient where that are images, or a student module.
         tokens: length of the token sequence T, prefix tokens included.
     """
+    if hasattr(module, "count_flops"):
+        # types of layers do not tell: it knows how often each is run
+        return module.count_flops(tokens)
     if isinstance(module, MoE) or hasattr(module, "deepspeed_moe"):
         # T (D E + k L D H): the router, then k experts of L products each, two or (SwiGLU) three
         router = module.dim * module.config.num_experts
         experts = module.config.k * len(LAYERS[module.act]) * module.dim * module.hidden
-        return _with_weights(tokens * (router + experts))
+        return with_weights(tokens * (router + experts))
     if isinstance(module, nn.Conv2d | nn.Linear):
         # a patch embedding is one product per patch
-        return _with_weights(tokens * module.weight.numel())
+        return with_weights(tokens * module.weight.numel())
     if hasattr(module, "directions"):
         # a stitch tied to a basis: a product with weights that are fixed
-        return replace(_with_weights(tokens * module.directions.numel()), to_weights=0)
+        return replace(with_weights(tokens * module.directions.numel()), to_weights=0)
     if isinstance(module, AttentionPoolLatent):
         return _attention_pool(module, tokens)
     total = Flops()
     query = getattr(module, "qkv", None) or getattr(module, "q_proj", None)  # attention, in one layer or in three
     if query is not None:
         # T^2 D twice: scores q k^T, and the values they mix
-        total += _of_states(2 * tokens * tokens * query.in_features)
+        total += of_states(2 * tokens * tokens * query.in_features)
     for name, child in module.named_children():
         if name == "attn_pool" and not getattr(module, "pools", True):
             continue  # of a Stage without classes, which gives tokens
@@ -88,16 +91,18 @@ def flops(module: nn.Module, tokens: int) -> Flops:
 
 
 def num_tokens(vit: nn.Module) -> int:
-    """Length of the token sequence of a timm VisionTransformer, prefix tokens included."""
+    """Length of the token sequence of a timm VisionTransformer, prefix tokens included, or of another student."""
+    if not hasattr(vit, "patch_embed"):
+        return vit.num_tokens
     return vit.patch_embed.num_patches + vit.num_prefix_tokens
 
 
-def _with_weights(multiply_adds: int) -> Flops:
+def with_weights(multiply_adds: int) -> Flops:
     """y = x W^T: the gradients of x and of W are a product of the same size each."""
     return Flops(2 * multiply_adds, 2 * multiply_adds, 2 * multiply_adds)
 
 
-def _of_states(multiply_adds: int) -> Flops:
+def of_states(multiply_adds: int) -> Flops:
     """A product of two states that both want a gradient, whether any weights do or not."""
     return Flops(2 * multiply_adds, 4 * multiply_adds, 0)
 
@@ -110,4 +115,4 @@ def _attention_pool(pool: AttentionPoolLatent, tokens: int) -> Flops:
     total += Flops(query.forward, 0, query.to_input + query.to_weights)
     scores = 2 * tokens * pool.q.in_features
     total += Flops(scores, scores, scores)
-    return total + _of_states(tokens * pool.q.in_features)
+    return total + of_states(tokens * pool.q.in_features)

@@ -23,9 +23,10 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
 from .files.hub import CheckpointFiles
+from .files.saved import read
 from .moe.layer import official
 from .vmoe.config import MODEL_TYPE, POOLS
-from .vmoe.files import ARCHITECTURE, TIMM_NAMES, read
+from .vmoe.files import ARCHITECTURE, FORMAT, TIMM_NAMES
 from .vmoe.model import VMoE, VMoEConfig, decode_variant
 
 VARIANTS = {
@@ -145,7 +146,7 @@ def _config(variant: str, options: Mapping[str, Any]) -> VMoEConfig:
 
 def _adapted(files: CheckpointFiles, config: VMoEConfig) -> VMoE:
     """The saved model with the head, pooling, image size and channels of `config`, as timm adapts its own."""
-    saved, *_ = read(files)
+    saved, *_ = read(FORMAT, files)
     # load as it was saved in what is adapted below, or the weights would not fit
     adapted = ("image_size", "patch_size", "in_chans", "num_classes", "pool")
     as_saved = {name: getattr(saved, name) for name in adapted}

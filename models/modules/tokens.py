@@ -73,6 +73,12 @@ class TokenLayout:
         return int(self.class_token) + self.reg_tokens
 
 
+def grid_size(model: nn.Module) -> tuple[int, int]:
+    """Patches of an image down and across, of a timm model or of a student."""
+    own = getattr(model, "grid_size", None)
+    return tuple(model.patch_embed.grid_size if own is None else own)
+
+
 def token_layout(model: nn.Module) -> TokenLayout:
     """The layout of a timm model (VisionTransformer, Eva, Beit) or of a student."""
     class_token = model.cls_token is not None

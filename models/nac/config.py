@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
+from ..modules.tokens import TokenLayout
 from .graphs import Fit, Graph, fitted
 from .tokens import DEPTHS, STEM
 
 MODEL_TYPE = "nac"  # in config.json
+POOLING = "confidence"  # timm's global_pool: output states weighted by their confidence
 # Sizes of the published configurations, and a small one for the embedded data sets
 PRESETS = {
     "tiny-imagenet": {
@@ -190,6 +192,11 @@ class NACConfig:
     def token_dim(self) -> int:
         """Width of a token: the tokenizer's last stage and the positions beside it."""
         return self.widths[-1] + self.grid_dim
+
+    @property
+    def tokens(self) -> TokenLayout:
+        """Nothing comes before the tokens of the image, and nothing is rotated."""
+        return TokenLayout(class_token=False, reg_tokens=0)
 
     @property
     def depth(self) -> int:

@@ -16,7 +16,7 @@ class Kernel(nn.Module):
 
     def __init__(self, truncation: float = NO_TRUNCATION, temperature: float = 0.5, stochastic: bool = False) -> None:
         super().__init__()
-        self.bandwidth = nn.Parameter(torch.ones(()))
+        self.bandwidth = nn.Parameter(torch.ones(1))  # DeepSpeed takes no parameter without dimensions
         self.truncation = truncation
         self.temperature = temperature  # of the relaxed Bernoulli sample
         self.stochastic = stochastic  # in training

@@ -50,7 +50,8 @@ class ModFC(nn.Module):
         self.weight = nn.Parameter(torch.empty(width_out, width_in))
         self.bias = nn.Parameter(torch.empty(width_out)) if bias else None
         self.scale = nn.Linear(code_dim, width_in, bias=False)
-        self.gain = nn.Parameter(torch.tensor(gain)) if learn_gain else gain
+        # (1,): DeepSpeed takes no parameter without dimensions
+        self.gain = nn.Parameter(torch.full((1,), gain)) if learn_gain else gain
         self.start_gain = gain
         self.norm = norm
         self.add_one = add_one

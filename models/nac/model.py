@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..files.saved import Published
+from ..flops import Flops
 from ..moe.layer import draw
 from ..moe.out import Out, inside
 from ..preprocessing import Preprocessing
+from . import cost
 from .attention import ModulatedAttention, ReadInAttention
-from .config import NACConfig
+from .config import POOLING, NACConfig
+from .files import FORMAT
 from .kernel import Kernel, distance
 from .layers import NORM_EPS, Draws, ModFC, ModFFN, drawn, noisy_codes
 from .regularisers import block_model_loss, graphon, hinge_repulsion
@@ -105,7 +109,7 @@ class Exchange(nn.Module):
         return self.ffn(states, code, draws, f"{name}.ffn")
 
 
-class NAC(nn.Module):
+class NAC(nn.Module, Published):
     """Images (B, channels, H, W) -> logits (B, classes).
 
     Evaluation is deterministic unless config.noisy_evaluation says otherwise (published): states start at their means
@@ -116,6 +120,8 @@ class NAC(nn.Module):
         preprocessing, labels: what its images must look like and what its classes are called; None when not known.
         source: the directory, or the hub id with its commit, that it was loaded from; None for a new one.
     """
+
+    FORMAT = FORMAT
 
     def __init__(self, config: NACConfig) -> None:
         super().__init__()
@@ -197,6 +203,40 @@ class NAC(nn.Module):
             loss = block_model_loss(signatures, kernels, target.to(signatures.device))
             losses["block_model"] = config.block_model_weight * loss
         return losses
+
+    def get_classifier(self) -> nn.Linear:
+        """The layer that gives the logits."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for `num_classes`.
+
+        Raises:
+            ValueError: no classes, or another pooling.
+        """
+        if global_pool not in (None, POOLING):
+            raise ValueError(f"global_pool {global_pool!r} is not known: a NAC pools by confidence, {POOLING!r}.")
+        like = self.head.weight
+        self.config = replace(self.config, num_classes=num_classes)
+        self.num_classes = num_classes
+        self.labels = None
+        self.head = nn.Linear(self.config.state_dim, num_classes, device=like.device, dtype=like.dtype)
+        reset_linear(self.head, self.config.seed, "head")
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Tokens of an image down and across."""
+        return tuple(self.tokenizer.grid.shape[1:])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that its input latents read."""
+        rows, columns = self.grid_size
+        return rows * columns
+
+    def count_flops(self, tokens: int) -> Flops:
+        """FLOPs of one image (models/flops.py); `tokens` says nothing of a NAC, which makes its own."""
+        return cost.whole(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each propagator's activations in backward instead of keeping them, or keep them again."""

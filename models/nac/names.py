@@ -19,7 +19,7 @@
 | pre_stitch, post_stitch of a student module | pre, post |
 | latent_attention, ffn of a mediator student | layers.0.attn, layers.0.ffn |
 
-A bias of keys is left out: softmax does not see it.
+A bias of keys is left out: softmax does not see it. Single numbers are of shape (1,) here, of () there.
 """
 
 import re
@@ -70,7 +70,7 @@ def from_reference(state: Mapping[str, Tensor], mediator: bool = False) -> dict[
         new = our_name(name)
         if mediator and new.startswith(("attn.", "ffn.")):
             new = f"layers.0.{new}"
-        ours[new] = value
+        ours[new] = value.reshape(1) if value.ndim == 0 else value
     return ours
 
 

@@ -1,16 +1,20 @@
 """A NAC as student modules of m2mKD: read-in, mediators and read-out between stitches that speak the teacher's width.
 
 The parts are those of the whole NAC, shared with it, so that assembly is the NAC itself, with its own signatures,
-codes, seeder and kernels, and the stitches left behind. B images, T tokens of the meta model, C state width, K code width.
+codes, seeder and kernels, and the stitches left behind. B images, T tokens of the meta model, C state width, K code
+width.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from ..flops import Flops
 from ..moe.layer import draw
 from ..moe.out import Out
+from . import cost
 from .model import NAC, Exchange, pool, reset_linear
 
 FEWEST = 3  # modules: one that reads in, one that mediates, one that reads out
@@ -21,24 +25,37 @@ class NACModule(nn.Module):
 
     Args:
         index: of the module; its draws depend on this and the seed only.
+        receivers: with states of their own; 0 = its receivers are what it is given.
+
+    Attributes:
+        whole: the NAC that it is a part of.
     """
 
-    def __init__(self, nac: NAC, index: int, seed: int, *, state: bool) -> None:
+    def __init__(self, nac: NAC, index: int, seed: int, receivers: int) -> None:
         super().__init__()
         self.index = index
-        self.num_classes = nac.num_classes
-        self.register_buffer("code", torch.empty(1, nac.config.code_dim))
+        # in a tuple, which torch does not look into: the whole is no part of its part
+        self._whole = (nac,)
+        self.register_buffer("code", torch.empty(max(receivers, 1), nac.config.code_dim))
         draw(self.code, nn.init.normal_, seed, "student", index, "code")
-        if state:
-            self.register_buffer("state", torch.empty(1, 1, nac.config.state_dim))
+        if receivers:
+            self.register_buffer("state", torch.empty(1, receivers, nac.config.state_dim))
             draw(self.state, nn.init.normal_, seed, "student", index, "state")
+
+    @property
+    def whole(self) -> NAC:
+        return self._whole[0]
 
 
 class ReadInModule(NACModule):
-    """Images (B, channels, H, W) -> (B, 1, D_t): one receiver reads all tokens (published)."""
+    """Images (B, channels, H, W) -> (B, U, D_t): receivers read all tokens of the tokenizer.
 
-    def __init__(self, nac: NAC, teacher_width: int, seed: int) -> None:
-        super().__init__(nac, 0, seed, state=True)
+    Published is one receiver, which squeezes the image through one token; with one per token of the teacher, the output
+    is in the place of the teacher module's.
+    """
+
+    def __init__(self, nac: NAC, teacher_width: int, seed: int, receivers: int = 1) -> None:
+        super().__init__(nac, 0, seed, receivers)
         self.tokenizer = nac.tokenizer
         self.read_in = nac.read_in
         self.post = _stitch(nac.config.state_dim, teacher_width, seed, 0, "post")
@@ -46,18 +63,30 @@ class ReadInModule(NACModule):
     def forward(
         self, images: Tensor, out: Out | None = None, code: Tensor | None = None, state: Tensor | None = None
     ) -> Tensor:
-        """Images -> (B, 1, D_t); code (1, K) and state (B or 1, 1, C) may be handed in."""
+        """Images -> (B, U, D_t); codes (U or 1, K) and states (B or 1, U, C) may be handed in."""
         code = self.code if code is None else code
         state = self.state if state is None else state
         states = self.read_in(state.expand(len(images), -1, -1), code, self.tokenizer(images))
         return self.post(states)
+
+    @property
+    def tokens_out(self) -> int:
+        """Length of the token sequence that it gives."""
+        return self.state.shape[1]
+
+    def count_flops(self, tokens: int) -> Flops:
+        """FLOPs of one image (models/flops.py)."""
+        receivers, read_in = self.tokens_out, self.read_in
+        found = cost.of_tokenizer(self.tokenizer)
+        found += cost.of_read_in(read_in.attn, read_in.ffn, receivers, self.whole.num_tokens)
+        return found + cost.linear(self.post, receivers)
 
 
 class MediatorModule(NACModule):
     """Tokens (B, T, D_t) -> (B, T, D_t): every token hears every other; no kernel, one code for all."""
 
     def __init__(self, nac: NAC, propagators: Sequence[Exchange], index: int, teacher_width: int, seed: int) -> None:
-        super().__init__(nac, index, seed, state=False)
+        super().__init__(nac, index, seed, receivers=0)
         self.pre = _stitch(teacher_width, nac.config.state_dim, seed, index, "pre")
         # a propagator's kernel stays behind: nothing here depends on it
         self.layers = nn.ModuleList(
@@ -73,12 +102,19 @@ class MediatorModule(NACModule):
             states = layer["ffn"](layer["attn"](states, code, states, code), code)
         return self.post(states)
 
+    def count_flops(self, tokens: int) -> Flops:
+        """FLOPs of one image (models/flops.py) of so many tokens."""
+        found = replace(cost.linear(self.pre, tokens), to_input=0) + cost.linear(self.post, tokens)
+        for layer in self.layers:
+            found += cost.of_exchange(layer["attn"], layer["ffn"], tokens, tokens)
+        return found
+
 
 class ReadOutModule(NACModule):
     """Tokens (B, T, D_t) -> logits (B, classes): one receiver hears all tokens; no kernel."""
 
     def __init__(self, nac: NAC, index: int, teacher_width: int, seed: int) -> None:
-        super().__init__(nac, index, seed, state=True)
+        super().__init__(nac, index, seed, receivers=1)
         self.pre = _stitch(teacher_width, nac.config.state_dim, seed, index, "pre")
         self.attn = nac.read_out.attn
         self.ffn = nac.read_out.ffn
@@ -96,11 +132,19 @@ class ReadOutModule(NACModule):
         states = self.ffn(self.attn(receivers, code, self.pre(tokens), code), code)
         return self.head(pool(states, self.confidence))
 
+    def count_flops(self, tokens: int) -> Flops:
+        """FLOPs of one image (models/flops.py) of so many tokens."""
+        found = replace(cost.linear(self.pre, tokens), to_input=0) + cost.of_exchange(self.attn, self.ffn, 1, tokens)
+        return found + cost.linear(self.confidence, 1) + cost.linear(self.head, 1)
 
-def student_modules(nac: NAC, depths: Sequence[int], teacher_width: int, seed: int) -> list[NACModule]:
+
+def student_modules(
+    nac: NAC, depths: Sequence[int], teacher_width: int, seed: int, receivers: int = 1
+) -> list[NACModule]:
     """The student modules of a NAC, sharing its parameters.
 
     Args:
+        receivers: of the read-in, see ReadInModule.
         depths: blocks per module; the first is the read-in, the last the read-out, those between share the propagators.
 
     Raises:
@@ -115,7 +159,7 @@ def student_modules(nac: NAC, depths: Sequence[int], teacher_width: int, seed: i
             f"are read-in and read-out, 1 each, and those between must be 1 or more and make {len(propagators)} "
             "together."
         )
-    modules: list[NACModule] = [ReadInModule(nac, teacher_width, seed)]
+    modules: list[NACModule] = [ReadInModule(nac, teacher_width, seed, receivers)]
     for index, depth in enumerate(mediators, start=1):
         start = sum(mediators[: index - 1])
         taken = propagators[start : start + depth]

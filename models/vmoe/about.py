@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from ..files.hub import CheckpointFiles, Weights
+from ..files.saved import read, read_versions
 from ..flops import forward_flops, num_tokens
 from ..moe.layer import MoE
 from .config import moe_numbers
-from .files import check_counts, read, read_versions
+from .files import FORMAT, check_counts
 from .model import VMoE
 
 
@@ -21,7 +22,7 @@ def about(source: str, revision: str | None = None) -> dict[str, Any]:
         ValueError: see VMoE.from_pretrained.
     """
     files = CheckpointFiles(source, revision)
-    config, preprocessing, labels = read(files)
+    config, preprocessing, labels = read(FORMAT, files)
     weights = Weights(files)
     weights.unwrap()
     check_counts(config, weights)
@@ -30,7 +31,7 @@ def about(source: str, revision: str | None = None) -> dict[str, Any]:
     weights.check(model.state_dict())
     return {
         "source": str(files),
-        "saved_by": read_versions(files).get("m2mkd_version"),
+        "saved_by": read_versions(FORMAT, files).get("m2mkd_version"),
         "image_size": config.image_size,
         "patch_size": config.patch_size,
         "width": config.width,

@@ -10,17 +10,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import saved
 from ..files.hub import CheckpointFiles
 from ..flops import forward_flops, num_tokens
 from ..modules.basis import Basis
-from ..modules.stitch import StudentModule, assemble_student, build_student_modules
+from ..modules.stitch import STITCHES, StudentModule, assemble_student, build_student_modules
 from ..modules.tokens import Rope, TokenLayout
 from ..moe.layer import MoEConfig
 from ..preprocessing import Preprocessing
-from . import files as saved_files
 from .config import VMoEConfig, decode_variant
+from .files import FORMAT
 from .model import VMoE, load_expert_parallel
 
+__all__ = [
+    "ALIGNED",
+    "ENDS",
+    "STITCHES",
+    "assemble",
+    "build",
+    "config",
+    "load",
+    "modules",
+    "read_config",
+    "write_config",
+]
+ALIGNED = True
+ENDS = 0
 SIZES = ("patch_size", "width", "depth", "heads", "mlp_dim")
 
 
@@ -92,6 +107,7 @@ def modules(
     seed: int,
     stitches: str,
     bases: Sequence[Basis] | None,
+    **_: Any,
 ) -> list[StudentModule]:
     """See build_student_modules."""
     return build_student_modules(student, depths, teacher_width, seed, stitches, bases)
@@ -108,12 +124,12 @@ def read_config(files: CheckpointFiles) -> tuple[VMoEConfig, Preprocessing | Non
     Raises:
         ValueError: not one of ours.
     """
-    return saved_files.read(files)
+    return saved.read(FORMAT, files)
 
 
 def write_config(folder: Path, config: VMoEConfig, preprocessing: Preprocessing, labels: Sequence[str]) -> None:
     """Write config.json alone: with weights beside it the folder is a V-MoE."""
-    saved_files.write_config(folder, config, preprocessing, labels)
+    saved.write_config(folder, saved.content(FORMAT, config, preprocessing, labels))
 
 
 def load(source: str, *, config: VMoEConfig | None = None, ep_size: int = 1, ep_rank: int = 0) -> VMoE:

@@ -5,21 +5,20 @@ T tokens, D width.
 """
 
 import functools
-import logging
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelHubMixin
 from timm.layers import AttentionRope, LayerNorm, Mlp, SwiGLU, to_2tuple
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from ..files.hub import CheckpointFiles, Weights
+from ..files.hub import CheckpointFiles
+from ..files.saved import Published, read
 from ..modules.stages import run_blocks, shallow_copy
 from ..modules.stitch import FOLDED, stitch
 from ..moe.expert import GELU
@@ -27,10 +26,9 @@ from ..moe.layer import MoE, draw, lecun_normal_, routed_layers
 from ..moe.out import Out, inside
 from ..preprocessing import Preprocessing
 from .config import POOLS, VARIANTS, VMoEConfig, decode_variant, moe_numbers
-from .files import check_counts, fill, read, write
+from .files import FORMAT
 
 __all__ = ["VARIANTS", "VMoE", "VMoEBlock", "VMoEConfig", "decode_variant", "load_expert_parallel", "moe_numbers"]
-log = logging.getLogger(__name__)
 MLP_LAYERS = (".fc1", ".fc2", ".fc1_g", ".fc1_x")
 
 
@@ -59,7 +57,7 @@ class VMoEBlock(Block):
         return x + self.drop_path2(self.ls2(hidden))
 
 
-class VMoE(VisionTransformer, ModelHubMixin):
+class VMoE(VisionTransformer, Published):
     """timm's VisionTransformer with MoE blocks; images (B, C, H, W) -> logits (B, classes).
 
     Without classes (num_classes 0) it gives pooled features (B, D) of its own. `feature_head` then takes its normalised
@@ -70,6 +68,8 @@ class VMoE(VisionTransformer, ModelHubMixin):
         preprocessing, labels: what its images must look like and what its classes are called; None when not known.
         source: the directory, or the hub id with its commit, that it was loaded from; None for a new one.
     """
+
+    FORMAT = FORMAT
 
     def __init__(self, config: VMoEConfig) -> None:
         norm_layer = None  # timm's own
@@ -220,49 +220,6 @@ class VMoE(VisionTransformer, ModelHubMixin):
         for layer in routed_layers(self).values():
             layer.config = self.config.moe
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        *,
-        preprocessing: Preprocessing | None = None,
-        labels: Sequence[str] | None = None,
-        state: Mapping[str, Tensor] | None = None,
-        max_shard_size: int | str = "5GB",
-        config: None = None,  # these two only because ModelHubMixin.push_to_hub passes them along
-        model_card_kwargs: None = None,
-    ) -> None:
-        """Write config.json and the weights: model.safetensors, or shards and their index; see models/vmoe/files.py.
-
-        Args:
-            preprocessing, labels: travel with the model; by default its own.
-            state: weights to write in place of the model's own, by plain names: full_state_dict of the model in
-                training, which is collective, while one rank writes.
-            max_shard_size: bytes of one weights file, a number or text like "5GB".
-
-        Raises:
-            ValueError: an expert parallel model without `state`, labels of another number than the classes, or weights
-                that are not those of this model, so that nobody could load them.
-        """
-        if state is None:
-            parallel = any(hasattr(module, "deepspeed_moe") for module in self.modules())
-            if parallel or any(parameter.is_meta for parameter in self.parameters()):
-                raise ValueError("this model holds one rank's experts: pass state=models.moe.full_state_dict(model).")
-            state = self.state_dict()
-        preprocessing = preprocessing or self.preprocessing
-        labels = labels or self.labels
-        if labels is not None and len(labels) != self.num_classes:
-            raise ValueError(f"{len(labels)} labels were given for {self.num_classes} classes.")
-        with torch.device("meta"):
-            expected = VMoE(self.config).state_dict()
-        for name in sorted(expected.keys() | state.keys()):
-            given_shape = _shape(state, name)
-            model_shape = _shape(expected, name)
-            if given_shape != model_shape:
-                raise ValueError(
-                    f"{name} is {given_shape} in the weights to save and {model_shape} in a model of this config."
-                )
-        write(Path(save_directory), self.config, state, preprocessing, labels, max_shard_size)
-
     @classmethod
     def from_pretrained(
         cls,
@@ -272,46 +229,15 @@ class VMoE(VisionTransformer, ModelHubMixin):
         config: VMoEConfig | None = None,
         k: int | None = None,
     ) -> "VMoE":
-        """Load from a directory or from the hub ("owner/name" or "owner/name@revision"); strict, safetensors only.
+        """As Published.from_pretrained, and with another number of experts per token.
 
         Args:
-            config: build this on the weights: it may differ from what was saved in dropout, noise, capacities and loss
-                weights.
-            k: experts per token in place of those it was trained with, from 1 to all: fewer are faster and less exact.
-
-        Returns the model in evaluation mode, in the precision it was saved in, its weights mapped from the files.
-
-        Raises:
-            ValueError: not found, not a V-MoE of ours, without safetensors weights, weights that are damaged, not
-                finite or do not fit, or a `config` that makes another function of them.
+            k: in place of those it was trained with, from 1 to all: fewer are faster and less exact.
         """
-        model = cls._load(source, revision, config, lambda name: True)
+        model = super().from_pretrained(source, revision, config=config)
         if k is not None:
             model.set_k(k)
         return model
-
-    @classmethod
-    def _load(
-        cls,
-        source: str | Path | CheckpointFiles,
-        revision: str | None,
-        config: VMoEConfig | None,
-        needed: Callable[[str], bool],
-    ) -> "VMoE":
-        files = source if isinstance(source, CheckpointFiles) else CheckpointFiles(str(source), revision)
-        saved, preprocessing, labels = read(files)
-        config = saved if config is None else config.on_weights_of(saved, str(files))
-        weights = Weights(files)
-        weights.unwrap()
-        check_counts(config, weights)
-        with torch.device("meta"):
-            model = cls(config)
-        fill(model, weights, needed)
-        model.preprocessing = preprocessing
-        model.labels = labels
-        model.source = str(files)
-        log.info("loaded %s: %.3f GB read", files, weights.bytes_read / 1e9)
-        return model.eval()
 
 
 def load_expert_parallel(
@@ -334,7 +260,7 @@ def load_expert_parallel(
     Raises:
         ValueError: an ep_size that does not divide the experts, and whatever VMoE.from_pretrained raises.
     """
-    experts = read(CheckpointFiles(str(source), revision))[0].moe.num_experts
+    experts = read(FORMAT, CheckpointFiles(str(source), revision))[0].moe.num_experts
     if ep_size < 1 or experts % ep_size or not 0 <= ep_rank < ep_size:
         raise ValueError(
             f"rank {ep_rank} of ep_size {ep_size} cannot share {experts} experts of {source}: ep_size must divide them."
@@ -372,10 +298,6 @@ def _block(config: VMoEConfig, dim: int, depth: int, **options: Any) -> VMoEBloc
     elif width is not None:
         block.stitch = nn.Sequential(stitch(dim, width), stitch(width, dim))
     return block
-
-
-def _shape(state: Mapping[str, Tensor], name: str) -> tuple[int, ...] | str:
-    return tuple(state[name].shape) if name in state else "missing"
 
 
 @torch.no_grad()

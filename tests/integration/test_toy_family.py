@@ -13,7 +13,7 @@ from models.modules.stitch import build_student_modules
 from models.preprocessing import Preprocessing
 from tests.launch import TINY
 from trainer.api import load_results
-from trainer.config.student import StudentConfig
+from trainer.config import student
 from trainer.teaching import families
 
 
@@ -63,7 +63,10 @@ def build(config):
         return Toy(config)
 
 
-def modules(student, depths, teacher_width, seed, stitches, bases):
+ALIGNED, ENDS, STITCHES = True, 0, ("drop", "keep", "fold")
+
+
+def modules(student, depths, teacher_width, seed, stitches, bases, **_):
     return build_student_modules(student, depths, teacher_width, seed, stitches, bases)
 
 
@@ -89,13 +92,23 @@ def run_with_toys(arguments):
     from trainer.run import main
 
     families.FAMILIES["toy"] = "tests.integration.test_toy_family"
-    StudentConfig.kind = property(lambda self: "toy")
+    student.KINDS.append("toy")
     return main(arguments)
 
 
 def test_a_second_family_goes_through_the_whole_chain(warm, tmp_path):
-    words = [*TINY, "--phase", "all", "--out", tmp_path, "student.moe_blocks=none", "refine.epochs=1", "refine.lr=0.06"]
-    words += ["refine.global_batch=16"]
+    words = [
+        *TINY,
+        "--phase",
+        "all",
+        "--out",
+        tmp_path,
+        "student.kind=toy",
+        "student.moe_blocks=none",
+        "refine.epochs=1",
+        "refine.lr=0.06",
+    ]
+    words += ["refine.epochs=1", "refine.lr=0.06", "refine.global_batch=16"]
     finished = warm.call("tests.integration.test_toy_family:run_with_toys", list(map(str, words)), ranks=2)
     assert finished.code == 0, finished.output
     results = load_results(tmp_path)

@@ -1,23 +1,29 @@
 """The NAC against numbers of the public code (tests/fixtures/nac, kamanphoebe/m2mKD 067fa1f), and what we add."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parameters_to_vector
+from torch.utils.flop_counter import FlopCounterMode
 
+from models.flops import flops
 from models.moe.out import auxiliary_loss
 from models.nac import NAC, PRESETS, NACConfig, student_modules
 from models.nac.attention import ModulatedAttention, ReadInAttention
+from models.nac.family import OF_MODULES
 from models.nac.graphs import Graph, fit_steps, fitted, quality
 from models.nac.kernel import Kernel, distance, link_probability, log_sample
 from models.nac.layers import ModFC, ModFFN, drop_path, noisy_codes
 from models.nac.model import ReadIn, pool
 from models.nac.names import from_reference
 from models.nac.regularisers import block_model_loss, graphon, hinge_repulsion, matched_rows
+from trainer.config.student import NACConfig as Knobs
+from trainer.objectives import Classify
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "nac"
 EXACT = {"rtol": 0, "atol": 1e-9}  # float64
@@ -152,7 +158,7 @@ def test_kernels():
         wanted = case["grad_of_kernel"]
         gradients = torch.autograd.grad(link, (receivers, senders, kernel.bandwidth), wanted["cotangent"])
         for gradient, name in zip(gradients, ("receiver", "sender", "bandwidth")):
-            torch.testing.assert_close(gradient, wanted[name], **EXACT)
+            torch.testing.assert_close(gradient, wanted[name].reshape(gradient.shape), **EXACT)
     case = fixture["stochastic"]
     receivers, senders = case["receiver_signatures"].requires_grad_(), case["sender_signatures"].requires_grad_()
     kernel = Kernel(case["config"]["truncation"], case["config"]["temperature"])
@@ -163,7 +169,7 @@ def test_kernels():
     wanted = case["grad"]
     gradients = torch.autograd.grad(sample.log_softmax(-1), (receivers, senders, kernel.bandwidth), wanted["cotangent"])
     for gradient, name in zip(gradients, ("receiver", "sender", "bandwidth")):
-        torch.testing.assert_close(gradient, wanted[name], **SINGLE)
+        torch.testing.assert_close(gradient, wanted[name].reshape(gradient.shape), **SINGLE)
 
 
 class WithKernel(nn.Module):
@@ -494,3 +500,47 @@ def test_read_in_has_no_tensor_of_tokens_receivers_and_a_width():
         attention(states, torch.randn(50, 6), tokens).sum().backward()
     assert largest <= 2 * 2 * 50 * 90  # scores: images x heads x receivers x tokens
     assert largest < 2 * 50 * 90 * 7
+
+
+def test_flops_are_those_torch_counts(small):
+    nac = NAC(replace(small.config, hinge_weight=0.0))
+    # torch counts the backward of a convolution over single channels as if it were over all: a tokenizer without blocks
+    plain = NAC(replace(small.config, hinge_weight=0.0, tokenizer="atto"))
+    modules = student_modules(plain, (1, 1, 1, 1, 1), 10, seed=0, receivers=7)
+    image, tokens = (3, 32, 32), (7, 10)
+    assert flops(nac, 0).forward == _counted(nac, image, backward=False)
+    for module, shape in ((plain, image), (modules[0], image), (modules[1], tokens), (modules[4], tokens)):
+        assert flops(module, 7).trained == _counted(module, shape, backward=True), type(module).__name__
+
+
+def _counted(module, shape, backward):
+    """What two images cost more than one: codes are scaled, and signatures compared, once a batch."""
+    counted = []
+    for images in (1, 2):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            output = module(torch.randn(images, *shape))
+            if backward:
+                output.sum().backward()
+        counted.append(counter.get_total_flops())
+    return counted[1] - counted[0]
+
+
+def test_training_end_to_end_counts_the_regularisers(small):
+    nac = NAC(replace(small.config, hinge_radius=1.5)).train()
+    classify = Classify(nac, tokens=nac.num_tokens)
+    loss, parts = classify(nac, torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    # all pairs are within a distance of 1.5: the repulsion is far from 0
+    torch.testing.assert_close(parts["balance"], sum(nac.regularisers().values()))
+    assert parts["balance"] < -0.1
+    torch.testing.assert_close(loss, parts["label"] + parts["balance"])
+
+
+def test_the_recipes_knobs_are_those_of_the_configuration():
+    ours = {f.name: f.default for f in fields(NACConfig)}
+    for knob in fields(Knobs):
+        if knob.name in OF_MODULES:
+            continue
+        assert knob.name in ours
+        assert knob.default in (None, ours[knob.name]), knob.name
+    from_data = {"image_size", "in_chans", "num_classes", "drop_path_rate", "seed", "layer_scale"}
+    assert ours.keys() - {knob.name for knob in fields(Knobs)} == from_data

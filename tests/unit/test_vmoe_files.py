@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.files import hub
+from models.files import hub, saved
 from models.moe.layer import MoEConfig
 from models.preprocessing import Preprocessing
-from models.vmoe import files
 from models.vmoe.model import VMoE, VMoEConfig, load_expert_parallel
 from tests.hub_server import HubServer
 
@@ -96,7 +95,7 @@ def test_a_killed_save_leaves_the_old_model_or_none(tmp_path, monkeypatch, befor
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr(files, "save_file", counted(save_file))
+            patch.setattr(saved, "save_file", counted(save_file))
             for name in ("write_text", "replace", "unlink"):
                 patch.setattr(Path, name, counted(getattr(Path, name)))
             try:

@@ -66,6 +66,8 @@ class Recipe:
             self._check_grown()
         if self.teacher.head == "none":
             self._check_features()
+        if self.student.kind == "nac":
+            self._check_nac()
         starts = (self.train.start, *self.train.baselines)
         if "upcycled" in starts and not self.student.init:
             raise ValueError(
@@ -120,6 +122,29 @@ class Recipe:
                 f"train.border_weight compares states in the basis of tied stitches; distill.stitches is {stitches!r}: "
                 "set distill.stitches=tied, or train.border_weight=0"
             )
+
+    def _check_nac(self) -> None:
+        """What only a V-MoE has, and what the read-in student of one token cannot do."""
+        kind = "with student.kind=nac"
+        modules = f"3 or more {kind}: read-in, mediators, read-out"
+        require(self.modules >= 3, "modules", self.modules, modules)
+        require(self.teacher.head != "none", "teacher.head", "none", f"auto, own or probe {kind}: it tells classes")
+        expected = {
+            "distill.stitches": "linear",
+            "distill.level": "module",
+            "distill.routing_weight": 0.0,
+            "train.stitches": "drop",
+            "train.routing_weight": 0.0,
+            "train.border_weight": 0.0,
+            "train.layer_decay": 1.0,
+        }
+        if self.student.nac.read_in == "one":
+            kind += " and student.nac.read_in=one, which gives one token (student.nac.read_in=tokens: all)"
+            expected |= {"distill.border": "none", "refine.epochs": 0}
+        for key, value in expected.items():
+            section_name, name = key.split(".")
+            actual = getattr(getattr(self, section_name), name)
+            require(actual == value, key, actual, f"{value!r} {kind}")
 
     def _check_grown(self) -> None:
         """A grown teacher comes after the meta model, which so has nothing to copy, to match or to reuse."""

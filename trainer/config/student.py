@@ -1,13 +1,15 @@
-"""Section student: the modular student and the routing of its MoE blocks."""
+"""Section student: the modular student, the routing of a V-MoE's blocks, and the circuit of a NAC."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.config.knobs import MANY, WEIGHT, Range, check_heads, check_ranges, knob, require, section
+from trainer.config.knobs import MANY, SHARE, WEIGHT, Range, check_heads, check_ranges, knob, require, section
 
+KINDS = ["vmoe", "nac"]  # rows of trainer/teaching/families.py
 LIKE_TEACHER = "teacher"  # a variant: sizes as trainer/teaching/sizes.py takes them from the teacher
+SIZE = Range(1, 100_000)
 CAPACITY = Range(0, 10_000, open_least=True)  # slots per expert, in equal shares
 
 
@@ -42,9 +44,78 @@ class MoEConfig:
 
 
 @dataclass(frozen=True)
-class StudentConfig:
-    """The modular student, a V-MoE. Image size, channels and classes come from the teacher and the data."""
+class NACConfig:
+    """The circuit of a student of kind nac (formulas: docs/method.md). Null = the preset's, or the model's own."""
 
+    preset: str = knob("", "sizes where they are null: tiny-imagenet, imagenet (as published), small (embedded sets)")
+    state_dim: int | None = knob(None, "width of a module's state", SIZE)
+    code_dim: int | None = knob(None, "width of a module's code", SIZE)
+    signature_dim: int | None = knob(None, "width of a module's signature; null = 64", SIZE)
+    heads: int | None = knob(None, "of every attention", SIZE)
+    head_dim: int | None = knob(None, "channels of a head; null = 64", SIZE)
+    input_latents: int | None = knob(None, "modules that read the image", SIZE)
+    mediator_latents: int | None = knob(None, "modules of the circuit", SIZE)
+    output_latents: int | None = knob(None, "modules that the classes are told from", SIZE)
+    propagators: int | None = knob(None, "layers of the circuit; null = 8", Range(1, 1000))
+    ffn_factor: float | None = knob(
+        None, "hidden width of feed-forward blocks over state_dim", Range(0, 100, open_least=True)
+    )
+    tokenizer: Literal["tiny", "mini", "micro", "nano", "pico", "femto", "atto"] | None = knob(
+        None, "blocks per ConvNeXt stage of the tokenizer; null = mini (3, 3)"
+    )
+    tokenizer_stages: int | None = knob(None, "a token is 4 x 2^(stages - 1) pixels; null = 2", Range(1, 3))
+    grid_dim: int | None = knob(None, "channels of the learned positions; null = 64", SIZE)
+    graph: Literal[
+        "scale-free",
+        "planted-partition",
+        "ring-of-cliques",
+        "erdos-renyi",
+        "watts-strogatz",
+        "grid",
+        "tree",
+        "barbell",
+        "hypercube",
+        "complete",
+    ] = knob("scale-free", "prior that the mediators' signatures are fitted to")
+    graph_degree: int | None = knob(
+        None, "scale-free: edges of a new module; watts-strogatz: neighbours, 0 = a tenth of all", Range(0, 100_000)
+    )
+    graph_clusters: int | None = knob(None, "planted-partition, ring-of-cliques: how many", SIZE)
+    graph_p: float = knob(0.1, "erdos-renyi: of an edge; watts-strogatz: of an edge to be laid anew", SHARE)
+    graph_p_in: float = knob(0.9, "planted-partition: of an edge inside a cluster", SHARE)
+    graph_p_out: float = knob(0.2, "planted-partition: of an edge between clusters", SHARE)
+    truncation: float = knob(
+        0.9, "modules with signatures farther apart (1 - cosine) do not hear each other", Range(0, 2, open_least=True)
+    )
+    fit_threshold: float | None = knob(
+        None,
+        "of the fit of signatures; null = truncation. Published 0.8 with truncation 0.9, which loses most of the graph",
+        Range(0, 2, open_least=True),
+    )
+    fit_recall: float = knob(0.95, "least share of the graph's edges kept by the fit; 0 = 1000 steps, published", SHARE)
+    fit_steps: int = knob(20_000, "most steps of the fit", Range(1, MANY))
+    code_noise: float = knob(0.05, "training noise on codes, relative to each entry", SHARE)
+    stochastic_kernel: bool = knob(True, "links are sampled in training")
+    temperature: float = knob(0.5, "of those samples", Range(0, 100, open_least=True))
+    noisy_evaluation: bool = knob(False, "keep the noise of seeds and pooling in evaluation, as published")
+    hinge_weight: float = knob(0.1, "weight of the repulsion of near signatures", WEIGHT)
+    hinge_radius: float = knob(0.4, "distance within which they repel each other", Range(0, 2))
+    block_model_weight: float = knob(0.0, "planted-partition: weight of the block model; published 1", WEIGHT)
+    read_in: Literal["one", "tokens"] = knob(
+        "one",
+        "receivers of the read-in student module: one, which gives one token (published); or one per token of the "
+        "teacher, which border targets and a second round need",
+    )
+
+    def __post_init__(self):
+        check_ranges(self, "student.nac.")
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The modular student; images and classes are the teacher's and the data's. Kind nac reads kind, depths and nac."""
+
+    kind: str = knob("vmoe", "vmoe: vision transformer with mixtures of experts; nac: Neural Attentive Circuits")
     variant: str = knob(
         "",
         "fills the sizes below where they are null: S/16, B/16, L/16, H/14, m2mkd-B/16 ...; the same without a patch "
@@ -98,14 +169,15 @@ class StudentConfig:
     )
     drop_rate: float = knob(0.0, "dropout in dense MLPs and after attention", Range(0, 1, open_most=True))
     moe: MoEConfig = section(MoEConfig)
-
-    @property
-    def kind(self) -> str:
-        """Name of the student's family, a row of trainer/teaching/families.py."""
-        return "vmoe"
+    nac: NACConfig = section(NACConfig)
 
     def __post_init__(self):
         check_ranges(self, "student.")
+        require(self.kind in KINDS, "student.kind", self.kind, f"one of {', '.join(KINDS)}")
+        if self.kind == "nac":
+            expected = "empty with student.kind=nac, which starts from no ViT's layers"
+            require(not self.init, "student.init", self.init, expected)
+            return
         open_sizes = []  # left to the variant
         for name in ("width", "depth", "heads", "mlp_dim"):
             size = getattr(self, name)

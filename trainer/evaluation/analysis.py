@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from models.modules.tokens import grid_size
 from models.moe.layer import routed_layers
 from models.moe.out import Out, routings
 from models.moe.routing import Routing
@@ -94,7 +95,7 @@ class Analysis:
             "images": len(index),
             "skipped": len(self.source) - len(index),
             **(_classes(truth, predicted, self.source.labels) if self.classifies else {}),
-            "grid": list(self.student.patch_embed.grid_size),
+            "grid": list(grid_size(self.student)),
             "layers": self.choices.summary(self.dist),
             "pictures": [pictures[image] for image in sorted(pictures)],
         }

@@ -21,6 +21,7 @@ class Pass:
     relays: bool = False  # the gradient with respect to its input, where that can take one
     learns: bool = False  # the gradient with respect to its weights
     share: float = 1.0
+    tokens: int = 0  # length of the sequence it is given, where that is not the objective's
 
 
 def forward_only(*parts: nn.Module, share: float = 1.0) -> list[Pass]:
@@ -28,9 +29,9 @@ def forward_only(*parts: nn.Module, share: float = 1.0) -> list[Pass]:
     return [Pass(part, share=share) for part in parts]
 
 
-def relaying(*parts: nn.Module) -> list[Pass]:
+def relaying(*parts: nn.Module, tokens: int = 0) -> list[Pass]:
     """Frozen behind something trained: the forward, and the gradient with respect to its input."""
-    return [Pass(part, relays=True) for part in parts]
+    return [Pass(part, relays=True, tokens=tokens) for part in parts]
 
 
 def trained(*parts: nn.Module) -> list[Pass]:
@@ -50,7 +51,7 @@ def flops_per_image(passes: Iterable[Pass], tokens: int) -> int:
         if isinstance(each.part, TeacherRouters):
             spent = Flops(each.part.flops_per_image(tokens))
         else:
-            spent = flops(each.part, tokens)
+            spent = flops(each.part, each.tokens or tokens)
         of_pass = spent.forward + each.relays * spent.to_input + each.learns * spent.to_weights
         total += round(each.share * of_pass)
     return total

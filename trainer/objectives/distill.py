@@ -158,7 +158,8 @@ class Distill(Objective):
         """The two modules, and the stages behind them for the student, which pass the gradient on."""
         passes = trained(self.module)
         if self.logit_weight:
-            passes += relaying(*self._behind)
+            # a student module may give fewer tokens than the teacher's
+            passes += relaying(*self._behind, tokens=getattr(self.module, "tokens_out", 0))
         if self.taught_here:
             passes += forward_only(self.teacher_stage)
         if self.guide is not None:

@@ -30,7 +30,7 @@ class Classify(Objective):
         self.tokens = tokens
         self.label_smoothing = label_smoothing
         self.frozen: list[nn.Module] = []
-        self.routes = bool(routed_layers(module))
+        self.tells = bool(routed_layers(module)) or hasattr(module, "regularisers")
 
     def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
         """See Objective.__call__; parts: label, balance. loss = CE + balance losses."""
@@ -51,7 +51,7 @@ class Classify(Objective):
         """Logits; a model that tells nothing, as a teacher or a dense student may be timm's own, takes no `out`."""
         if states:
             return forward(images, out, states)
-        if self.routes:
+        if self.tells:
             return forward(images, out)
         return forward(images)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models.experts.guided_routing import Guide
 from models.flops import num_tokens
 from models.modules.meta import MetaModel
-from models.modules.stitch import STITCHES, StudentModule
+from models.modules.stitch import StudentModule
 from models.moe.parallel import expert_parallel, load_full_state_dict
 from trainer import artifacts
 from trainer.config.ds_config import Settings
@@ -232,9 +232,10 @@ def _ways_to_assemble(run: Run, modules: Sequence[StudentModule], settings: Sett
     if accuracies is not None:
         return accuracies
     accuracies, dtype = {}, working_type(settings)
-    states = _border_states(run, modules)
-    for way in STITCHES:
-        assembled = family_of(run.recipe).assemble(modules, way, states)
+    family = family_of(run.recipe)
+    states = _border_states(run, modules) if "fold" in family.STITCHES else None
+    for way in family.STITCHES:
+        assembled = family.assemble(modules, way, states)
         # a copy: it goes elsewhere, to another type, and leaves the experts of other ranks behind
         student = copy.deepcopy(assembled)
         if settings.ep_size > 1:

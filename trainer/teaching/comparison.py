@@ -46,5 +46,5 @@ def borders_of(run: Run, student: nn.Module) -> Borders | None:
     bases = border_bases(run)
     if bases is None:
         return None
-    first_blocks = list(itertools.accumulate(student_depths(run, len(student.blocks))))[:-1]
+    first_blocks = list(itertools.accumulate(student_depths(run.recipe, student.config.depth)))[:-1]
     return Borders(first_blocks, [projection(basis, student.embed_dim) for basis in bases])

@@ -28,7 +28,7 @@ from trainer.teaching import bases
 from trainer.teaching.families import family_of
 from trainer.teaching.meta import new_meta
 from trainer.teaching.sizes import like_saved
-from trainer.teaching.students import config_for, student_config, student_modules
+from trainer.teaching.students import config_for, student_config, student_depths, student_modules
 from trainer.tracking.measures import measure_of
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,9 @@ def _initial_config(run: Run) -> tuple[Any, Match | None]:
         raise ValueError(f"{files} does not say what its images must look like: save it with its preprocessing")
     drop_path = run.recipe.train.drop_path
     width = 0 if run.classifies else run.teacher.model.embed_dim
-    recipe = replace(run.recipe, student=like_saved(run.recipe.student, saved))
+    recipe = run.recipe
+    if family_of(recipe).ALIGNED:
+        recipe = replace(recipe, student=like_saved(recipe.student, saved))
     wanted = config_for(recipe, len(run.classes), drop_path, saved.image_size, saved.in_chans, saved.tokens, width)
     config = wanted.on_weights_of(saved, f"train.init {files}")
     if not run.classifies:
@@ -228,10 +230,7 @@ class _Artifact:
             return
         config = student_config(run)
         config.on_weights_of(student_config(run, recipe=theirs), f"distill.source {self.files}")
-        their_depths, our_depths = (
-            list(module_depths(recipe.student.depths, config.depth, recipe.modules, "student"))
-            for recipe in (theirs, ours)
-        )
+        their_depths, our_depths = (list(student_depths(recipe, config.depth)) for recipe in (theirs, ours))
         self._same("student.depths", their_depths, our_depths)
         meta = run.out / "meta" / "model.safetensors"
         if (run.out / "meta" / "result.json").is_file() and meta.is_file():

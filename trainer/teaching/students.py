@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from models.modules.meta import check_pair
-from models.modules.stitch import StudentModule
 from models.modules.tokens import TokenLayout, token_layout
 from trainer.config.load import module_depths, to_dict
 from trainer.config.recipe import Recipe
@@ -46,6 +45,8 @@ def following_teacher(recipe: Recipe, run: Run) -> Recipe:
     Raises:
         ValueError: sizes that do not fit together, or patches that do not divide the images.
     """
+    if not family_of(recipe).ALIGNED:
+        return recipe
     teacher, image_size = run.teacher, run.teacher.preprocessing.image_size
     student = sizes.like_teacher(recipe.student, teacher.model, recipe.modules)
     if image_size % (sizes.patch_size(student) or 1):
@@ -93,7 +94,7 @@ def new_student(run: Run, drop_path: float = 0.0) -> nn.Module:
     if not run.recipe.student.init:
         return scratch_student(run, drop_path)
     config = student_config(run, drop_path)
-    return upcycling.started(run, config, student_depths(run, config.depth))
+    return upcycling.started(run, config, student_depths(run.recipe, config.depth))
 
 
 def start_flops(run: Run) -> int:
@@ -102,24 +103,36 @@ def start_flops(run: Run) -> int:
         return 0
     with torch.device("meta"):
         student = new_student(run)
-    return upcycling.planned_flops(run, student, student_depths(run, len(student.blocks)))
+    return upcycling.planned_flops(run, student, student_depths(run.recipe, student.config.depth))
 
 
-def student_depths(run: Run, blocks: int) -> tuple[int, ...]:
-    """Blocks per student module, of a student of so many blocks."""
-    return module_depths(run.recipe.student.depths, blocks, run.recipe.modules, "student")
+def student_depths(recipe: Recipe, blocks: int) -> tuple[int, ...]:
+    """Blocks per student module, of a student of so many blocks.
+
+    Raises:
+        ValueError: depths that do not make up the blocks, or fewer blocks than modules.
+    """
+    asked, ends = recipe.student.depths, family_of(recipe).ENDS
+    if asked or not ends:
+        return module_depths(asked, blocks, recipe.modules, "student")
+    between = module_depths((), blocks - 2 * ends, recipe.modules - 2, "student between its first and last module")
+    return (ends, *between, ends)
 
 
-def student_modules(run: Run, drop_path: float = 0.0) -> list[StudentModule]:
+def student_modules(run: Run, drop_path: float = 0.0) -> list[nn.Module]:
     """The student's modules before any training, with their stitch layers."""
     recipe, teacher = run.recipe, run.teacher.model
-    asked = following_teacher(recipe, run).student
-    sizes.check_patches(asked, teacher, run.teacher.source, run.teacher.preprocessing.image_size)
+    family = family_of(recipe)
+    if family.ALIGNED:
+        asked = following_teacher(recipe, run).student
+        sizes.check_patches(asked, teacher, run.teacher.source, run.teacher.preprocessing.image_size)
     student = new_student(run, drop_path)
-    check_pair(teacher, student)
-    depths = student_depths(run, len(student.blocks))
+    if family.ALIGNED:
+        check_pair(teacher, student)
+    depths = student_depths(recipe, student.config.depth)
     stitches = recipe.distill.stitches
     bases = None
     if stitches != "linear":
         bases = border_bases(run) or upcycling.planned_bases(run, student, depths)
-    return family_of(recipe).modules(student, depths, teacher.embed_dim, recipe.seed, stitches, bases)
+    arguments = (student, depths, teacher.embed_dim, recipe.seed, stitches, bases)
+    return family.modules(*arguments, section=to_dict(recipe.student), tokens=run.tokens)
