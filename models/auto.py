@@ -1,4 +1,4 @@
-"""V-MoE among transformers' Auto classes: after `import models.auto` they read what save_pretrained wrote.
+"""Our students among transformers' Auto classes: after `import models.auto` they read what save_pretrained wrote.
 
     import models.auto
     model = AutoModelForImageClassification.from_pretrained("owner/name")
@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import (
@@ -30,11 +30,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils import can_return_tuple
 
 from .moe.out import auxiliary_loss
+from .nac import config as nac_config
+from .nac.model import NAC, reset_linear
 from .preprocessing import Preprocessing
 from .teacher.images import to_processor
 from .version import check_needs
-from .vmoe.config import MODEL_TYPE
-from .vmoe.model import VMoE, VMoEConfig, reset_head
+from .vmoe import config as vmoe_config
+from .vmoe.model import VMoE, reset_head
 
 # what transformers finds in a modelling file that lies beside weights (trainer/hub/code.py): Auto class -> class here
 REMOTE = {
@@ -44,17 +46,10 @@ REMOTE = {
 }
 
 
-class VMoETransformersConfig(PreTrainedConfig):
+class StudentTransformersConfig(PreTrainedConfig):
     """config.json as transformers sees it: `labels` become id2label, the other keys attributes."""
 
-    model_type = MODEL_TYPE
-    attribute_map = {  # noqa: RUF012  transformers' words
-        "hidden_size": "width",
-        "num_hidden_layers": "depth",
-        "num_attention_heads": "heads",
-        "intermediate_size": "mlp_dim",
-        "num_channels": "in_chans",
-    }
+    student_config: ClassVar[type]  # a VMoEConfig or NACConfig
 
     def __post_init__(self, **content: Any) -> None:
         check_needs(content, "this model")
@@ -66,35 +61,32 @@ class VMoETransformersConfig(PreTrainedConfig):
             content.setdefault("num_labels", content["num_classes"])
         super().__post_init__(**content)
 
-    def vmoe(self) -> VMoEConfig:
+    def student(self) -> Any:
         """The configuration of the model, with the number of classes asked for here."""
-        values = {name: getattr(self, name) for name in VMoEConfig.__dataclass_fields__ if hasattr(self, name)}
-        if self.num_labels:
+        known = self.student_config.__dataclass_fields__
+        values = {name: getattr(self, name) for name in known if hasattr(self, name)}
+        if self.num_labels and "feature_width" in known:
             values["feature_width"] = 0
-        return VMoEConfig.from_dict(values | {"num_classes": self.num_labels})
+        return self.student_config.from_dict(values | {"num_classes": self.num_labels})
 
 
-class VMoEPreTrainedModel(PreTrainedModel):
-    """`vmoe` behind transformers' interface: what its two kinds share."""
+class StudentPreTrainedModel(PreTrainedModel):
+    """A student behind transformers' interface: what all kinds share."""
 
-    config_class = VMoETransformersConfig
-    base_model_prefix = "vmoe"  # weights on disk carry no prefix
+    student_class: ClassVar[type]
     main_input_name = "pixel_values"
     input_modalities = ("image",)
-    _no_split_modules = ["VMoEBlock"]  # noqa: RUF012
 
-    def __init__(self, config: VMoETransformersConfig) -> None:
+    def __init__(self, config: StudentTransformersConfig) -> None:
         super().__init__(config)
-        self.vmoe = VMoE(config.vmoe())
+        # weights on disk carry no prefix
+        setattr(self, self.base_model_prefix, self.student_class(config.student()))
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
-        # VMoE starts itself; only a head for other classes than the saved ones is made by transformers
-        if module is self.vmoe.head and isinstance(module, nn.Linear):
-            reset_head(module)
-        # and transformers empties the buffers that no file has
-        if module is self.vmoe.rope and module is not None:
-            module.init_non_persistent_buffers()
+    @property
+    def student(self) -> nn.Module:
+        """Our model."""
+        return getattr(self, self.base_model_prefix)
 
     @classmethod
     def from_pretrained(
@@ -114,10 +106,10 @@ class VMoEPreTrainedModel(PreTrainedModel):
         wrong = sorted(missing) or sorted(unexpected)
         if wrong:
             raise ValueError(f"the weights of {name} do not fit its config.json: {wrong[:3]} are missing or left over.")
-        model.vmoe.preprocessing = _preprocessing(model.config.to_dict())
+        model.student.preprocessing = _preprocessing(model.config.to_dict())
         labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
         invented = [f"LABEL_{i}" for i in range(len(labels))]  # what transformers calls classes without names
-        model.vmoe.labels = None if labels == invented else labels
+        model.student.labels = None if labels == invented else labels
         return (model, info) if output_loading_info else model
 
     def save_pretrained(
@@ -129,7 +121,7 @@ class VMoEPreTrainedModel(PreTrainedModel):
         push_to_hub: bool = False,
         **_: Any,
     ) -> None:
-        """Write what VMoE.save_pretrained writes, so that all three routes read it again.
+        """Write what the student's save_pretrained writes, so that all three routes read it again.
 
         Raises:
             ValueError: push_to_hub, which is a call of its own.
@@ -141,39 +133,34 @@ class VMoEPreTrainedModel(PreTrainedModel):
             if state:
                 prefix = f"{self.base_model_prefix}."
                 state = {name.removeprefix(prefix): value for name, value in state.items()}
-            self.vmoe.save_pretrained(save_directory, state=state, max_shard_size=max_shard_size)
+            self.student.save_pretrained(save_directory, state=state, max_shard_size=max_shard_size)
             if self.is_remote_code():
                 _save_code(Path(save_directory), type(self).__module__)
 
 
-class VMoEForImageClassification(VMoEPreTrainedModel):
-    """A V-MoE with classes; the loss includes the balance losses of the experts."""
-
-    def __init__(self, config: VMoETransformersConfig) -> None:
-        if not config.num_labels:
-            raise ValueError("this V-MoE has no classes: take AutoModel for its features, or give num_labels=...")
-        super().__init__(config)
+class StudentForImageClassification(StudentPreTrainedModel):
+    """A student with classes; the loss includes what the student adds to it: balance losses, regularisers."""
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any) -> ImageClassifierOutput:
         """Images (B, channels, H, W) and class indices (B,) -> logits (B, C) and, with labels, the loss."""
         out = {}
-        logits = self.vmoe(pixel_values, out)
+        logits = self.student(pixel_values, out)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels, logits, self.config) + auxiliary_loss(out)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
 
-class VMoEModel(VMoEPreTrainedModel):
-    """The features of a V-MoE, with or without classes."""
+class StudentModel(StudentPreTrainedModel):
+    """The features of a student."""
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutputWithPooling:
         """Images (B, channels, H, W) -> normalised tokens (B, T, D), and pooled what a head reads (B, D)."""
-        tokens = self.vmoe.forward_features(pixel_values)
+        tokens = self.student.forward_features(pixel_values)
         return BaseModelOutputWithPooling(
-            last_hidden_state=tokens, pooler_output=self.vmoe.forward_head(tokens, pre_logits=True)
+            last_hidden_state=tokens, pooler_output=self.student.forward_head(tokens, pre_logits=True)
         )
 
 
@@ -192,6 +179,85 @@ def _save_code(directory: Path, module: str) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+class VMoETransformersConfig(StudentTransformersConfig):
+    """A V-MoE's."""
+
+    model_type = vmoe_config.MODEL_TYPE
+    student_config = vmoe_config.VMoEConfig
+    attribute_map = {  # noqa: RUF012  transformers' words
+        "hidden_size": "width",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "heads",
+        "intermediate_size": "mlp_dim",
+        "num_channels": "in_chans",
+    }
+
+
+class VMoEPreTrainedModel(StudentPreTrainedModel):
+    """What both kinds of a V-MoE share."""
+
+    config_class = VMoETransformersConfig
+    base_model_prefix = "vmoe"
+    student_class = VMoE
+    _no_split_modules = ["VMoEBlock"]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # VMoE starts itself; only a head for other classes than the saved ones is made by transformers
+        if module is self.vmoe.head and isinstance(module, nn.Linear):
+            reset_head(module)
+        # and transformers empties the buffers that no file has
+        if module is self.vmoe.rope and module is not None:
+            module.init_non_persistent_buffers()
+
+
+class VMoEForImageClassification(VMoEPreTrainedModel, StudentForImageClassification):
+    """A V-MoE with classes."""
+
+    def __init__(self, config: VMoETransformersConfig) -> None:
+        if not config.num_labels:
+            raise ValueError("this V-MoE has no classes: take AutoModel for its features, or give num_labels=...")
+        super().__init__(config)
+
+
+class VMoEModel(VMoEPreTrainedModel, StudentModel):
+    """The features of a V-MoE, with or without classes."""
+
+
+class NACTransformersConfig(StudentTransformersConfig):
+    """A NAC's."""
+
+    model_type = nac_config.MODEL_TYPE
+    student_config = nac_config.NACConfig
+    attribute_map = {  # noqa: RUF012  transformers' words
+        "hidden_size": "state_dim",
+        "num_hidden_layers": "propagators",
+        "num_attention_heads": "heads",
+        "num_channels": "in_chans",
+    }
+
+
+class NACPreTrainedModel(StudentPreTrainedModel):
+    """What both kinds of a NAC share."""
+
+    config_class = NACTransformersConfig
+    base_model_prefix = "nac"
+    student_class = NAC
+    _no_split_modules = ["Exchange"]  # noqa: RUF012
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # as of a V-MoE
+        if module is self.nac.head:
+            reset_linear(module, self.nac.config.seed, "head")
+
+
+class NACForImageClassification(NACPreTrainedModel, StudentForImageClassification):
+    """A NAC with classes."""
+
+
+class NACModel(NACPreTrainedModel, StudentModel):
+    """The states of a NAC's output latents (B, N, D), and pooled what its head reads."""
+
+
 class _FromModelConfig:
     """Image settings from the `preprocessing` in config.json, unless the processor was saved on its own."""
 
@@ -205,11 +271,11 @@ class _FromModelConfig:
         return to_processor(preprocessing).to_dict(), rest
 
 
-class VMoEImageProcessor(_FromModelConfig, ViTImageProcessor):
+class StudentImageProcessor(_FromModelConfig, ViTImageProcessor):
     """ViTImageProcessor on torchvision."""
 
 
-class VMoEImageProcessorPil(_FromModelConfig, ViTImageProcessorPil):
+class StudentImageProcessorPil(_FromModelConfig, ViTImageProcessorPil):
     """ViTImageProcessor on PIL."""
 
 
@@ -218,10 +284,14 @@ def _preprocessing(content: Mapping[str, Any]) -> Preprocessing | None:
     return None if values is None else Preprocessing.from_dict(values)
 
 
-AutoConfig.register(MODEL_TYPE, VMoETransformersConfig)
-AutoModel.register(VMoETransformersConfig, VMoEModel)
-AutoModelForImageClassification.register(VMoETransformersConfig, VMoEForImageClassification)
-AutoImageProcessor.register(
-    VMoETransformersConfig,
-    image_processor_classes={"torchvision": VMoEImageProcessor, "pil": VMoEImageProcessorPil},
-)
+for _config, _model, _classifier in (
+    (VMoETransformersConfig, VMoEModel, VMoEForImageClassification),
+    (NACTransformersConfig, NACModel, NACForImageClassification),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoModelForImageClassification.register(_config, _classifier)
+    AutoImageProcessor.register(
+        _config,
+        image_processor_classes={"torchvision": StudentImageProcessor, "pil": StudentImageProcessorPil},
+    )

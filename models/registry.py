@@ -1,16 +1,17 @@
-"""V-MoE among timm's models: after `import models.registry`, whatever is written for timm can use it.
+"""Our students among timm's models: after `import models.registry`, whatever is written for timm can use it.
 
     import models.registry
     timm.create_model("vmoe_base_patch16_224", num_classes=10, moe={"num_experts": 16})
     timm.create_model("hf-hub:owner/name", pretrained=True, features_only=True)  # what save_pretrained wrote
 
 "vmoe_*" are the sizes of the V-MoE paper with the routing of its ImageNet-1k recipe, "vmoe_m2mkd_*" the students of the
-m2mKD paper (experts in every block). There are no weights by these names: weights come by hf-hub: or local-dir:.
+m2mKD paper (experts in every block), "nac_*" its Neural Attentive Circuits. There are no weights by these names:
+weights come by hf-hub: or local-dir:.
 """
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,10 @@ from torch import nn
 from .files.hub import CheckpointFiles
 from .files.saved import read
 from .moe.layer import official
-from .vmoe.config import MODEL_TYPE, POOLS
+from .nac import files as nac_files
+from .nac.config import NACConfig, decode_preset
+from .nac.model import NAC
+from .vmoe.config import POOLS
 from .vmoe.files import ARCHITECTURE, FORMAT, TIMM_NAMES
 from .vmoe.model import VMoE, VMoEConfig, decode_variant
 
@@ -50,7 +54,20 @@ DEFAULT_CFG = {
     "mean": IMAGENET_INCEPTION_MEAN,
     "std": IMAGENET_INCEPTION_STD,
 }
-default_cfgs = generate_default_cfgs({name: dict(DEFAULT_CFG) for name in VARIANTS})
+# NACs of the published configurations; what is left open (image size, classes) is theirs as well
+NACS = {
+    "nac_tiny_imagenet": ("tiny-imagenet", {"image_size": 64, "num_classes": 200}),
+    "nac_imagenet": ("imagenet", {"image_size": 224, "num_classes": 1000}),
+    nac_files.ARCHITECTURE: ("imagenet", {"image_size": 224, "num_classes": 1000}),  # what saved ones are built by
+}
+NAC_CFG = DEFAULT_CFG | {"first_conv": "tokenizer.stem.0", "fixed_input_size": False}
+default_cfgs = generate_default_cfgs(
+    {name: dict(DEFAULT_CFG) for name in VARIANTS}
+    | {
+        name: NAC_CFG | {"input_size": (3, open_values["image_size"], open_values["image_size"])}
+        for name, (_, open_values) in NACS.items()
+    }
+)
 
 
 def _register(name: str, variant: str) -> None:
@@ -76,7 +93,7 @@ def _create(
     Raises:
         ValueError: options that make no model, or weights that do not fit.
     """
-    files = _saved(pretrained_cfg, cache_dir) if pretrained else None
+    files = _saved(pretrained_cfg, cache_dir, FORMAT.model_type) if pretrained else None
     return build_model_with_cfg(
         functools.partial(_model, variant, files),
         name,
@@ -89,7 +106,52 @@ def _create(
     )
 
 
-def _saved(cfg: Any, cache_dir: str | Path | None) -> CheckpointFiles | None:
+def _register_nac(name: str, preset: str, open_values: Mapping[str, int]) -> None:
+    def create(pretrained: bool = False, **options: Any) -> nn.Module:
+        return _create_nac(name, {**decode_preset(preset), **open_values}, pretrained, **options)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"NAC with the sizes of preset {preset}; options are the fields of NACConfig, and timm's img_size."
+    register_model(create)
+
+
+def _create_nac(
+    name: str,
+    values: Mapping[str, Any],
+    pretrained: bool,
+    pretrained_cfg: PretrainedCfg | Mapping[str, Any] | str | None = None,
+    cache_dir: str | Path | None = None,
+    **options: Any,
+) -> nn.Module:
+    """The NAC.
+
+    Raises:
+        ValueError: options that make no model, feature maps, which a NAC has not, or weights that do not fit.
+    """
+    if options.pop("features_only", False):
+        raise ValueError(f"{name} has no feature maps: forward_features gives the states of its output latents.")
+    files = _saved(pretrained_cfg, cache_dir, nac_files.FORMAT.model_type) if pretrained else None
+
+    def build(drop_rate: float = 0.0, **arguments: Any) -> NAC:
+        our_names = {timm_name: name for name, timm_name in nac_files.TIMM_NAMES.items()}
+        changes = {our_names.get(name, name): value for name, value in arguments.items()}
+        image_size = changes.get("image_size")
+        if isinstance(image_size, Sequence):
+            changes["image_size"] = image_size[0]
+        config = NACConfig.from_dict({**values, **changes})
+        if files is None:
+            return NAC(config)
+        saved, *_ = read(nac_files.FORMAT, files)
+        as_saved = {"num_classes": saved.num_classes, "image_size": saved.image_size}
+        model = NAC.from_pretrained(files, config=replace(config, **as_saved))
+        if config.num_classes != saved.num_classes:
+            model.reset_classifier(config.num_classes)
+        return model.train()
+
+    return build_model_with_cfg(build, name, pretrained and files is None, pretrained_cfg=pretrained_cfg, **options)
+
+
+def _saved(cfg: Any, cache_dir: str | Path | None, model_type: str) -> CheckpointFiles | None:
     """The files timm was pointed to, when save_pretrained wrote them."""
     if not isinstance(cfg, Mapping):
         return None
@@ -100,7 +162,7 @@ def _saved(cfg: Any, cache_dir: str | Path | None) -> CheckpointFiles | None:
         return None
     files = CheckpointFiles(source, cache_dir=cache_dir)
     path = files.find("config.json")
-    if not path or json.loads(path.read_text()).get("model_type") != MODEL_TYPE:
+    if not path or json.loads(path.read_text()).get("model_type") != model_type:
         return None
     return files
 
@@ -178,3 +240,5 @@ def _set_in_chans(model: VMoE, in_chans: int) -> None:
 
 for _name, _variant in VARIANTS.items():
     _register(_name, _variant)
+for _name, (_preset, _open_values) in NACS.items():
+    _register_nac(_name, _preset, _open_values)

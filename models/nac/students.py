@@ -46,6 +46,12 @@ class NACModule(nn.Module):
     def whole(self) -> NAC:
         return self._whole[0]
 
+    def _fixed(self, name: str, value: Tensor | None) -> Tensor:
+        """The draw of that name, in the type that weights work in, or what is handed in."""
+        if value is not None:
+            return value
+        return getattr(self, name).to(next(self.parameters()).dtype)
+
 
 class ReadInModule(NACModule):
     """Images (B, channels, H, W) -> (B, U, D_t): receivers read all tokens of the tokenizer.
@@ -64,8 +70,8 @@ class ReadInModule(NACModule):
         self, images: Tensor, out: Out | None = None, code: Tensor | None = None, state: Tensor | None = None
     ) -> Tensor:
         """Images -> (B, U, D_t); codes (U or 1, K) and states (B or 1, U, C) may be handed in."""
-        code = self.code if code is None else code
-        state = self.state if state is None else state
+        code = self._fixed("code", code)
+        state = self._fixed("state", state)
         states = self.read_in(state.expand(len(images), -1, -1), code, self.tokenizer(images))
         return self.post(states)
 
@@ -96,7 +102,7 @@ class MediatorModule(NACModule):
 
     def forward(self, tokens: Tensor, out: Out | None = None, code: Tensor | None = None) -> Tensor:
         """(B, T, D_t) -> (B, T, D_t); the code (1, K) may be handed in."""
-        code = self.code if code is None else code
+        code = self._fixed("code", code)
         states = self.pre(tokens)
         for layer in self.layers:
             states = layer["ffn"](layer["attn"](states, code, states, code), code)
@@ -125,8 +131,8 @@ class ReadOutModule(NACModule):
         self, tokens: Tensor, out: Out | None = None, code: Tensor | None = None, state: Tensor | None = None
     ) -> Tensor:
         """(B, T, D_t) -> logits (B, classes); code (1, K) and state (B or 1, 1, C) may be handed in."""
-        code = self.code if code is None else code
-        state = self.state if state is None else state
+        code = self._fixed("code", code)
+        state = self._fixed("state", state)
         receivers = state.expand(len(tokens), -1, -1)
         # the senders of this one are modulated by the receiver's code, as there is no other
         states = self.ffn(self.attn(receivers, code, self.pre(tokens), code), code)

@@ -171,6 +171,11 @@ class StudentConfig:
     moe: MoEConfig = section(MoEConfig)
     nac: NACConfig = section(NACConfig)
 
+    @property
+    def num_experts(self) -> int:
+        """Experts of an MoE block; 0 = a kind of student that has none."""
+        return 0 if self.kind == "nac" else self.moe.num_experts
+
     def __post_init__(self):
         check_ranges(self, "student.")
         require(self.kind in KINDS, "student.kind", self.kind, f"one of {', '.join(KINDS)}")

@@ -6,7 +6,8 @@ Reads config.json, result.json and metrics.jsonl of finished phases; needs no to
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +204,7 @@ def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float], student:
         license=recipe.hub.license or None,
         library_name="m2mkd",
         pipeline_tag=task,
-        tags=["vmoe", "mixture-of-experts", "vision-transformer", "m2mkd", "knowledge-distillation"],
+        tags=[*STUDENTS[recipe.student.kind].tags, "m2mkd", "knowledge-distillation"],
         datasets=[dataset] if dataset else None,
         model_name=name,
         eval_results=results,
@@ -230,7 +231,6 @@ def _task(measured: Mapping[str, float]) -> str:
 
 
 def _what(recipe: Recipe, config: Mapping[str, Any], student: PhaseRecord) -> str:
-    moe = config["moe"]
     if taught(recipe):
         origin = (
             f"Its {recipe.modules} modules were taught one by one by the modules of a teacher inside a meta model, "
@@ -240,18 +240,56 @@ def _what(recipe: Recipe, config: Mapping[str, Any], student: PhaseRecord) -> st
         origin = f"Its training began from the weights of {_link(student.result.get('init', recipe.train.init))}."
     else:
         origin = "It was trained from scratch, as the rival of a student taught by m2mKD."
+    kind = STUDENTS[recipe.student.kind]
     does = f"sorts images into {config['num_classes']} classes"
     if not config["num_classes"]:
         does = (
             f"gives features of images: {config['width']} numbers each, or as many per token. It has no classes and "
             "saw no labels: it learned the features of its teacher"
         )
+    return f"{kind.what}, that {does}. {origin}\n\n{kind.sizes(config)}"
+
+
+def _sizes_of_vmoe(config: Mapping[str, Any]) -> str:
+    moe = config["moe"]
     return (
-        f"A V-MoE, a vision transformer whose MLPs are mixtures of experts, that {does}. {origin}\n\n"
         f"{config['depth']} blocks of width {config['width']}, patches of {config['patch_size']} pixels, images of "
         f"{config['image_size']} pixels; experts in blocks `{config['moe_blocks']}`: {moe['num_experts']} per block, "
         f"{moe['k']} used per token."
     )
+
+
+def _sizes_of_nac(config: Mapping[str, Any]) -> str:
+    noise = "with the noise of training (published)" if config["noisy_evaluation"] else "deterministic"
+    return (
+        f"{config['input_latents']} modules read the image, {config['mediator_latents']} make up the circuit (started "
+        f"from a {config['graph']} graph), {config['output_latents']} tell the classes; states of width "
+        f"{config['state_dim']}, {config['propagators']} propagators, images of {config['image_size']} pixels. "
+        f"Evaluation is {noise}."
+    )
+
+
+@dataclass(frozen=True)
+class StudentCard:
+    """What a card says of one kind of student."""
+
+    tags: tuple[str, ...]
+    what: str
+    sizes: Callable[[Mapping[str, Any]], str]
+
+
+STUDENTS = {
+    "vmoe": StudentCard(
+        ("vmoe", "mixture-of-experts", "vision-transformer"),
+        "A V-MoE, a vision transformer whose MLPs are mixtures of experts",
+        _sizes_of_vmoe,
+    ),
+    "nac": StudentCard(
+        ("nac", "neural-attentive-circuits"),
+        "A NAC (Neural Attentive Circuits), modules that hear each other as far as their signatures are close",
+        _sizes_of_nac,
+    ),
+}
 
 
 def _data_name(data: DataConfig) -> str:

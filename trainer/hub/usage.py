@@ -33,16 +33,35 @@ PICTURES = """pictures = [Image.open(path).convert("RGB") for path in sorted(Pat
 
 
 @dataclass(frozen=True)
+class StudentClass:
+    """Where a kind of student is found, and whether its tokens are sent to experts, which all that is written for."""
+
+    name: str
+    module: str
+    title: str
+    sparse: bool
+
+
+# "model_type" in config.json -> class
+MODELS = {
+    "vmoe": StudentClass("VMoE", "m2mkd.vmoe", "V-MoE", True),
+    "nac": StudentClass("NAC", "m2mkd.nac", "NAC", False),
+}
+
+
+@dataclass(frozen=True)
 class Published:
     """What the snippets depend on.
 
     Attributes:
+        model: the class, of MODELS.
         revision: branch, "" = main.
         address, commit: of the code; None = not known.
         code: whether the modelling file was pushed as well.
         images_together: images that compete for the places of an expert in evaluation; 1 = none do.
     """
 
+    model: StudentClass
     repo: str
     revision: str
     address: str | None
@@ -60,11 +79,12 @@ def usage(published: Published) -> str:
         "timm": _timm(published),
         "transformers": _transformers(published, remote=False),
     }
-    if published.code:
+    if published.code and published.model.sparse:
         routes["transformers, without m2mkd"] = _transformers(published, remote=True)
     parts = [_install(published)]
     parts += [f"### With {name}\n\n{text}" for name, text in routes.items()]
-    parts.append(f"### On the command line\n\n{_command_line(published)}")
+    if published.model.sparse:
+        parts.append(f"### On the command line\n\n{_command_line(published)}")
     return "\n\n".join(parts)
 
 
@@ -82,10 +102,11 @@ def _install(published: Published) -> str:
 
 def _torch(published: Published) -> str:
     branch = f', revision="{published.revision}"' if published.revision else ""
-    load = f'model = VMoE.from_pretrained("{published.repo}"{branch})  # in evaluation mode'
+    name = published.model.name
+    load = f'model = {name}.from_pretrained("{published.repo}"{branch})  # in evaluation mode'
     first = f"""import torch
 from m2mkd.predict import find_pictures, to_batch
-from m2mkd.vmoe import VMoE
+from {published.model.module} import {name}
 
 {load}
 images = to_batch(find_pictures(["images"]), model.preprocessing)  # a folder; (B, C, H, W)
@@ -101,16 +122,19 @@ images = to_batch(find_pictures(["images"]), model.preprocessing)  # a folder; (
     logits = model(images)
 """
     first += _told(published, "model.labels[index]")
-    save = """model.save_pretrained("tuned")
-model = VMoE.from_pretrained("tuned")"""
+    save = f"""model.save_pretrained("tuned")
+model = {name}.from_pretrained("tuned")"""
     further = TRAIN.format(imports=OUR_IMPORTS, loss=OUR_LOSS, save=save)
+    text = f"{_python(first)}\n\nTo train it further:\n\n{_python(further)}"
+    if not published.model.sparse:
+        return text
     fewer = f'`VMoE.from_pretrained("{published.repo}"{branch}, k=1)` sends every token to one expert instead.'
-    return f"{_python(first)}\n\nTo train it further:\n\n{_python(further)}\n\n{fewer}"
+    return f"{text}\n\n{fewer}"
 
 
 def _timm(published: Published) -> str:
     source = f"{published.repo}@{published.revision}" if published.revision else published.repo
-    first = f"""import m2mkd.registry  # V-MoE among timm's models
+    first = f"""import m2mkd.registry  # {published.model.title} among timm's models
 import timm
 import torch
 from pathlib import Path
@@ -137,7 +161,7 @@ def _transformers(published: Published, *, remote: bool) -> str:
         options += f', revision="{published.revision}"'
     trust = ", trust_remote_code=True" if remote else ""
     auto = "AutoModelForImageClassification" if published.classifies else "AutoModel"
-    register = "" if remote else "import m2mkd.auto  # V-MoE among transformers' models\n"
+    register = "" if remote else f"import m2mkd.auto  # {published.model.title} among transformers' models\n"
     first = f"""{register}import torch
 from pathlib import Path
 from PIL import Image
@@ -199,8 +223,12 @@ def _python(code: str) -> str:
 
 def published_as(hub: Any, address: str | None, commit: str | None, config: Mapping[str, Any]) -> Published:
     """What a recipe's section hub and a student's config.json say of it."""
-    moe = config["moe"]
+    model = MODELS[config["model_type"]]
+    together = 1
+    if model.sparse and config["moe"]["eval_capacity_factor"] is not None:
+        together = config["moe"]["images_per_group"]
     return Published(
+        model=model,
         repo=hub.repo,
         revision="" if hub.revision == "main" else hub.revision,
         address=address,
@@ -208,5 +236,5 @@ def published_as(hub: Any, address: str | None, commit: str | None, config: Mapp
         code=hub.code,
         classifies=bool(config["num_classes"]),
         labels=bool(config.get("labels")),
-        images_together=moe["images_per_group"] if moe["eval_capacity_factor"] is not None else 1,
+        images_together=together,
     )

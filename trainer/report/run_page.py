@@ -220,6 +220,9 @@ def _about(phases: Mapping[str, PhaseRecord]) -> str:
     source = record.recipe("teacher", "source")
     if source:
         teacher = f"teacher <b>{escape(str(source))}</b>"
+    if record.recipe("student", "kind") == "nac":
+        graph = record.recipe("student", "nac", "graph")
+        return f"A NAC (circuit started from a {escape(str(graph))} graph) taught on {data} by {teacher}"
     variant = record.recipe("student", "variant")
     if variant == LIKE_TEACHER:
         variant = "half its teacher's blocks"

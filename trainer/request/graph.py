@@ -353,7 +353,7 @@ def in_one_job(recipe: Recipe, phase: str) -> bool:
 def experts_in(recipe: Recipe, section: str) -> int:
     """Experts of an MoE layer in what is trained by a section of the recipe; 0 = it has none."""
     routed = any(row.routed for row in TABLE if row.section == section)
-    return recipe.student.moe.num_experts if routed else 0
+    return recipe.student.num_experts if routed else 0
 
 
 def stage_names() -> list[str]:
