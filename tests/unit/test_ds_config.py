@@ -265,6 +265,7 @@ MEANT_FOR = {
     "single_gpu.json": [(1, 1, 8, {2048: (128, 16), 1024: (128, 8)})],
     "single_gpu_offload.json": [(1, 1, 8, {2048: (64, 32), 1024: (64, 16)})],
     "node8_zero1_ep8.json": [(8, 8, 8, {2048: (128, 2), 1024: (128, 1)})],
+    "node8_zero1.json": [(8, 8, 0, {2048: (32, 8), 1024: (32, 4), 256: (32, 1)})],
     "multinode_zero2_ep8.json": [(16, 8, 8, {2048: (128, 1), 1024: (64, 1)}), (8, 8, 8, {1024: (128, 1)})],
 }
 
@@ -276,7 +277,7 @@ def test_every_ds_config_resolves_where_it_is_meant_for(name):
         for batch, expected in batches.items():
             s = settings(values, world=world, local_world=local_world, num_experts=experts, global_batch=batch, clip=1)
             assert (s.micro_batch, s.accumulation, s.global_batch) == (*expected, batch)
-            assert s.ep_size == min(local_world, experts)
+            assert s.ep_size == max(1, min(local_world, experts))
             assert s.clip == 1.0
             assert set(s.config) <= set(PASSED_ON)
             assert "auto" not in json.dumps(s.config)

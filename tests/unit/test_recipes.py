@@ -10,6 +10,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from models.flops import num_tokens
+from models.nac import NAC
 from models.preprocessing import Preprocessing
 from models.teacher.load import Teacher
 from models.vmoe.model import VMoE
@@ -25,7 +26,10 @@ from trainer.teaching.students import student_config, student_modules
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = {path.name for path in (ROOT / "recipes").glob("study_*.yaml")} - {"study_base.yaml"}  # test_study.py
 RECIPES = sorted({path.name for path in (ROOT / "recipes").glob("*.yaml")} - STUDIES)
+NAC_RECIPES = [name for name in RECIPES if name.startswith("nac_")]
 every_recipe = pytest.mark.parametrize("name", RECIPES)
+every_vmoe_recipe = pytest.mark.parametrize("name", [name for name in RECIPES if name not in NAC_RECIPES])
+every_nac_recipe = pytest.mark.parametrize("name", NAC_RECIPES)
 PHASE_SECTIONS = ("teacher", "meta", "distill", "train")
 # data.source or data.path -> classes; auto without a path is the digits
 CLASSES = {
@@ -36,6 +40,7 @@ CLASSES = {
     "pictures": 7,
     "ILSVRC/imagenet-1k": 1000,
     "imagenet": 1000,
+    "zh-plus/tiny-imagenet": 200,
 }
 # parameters of teacher, meta model and student (without stitches), worked out from the sizes
 IMAGENET = (
@@ -57,6 +62,16 @@ OWN_IMAGES = (
     12 * (1_774_464 + 2 * 384) + AROUND_SMALL,  # the teacher is its own meta model
     6 * (1_774_464 + 3 * 1_181_568 + 4 * 384) + AROUND_SMALL,
 )
+
+
+def DEIT_HUGE(blocks, classes):
+    """A DeiT-III-H/14 of so many blocks: patches, class token, positions of the patches, norm, head."""
+    around = (14 * 14 * 3 + 1) * 1280 + 1280 + 256 * 1280 + 2 * 1280 + 1281 * classes
+    return blocks * (12 * 1280**2 + 13 * 1280 + 2 * 1280) + around
+
+
+# state and code 64 wide: tokenizer, read-in, 4 propagators, read-out, seeder, pooling and head, signatures and codes
+NAC_DEMO = 16_208 + 66_406 + 4 * 70_407 + 70_535 + 8_448 + 715 + 56 * (64 + 32)
 PARAMETERS = {
     "own_images.yaml": OWN_IMAGES,
     "demo.yaml": (8 * 49_984 + 14_282, 4 * 49_984 + 14_282, 4 * 84_480 + 10_714),
@@ -64,6 +79,10 @@ PARAMETERS = {
     "vmoe_base_imagenet.yaml": IMAGENET,
     "vmoe_base_imagefolder.yaml": IMAGENET,
     "vmoe_small_imagenet.yaml": SMALL_GPU,
+    # the published count with a larger grid
+    "nac_tiny_imagenet.yaml": (DEIT_HUGE(32, 200), DEIT_HUGE(10, 200), 26_703_342 + 64 * (28 * 28 - 8 * 8)),
+    "nac_imagenet.yaml": (DEIT_HUGE(32, 1000), DEIT_HUGE(10, 1000), 37_589_294),
+    "nac_demo.yaml": (8 * 49_984 + 14_282, 4 * 49_984 + 14_282, NAC_DEMO),
 }
 
 
@@ -146,7 +165,7 @@ def test_it_resolves_for_the_command_it_names(name):
         assert s.ep_size in (1, run.dist.world)
 
 
-@every_recipe
+@every_vmoe_recipe
 def test_models_at_full_size(name, capsys):
     run = full_size(name)
     recipe, teacher = run.recipe, run.teacher.model
@@ -174,7 +193,7 @@ def test_models_at_full_size(name, capsys):
     assert sizes == PARAMETERS[name]
 
 
-@every_recipe
+@every_vmoe_recipe
 def test_every_objective_is_built_and_one_image_goes_through(name):
     run = full_size(name)
     recipe, teacher, smoothing = run.recipe, run.teacher.model, run.recipe.augment.label_smoothing
@@ -204,6 +223,47 @@ def test_every_objective_is_built_and_one_image_goes_through(name):
         if not last:
             leaving = torch.empty(1, run.tokens, student.embed_dim, device="meta")
             assert module.post(leaving).shape == border.shape
+
+
+@every_nac_recipe
+def test_nac_at_full_size(name, capsys):
+    run = full_size(name)
+    recipe, teacher = run.recipe, run.teacher.model
+    with torch.device("meta"):
+        student = NAC(student_config(run, recipe.train.drop_path))
+        modules = student_modules(run, recipe.distill.drop_path)
+        meta, stages = new_meta(run), run.teacher_stages()
+        pre = run.teacher.preprocessing
+        x = torch.empty(1, pre.in_chans, pre.image_size, pre.image_size)
+    sizes = (size(teacher), size(meta), size(student))
+    with capsys.disabled():
+        print("\n{}: teacher {:,}, meta model {:,}, student {:,} parameters".format(name, *sizes))
+    assert sizes == PARAMETERS[name]
+    classes, border = len(run.labels), (1, run.tokens, teacher.embed_dim)
+    assert student(x).shape == (1, classes)
+    for i, (module, stage) in enumerate(zip(modules, stages, strict=True)):
+        pair = Distill(module, stage, meta, i, recipe.distill, run.tokens)
+        assert pair.flops_per_image > 0
+        h = meta.front(x, i)
+        leaving = {0: (1, 1, teacher.embed_dim), recipe.modules - 1: (1, classes)}.get(i, border)
+        assert module(h).shape == leaving
+        assert meta.back(module(h), i).shape == (1, classes)
+
+
+def test_the_published_nac_schedule():
+    """Facts of the public code's configurations (docs/method.md)."""
+    tiny, large = (load_recipe(ROOT / f"recipes/nac_{name}.yaml") for name in ("tiny_imagenet", "imagenet"))
+    keys = ("epochs", "warmup_epochs", "lr", "weight_decay", "global_batch", "drop_path", "warmup_lr", "clip")
+    rows = [[getattr(recipe.train, key) for key in keys] for recipe in (tiny, large)]
+    assert rows == [
+        [400, 25, 1.2e-3, 0.075, 8 * 128, 0.1, 1e-6, None],
+        [110, 25, 1.2e-3, 0.05, 8 * 32, 0.1, 1e-6, None],
+    ]
+    for recipe in (tiny, large):
+        assert recipe.train.min_lr == 4e-5 * recipe.train.global_batch / 512
+        assert recipe.modules == 10 and recipe.teacher.depths == (4, 3, 3, 3, 3, 3, 3, 3, 3, 4)
+        a = recipe.augment
+        assert (a.repeats, a.mixup, a.cutmix, a.label_smoothing, a.random_erasing) == (3, 0.8, 1.0, 0.1, 0.25)
 
 
 def test_the_published_schedule():
