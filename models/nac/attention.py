@@ -136,5 +136,20 @@ class ModulatedAttention(nn.Module):
             return change
         return states_BUC + drop_path(change, self.path_drop if self.training else 0.0, draws, f"{name}.path")
 
+    def weights(
+        self,
+        states_BUC: Tensor,
+        code_UK: Tensor,
+        senders_BWC: Tensor,
+        sender_code_WK: Tensor,
+        log_kernel: Tensor,
+    ) -> Tensor:
+        """How much of each sender a receiver takes, (B, H, U, W), to look at; 0 for a receiver that hears nobody."""
+        sender_norm = self.norm if self.sender_norm is None else self.sender_norm
+        q_BHUD = self._by_head(self.query(self.norm(states_BUC), code_UK))
+        k_BHWD = self._by_head(self.key(sender_norm(senders_BWC), sender_code_WK))
+        scores = q_BHUD @ k_BHWD.mT / math.sqrt(q_BHUD.shape[-1]) + log_kernel
+        return scores.softmax(-1).nan_to_num(0.0)
+
     def _by_head(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -14,6 +14,7 @@ from ..files.hub import CheckpointFiles
 from ..modules.basis import Basis
 from ..modules.tokens import TokenLayout
 from ..preprocessing import Preprocessing
+from .circuit import circuit
 from .config import NACConfig, decode_preset
 from .files import FORMAT
 from .model import NAC
@@ -22,6 +23,7 @@ from .students import NACModule, student_modules
 ALIGNED = False
 ENDS = 1  # read-in and read-out
 STITCHES = ("drop",)
+KEPT = (0.5, 0.25, 0.1)  # shares of the mediators that a student is measured with as well
 OF_MODULES = ("preset", "read_in")  # settings that are no field of the model's configuration
 
 
@@ -76,6 +78,17 @@ def modules(
 def assemble(modules: Sequence[NACModule], stitches: str, states: Sequence[Tensor] | None) -> NAC:
     """The NAC whose parts the modules are, their stitches left behind."""
     return modules[0].whole
+
+
+def smaller(student: NAC) -> dict[str, NAC]:
+    """The student with its best connected mediators only, by the share that is kept."""
+    count = student.config.mediator_latents
+    return {f"{share:.0%}": student.pruned(max(1, round(share * count))) for share in KEPT}
+
+
+def describe(student: NAC, images: Tensor) -> dict[str, Any]:
+    """The circuit: see circuit."""
+    return {"circuit": circuit(student, images)}
 
 
 def read_config(files: CheckpointFiles) -> tuple[NACConfig, Preprocessing | None, list[str] | None]:

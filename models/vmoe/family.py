@@ -29,9 +29,11 @@ __all__ = [
     "assemble",
     "build",
     "config",
+    "describe",
     "load",
     "modules",
     "read_config",
+    "smaller",
     "write_config",
 ]
 ALIGNED = True
@@ -116,6 +118,16 @@ def modules(
 def assemble(modules: Sequence[StudentModule], stitches: str, states: Sequence[Tensor] | None) -> VMoE:
     """See assemble_student."""
     return assemble_student(modules, stitches, states)
+
+
+def smaller(student: VMoE) -> dict[str, VMoE]:
+    """A V-MoE is measured as it is."""
+    return {}
+
+
+def describe(student: VMoE, images: Tensor) -> dict[str, Any]:
+    """What there is to see of a V-MoE, its routing, comes out of its evaluation."""
+    return {}
 
 
 def read_config(files: CheckpointFiles) -> tuple[VMoEConfig, Preprocessing | None, list[str] | None]:

@@ -15,6 +15,7 @@ from models.flops import flops
 from models.moe.out import auxiliary_loss
 from models.nac import NAC, PRESETS, NACConfig, student_modules
 from models.nac.attention import ModulatedAttention, ReadInAttention
+from models.nac.circuit import circuit
 from models.nac.family import OF_MODULES
 from models.nac.graphs import Graph, fit_steps, fitted, quality
 from models.nac.kernel import Kernel, distance, link_probability, log_sample
@@ -544,3 +545,24 @@ def test_the_recipes_knobs_are_those_of_the_configuration():
         assert knob.default in (None, ours[knob.name]), knob.name
     from_data = {"image_size", "in_chans", "num_classes", "drop_path_rate", "seed", "layer_scale"}
     assert ours.keys() - {knob.name for knob in fields(Knobs)} == from_data
+
+
+def test_the_circuit_in_numbers(small):
+    images, small = torch.randn(2, 3, 32, 32), NAC(small.config).eval()  # as it starts
+    found = circuit(small, images)
+    # untrained, it is what it starts as
+    assert found["fit"] == found["trained"] and found["mass_before"] == found["mass_after"]
+    adjacency = small.config.graph_prior().adjacency(12, small.config.seed)
+    assert found["prior"] == adjacency.tolist() and found["edges"] == adjacency.sum() / 2
+    # every mediator's attention adds up to 1 over 4 input latents and 12 mediators, and so does each image's use
+    assert np.allclose(np.sum(found["mass_after"], axis=1), 1, atol=1e-3) and np.shape(found["mass_after"]) == (12, 16)
+    assert np.allclose(np.sum(found["use"], axis=1), 1, atol=1e-3) and np.shape(found["use"]) == (2, 12)
+    # its attention weights are those that the attention uses
+    exchange = small.propagators[0]
+    states, codes = torch.randn(2, 12, 8), small.latents["mediator"].codes
+    log_kernel = exchange.kernel(distance(*[small.latents["mediator"].signatures] * 2))
+    arguments = (states, codes, states, codes, log_kernel)
+    value = exchange.attn.value(exchange.attn.norm(states), codes).unflatten(-1, (2, -1)).transpose(1, 2)
+    message = (exchange.attn.weights(*arguments) @ value).transpose(1, 2).flatten(2)
+    expected = states + exchange.attn.gamma * exchange.attn.exit(message, codes)
+    torch.testing.assert_close(exchange.attn(*arguments), expected)

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from models.labels import refuse_other_classes
 from models.moe.layer import routed_layers
 from trainer import artifacts
 from trainer.context import Run, Trained
+from trainer.data.loader import eval_batches
 from trainer.disk import write_json
 from trainer.distributed.engine import working_type
 from trainer.evaluation.accuracy import Predictor, evaluate
@@ -32,6 +34,7 @@ from trainer.teaching import comparison
 from trainer.teaching.families import family_of
 
 log = logging.getLogger(__name__)
+FEW_IMAGES = 8  # that a family describes its student on
 
 
 def run(run: Run, start: str) -> None:
@@ -65,6 +68,7 @@ def run(run: Run, start: str) -> None:
     if not run.classifies and run.labels:
         metrics |= _of_labels(run, student, data, dtype, batch)
     summary = analysis.summary()
+    summary |= _of_the_family(run, student, data, dtype, batch)
     if run.dist.main:
         write_json(folder / "analysis.json", summary)
     outcome = Outcome(metrics, time.perf_counter() - started, steps=0, images_seen=int(metrics["images"]))
@@ -89,6 +93,20 @@ def _dense_models(run: Run, student: nn.Module) -> list[Candidate]:
         log.info("the teacher is not timed beside the student: %s", error)
     equal = family_of(run.recipe).dense_of_equal_flops(student)
     return [*models, Candidate("dense ViT of equal FLOPs", equal)]
+
+
+def _of_the_family(run: Run, student: nn.Module, data: Data, dtype: torch.dtype, batch: int) -> dict[str, Any]:
+    """What the student's family shows of it, and the accuracies of its smaller forms (collective)."""
+    family = family_of(run.recipe)
+    found: dict[str, Any] = {}
+    for kept, small in family.smaller(student).items():
+        measured = evaluate(Predictor(small, small), data, dtype, batch, run.dist)
+        found.setdefault("smaller", {})[kept] = measured["accuracy"]
+    if run.dist.main:
+        source = data.val.spread(min(FEW_IMAGES, len(data.val)))
+        images = next(eval_batches(source, data.preprocessing, batch=len(source))).images
+        found |= family.describe(student, images.to(run.dist.device, dtype))
+    return found
 
 
 def _of_labels(run: Run, student: nn.Module, data: Data, dtype: torch.dtype, batch: int) -> dict[str, float]:

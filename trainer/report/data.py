@@ -25,6 +25,7 @@ RUNS = {
     "train_upcycled": "upcycled",
 }
 FLOP_UNITS = {1e21: "ZFLOP", 1e18: "EFLOP", 1e15: "PFLOP", 1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP", 1.0: "FLOP"}
+CIRCUIT = ("prior", "links", "mass_before", "mass_after", "use")  # matrices of analysis.json
 CLASS_COUNTS = ("images", "correct", "predicted", "taken_for", "taken_count")  # of analysis.json
 PREPARING = tuple(row.name for row in TABLE if row.prepares)  # their cost comes before end-to-end training
 END_SHARE = 0.1  # of the logged steps: what "at the end" of training averages over
@@ -199,6 +200,7 @@ def _is_analysis(analysis: Any) -> bool:
     rows, columns = analysis["grid"]
     good = _is_of_classes(analysis) if "classes" in analysis else True
     good &= _are_numbers([analysis["images"], analysis["skipped"]])
+    good &= _is_circuit(analysis) if "circuit" in analysis else True
     for layer in analysis["layers"].values():
         first = layer.get("first", layer["load"])  # runs of an older version lack it
         good &= _are_numbers(layer["load"]) and _are_numbers(first) and number(layer["kept"]) is not None
@@ -206,6 +208,14 @@ def _is_analysis(analysis: Any) -> bool:
         good &= _are_numbers([picture["index"]]) and isinstance(picture["png"], str)
         good &= all(_are_numbers(experts, rows * columns) for experts in picture["experts"].values())
     return good
+
+
+def _is_circuit(analysis: Any) -> bool:
+    """The same of what it says of a circuit (models/nac/circuit.py), which only a NAC has."""
+    found = analysis["circuit"]
+    good = all(_are_numbers(row) for name in CIRCUIT for row in found[name]) and _are_numbers([found["edges"]])
+    good &= all(_are_numbers([found[name]["recall"], found[name]["precision"]]) for name in ("fit", "trained"))
+    return good and _are_numbers(list(analysis.get("smaller", {}).values()))
 
 
 def _is_of_classes(analysis: Any) -> bool:

@@ -10,6 +10,7 @@ import yaml
 
 from trainer.config.student import LIKE_TEACHER
 from trainer.report.charts import BarChart, Beginning, Line, LineChart, LoadMap, in_flop_units
+from trainer.report.circuit import circuit_section
 from trainer.report.classes import classes_section, routing_section
 from trainer.report.data import (
     PhaseRecord,
@@ -67,6 +68,7 @@ def run_page(name: str, phases: Mapping[str, PhaseRecord]) -> str:
         "Training loss": _losses(phases),
         "Load of the experts": _loads(phases),
         "Routing": routing_section(analysis),
+        "Circuit": circuit_section(analysis, phases["evaluate"].metric("accuracy")),
         "Classes": classes_section(analysis),
         "Environment": _environment(phases),
     }

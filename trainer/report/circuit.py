@@ -1,0 +1,80 @@
+"""A section of a run's page for students that are circuits: their graph, who listens to whom, what pruning costs."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from PIL import Image
+
+from trainer.report.charts import Line, LineChart
+from trainer.report.page import figure, percent, percent_tick, table
+
+SIDE = 192  # pixels of a matrix
+DARK = (0, 72, 130)  # of its largest value
+MATRICES = {
+    "prior": "the graph asked for",
+    "links": "links after training",
+    "mass_before": "attention before training",
+    "mass_after": "attention after training",
+    "use": "mediators an image uses",
+}
+
+
+def circuit_section(analysis: Mapping[str, Any] | None, accuracy: float | None) -> str:
+    """The circuit, and accuracy against the share of mediators kept.
+
+    Args:
+        accuracy: of the whole student.
+    """
+    if not analysis or "circuit" not in analysis:
+        return ""
+    found = analysis["circuit"]
+    heads = ""
+    cells = ""
+    for name, title in MATRICES.items():
+        heads += f"<th>{title}</th>"
+        source = _pixels(found[name])
+        cells += f'<td><img alt="{title}" class="pixels" width="{SIDE}" height="{SIDE}" src="{source}"></td>'
+    rows = []
+    for name, when in (("fit", "before training"), ("trained", "after training")):
+        rows.append([when, percent(found[name]["recall"]), percent(found[name]["precision"])])
+    text = (
+        f"<p>The mediators start from a {escape(str(found['graph']))} graph of {found['edges']:,} edges. Dark is most. "
+        "In links and attention a row is a mediator that hears, a column one that sends; attention has the input "
+        "latents as its first columns, and is a mean over images, heads and propagators. In the last matrix a row is a "
+        "validation image, and its dark columns are the mediators that the read-out listens to. Evaluation is "
+        f"{escape(str(found['evaluation']))}.</p>"
+        f'<div class="scroll"><table class="maps"><thead><tr>{heads}</tr></thead>'
+        f"<tbody><tr>{cells}</tr></tbody></table></div>"
+    )
+    text += table(["the graph in the kernel", "edges kept", "of the links, edges"], rows)
+    return text + _pruned(analysis.get("smaller", {}), accuracy)
+
+
+def _pruned(smaller: Mapping[str, float], accuracy: float | None) -> str:
+    """Accuracies by the share of mediators kept, best connected first."""
+    if not smaller or accuracy is None:
+        return ""
+    points = [(float(kept.removesuffix("%")), value) for kept, value in smaller.items()]
+    points = sorted([*points, (100.0, accuracy)])
+    line = Line("accuracy", points, 0, marks=True)
+    chart = LineChart("Accuracy by mediators kept", [line], "% of the mediators, best connected first", "accuracy",
+                      percent_tick, with_legend=False)  # fmt: skip
+    said = ", ".join(f"{percent(value)} with {kept:g}%" for kept, value in points)
+    drawn = figure(chart, f"Without any training after the others were cut off: {said}.")
+    return drawn or f"<p>Accuracy by mediators kept: {said}.</p>"
+
+
+def _pixels(matrix: Sequence[Sequence[float]]) -> str:
+    """A matrix as a PNG of one pixel a value, white = 0, dark = its largest."""
+    most = max(max(row) for row in matrix) or 1.0
+    picture = Image.new("RGB", (len(matrix[0]), len(matrix)))
+    values = [value / most for row in matrix for value in row]
+    picture.putdata([tuple(round(255 - share * (255 - dark)) for dark in DARK) for share in values])
+    with io.BytesIO() as file:
+        picture.save(file, "PNG")
+        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
