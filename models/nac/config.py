@@ -265,5 +265,5 @@ def decode_preset(name: str) -> dict[str, Any]:
         ValueError: an unknown one.
     """
     if name not in PRESETS:
-        raise ValueError(f"variant {name!r} is not known: use one of {', '.join(PRESETS)}.")
+        raise ValueError(f"preset {name!r} of a NAC is not known: use one of {', '.join(PRESETS)}.")
     return dict(PRESETS[name])
