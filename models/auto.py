@@ -35,8 +35,8 @@ from .nac.model import NAC, reset_linear
 from .preprocessing import Preprocessing
 from .teacher.images import to_processor
 from .version import check_needs
-from .vmoe import config as vmoe_config
-from .vmoe.model import VMoE, reset_head
+from .vmoe.config import MODEL_TYPE
+from .vmoe.model import VMoE, VMoEConfig, reset_head
 
 # what transformers finds in a modelling file that lies beside weights (trainer/hub/code.py): Auto class -> class here
 REMOTE = {
@@ -182,8 +182,8 @@ def _save_code(directory: Path, module: str) -> None:
 class VMoETransformersConfig(StudentTransformersConfig):
     """A V-MoE's."""
 
-    model_type = vmoe_config.MODEL_TYPE
-    student_config = vmoe_config.VMoEConfig
+    model_type = MODEL_TYPE
+    student_config = VMoEConfig
     attribute_map = {  # noqa: RUF012  transformers' words
         "hidden_size": "width",
         "num_hidden_layers": "depth",
