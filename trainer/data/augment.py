@@ -23,6 +23,7 @@ from timm.data import auto_augment, create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 
+from models.pictures.transform import create_options
 from models.preprocessing import INTERPOLATIONS, Preprocessing
 from trainer.config.data import AugmentConfig
 from trainer.data.decode import Pixels
@@ -60,10 +61,7 @@ class TrainTransform:
     def __init__(self, pre: Preprocessing, aug: AugmentConfig):
         self.pre = pre
         primary, secondary, final = create_transform(
-            input_size=(pre.in_chans, pre.image_size, pre.image_size),
-            interpolation=pre.interpolation,
-            mean=pre.mean,
-            std=pre.std,
+            **create_options(pre),
             is_training=True,
             separate=True,
             scale=aug.scale,

@@ -19,7 +19,7 @@ def train_transform(pre: Preprocessing, aug: AugmentConfig) -> TrainTransform:
     Raises:
         ValueError: timm does not understand `augment.rand_augment`; images of other than 3 channels.
     """
-    create_options(pre)
+    create_options(pre)  # what it refuses has nothing to do with RandAugment
     try:
         return TrainTransform(pre, aug)
     except (AssertionError, KeyError, ValueError) as error:
