@@ -85,7 +85,10 @@ MEMORY = (
     ("teacher", sized(128), 32),
 )
 CALIBRATION = (("train", sized(96), 16), ("train", sized(192, experts=16), 16), ("teacher", sized(192), 16))
+DEMO = ["student.moe.capacity_factor=1.05"]
 PREDICTED = (
+    ("train", DEMO, 64),
+    ("distill_1", DEMO, 64),
     ("train", sized(128), 16),
     ("train", sized(192), 16),
     ("train", sized(192, depth=6, pixels=96), 16),

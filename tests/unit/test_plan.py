@@ -123,3 +123,11 @@ def test_images_fewer_than_a_batch_are_a_problem_and_still_have_a_cost():
     small = of_training(run, "distill", "distill_0", 10.0, extra_flops=7)
     assert "1500" in small.problem and "2048" in small.problem
     assert small.costs["distill_0"].flops == 5 * 1500 * 10 + 7
+
+
+def test_a_plan_counts_on_the_speed_of_a_finished_stage(tmp_path):
+    settings = settings_for(tmp_path, gpu_kind="h100")
+    assert plan.gpu_of(settings) == "h100"
+    write_result(settings.run, "teacher", flops=3.956e14, seconds=1.0, world_size=2)
+    assert plan.gpu_of(settings) == "h100,share=0.2"  # 197.8 of 989 TFLOP/s
+    assert plan.gpu_of(settings_for(tmp_path, gpu_kind="h100,share=0.5")) == "h100,share=0.5"

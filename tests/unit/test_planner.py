@@ -195,7 +195,7 @@ def test_the_command_prints_a_plan_and_writes_nothing(capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert main([*IMAGENET, "--nodes", "2", "--gpu", "h100,share=0.3"]) == 0
     shown = capsys.readouterr().out
-    assert "16 GPUs on 2 nodes" in shown and "30% of them counted on" in shown
+    assert "16 GPUs, 8 of them on a node" in shown and "30% of them counted on" in shown
     for name in ("distill_0", "distill_3", "train"):
         assert shown.count(f"\n{name} ") == 3  # memory, traffic, time
     proposed = json.loads(shown[shown.index("{") :])

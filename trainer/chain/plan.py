@@ -15,6 +15,7 @@ from pathlib import Path
 from trainer.chain import slurm
 from trainer.chain.settings import ONLINE, STAGES, Settings
 from trainer.chain.submit import ROOT, Order, dependency, header, load, plan_orders, write_folder
+from trainer.plan import gpus
 from trainer.plan.cost import ASSUMED_FLOPS, measured_speed
 from trainer.request.stages import Stage, chain
 from trainer.tracking.console import table
@@ -126,15 +127,30 @@ def cost(
 
 def speed(settings: Settings) -> tuple[float, str]:
     """FLOP/s of one rank and where the number is from: this run, --speed-from, or an assumption said to be one."""
-    folders = [settings.run]
-    if settings.speed_from:
-        folders.append(Path(settings.speed_from))
     assumed = (
         ASSUMED_FLOPS,
         f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s per GPU, an assumption (no stage of {settings.run} is finished; "
         "--speed-from FINISHED_RUN uses a measured one)",
     )
-    return measured_speed(folders) or assumed
+    return measured_speed(_finished(settings)) or assumed
+
+
+def gpu_of(settings: Settings) -> str:
+    """The GPU a plan counts on: at the share of its peak that a finished stage has reached, where there is one."""
+    measured = measured_speed(_finished(settings))
+    if measured is None or "share=" in settings.gpu_kind:
+        return settings.gpu_kind
+    flops_per_second, _ = measured
+    share = flops_per_second / (gpus.parse(settings.gpu_kind).tflops * 1e12)
+    return f"{settings.gpu_kind},share={min(share, 1.0):.3g}"
+
+
+def _finished(settings: Settings) -> list[Path]:
+    """Run folders whose speed counts, the first one first."""
+    folders = [settings.run]
+    if settings.speed_from:
+        folders.append(Path(settings.speed_from))
+    return folders
 
 
 def _dry_run(settings: Settings, folder: Path) -> dict:
@@ -153,7 +169,7 @@ def _dry_run(settings: Settings, folder: Path) -> dict:
         "--ranks": json.dumps(ranks),
     }
     if settings.gpu_kind:
-        flags["--gpu"] = settings.gpu_kind
+        flags["--gpu"] = gpu_of(settings)
     command = [sys.executable, "-m", "trainer.plan.rehearsal"]
     for flag, value in flags.items():
         command += [flag, value]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trainer.config.recipe import Recipe
 from trainer.plan.estimate import EXCHANGED, GRADIENTS, WEIGHTS, Estimate
-from trainer.plan.gpus import Gpu, parse
+from trainer.plan.gpus import GPUS, Gpu, parse
 from trainer.plan.planner import Plan, plan, problems, propose
 from trainer.plan.stand_ins import planned_run
 from trainer.plan.traffic import Layout
@@ -35,7 +35,7 @@ def show(request: PlanRequest) -> int:
     layout = Layout(request.nodes, request.gpus)
     layouts = dict.fromkeys((work.phase for work in found), layout)
     text, wrong = page(request.recipe, found, request.ds_values, layouts, gpu, request.busiest)
-    print(f"{request.command}\n{layout.world} GPUs on {request.nodes} nodes\n\n{text}")
+    print(f"{request.command}\n{layout.world} GPUs, {request.gpus} of them on a node\n\n{text}")
     return EXIT_BAD_INPUT if wrong else 0
 
 
@@ -89,7 +89,7 @@ def tables(chosen: Plan, busiest: float, gpu: Gpu) -> str:
         notes.append(
             f"nothing is dropped: the busiest expert is taken to have {busiest:g} times the mean of tokens (--busiest)"
         )
-    if not all(each.settings.bf16 for each in chosen.estimates):
+    if gpu.name in GPUS and not all(each.settings.bf16 for each in chosen.estimates):
         notes.append("the DeepSpeed JSON trains in float32, and the rate is that of bf16: compute takes longer")
     notes.append(
         f"gradients are reduced beside {gpu.overlap:.0%} of the backward pass where overlap_comm is on, all else one "
