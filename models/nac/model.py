@@ -71,9 +71,22 @@ class ReadIn(nn.Module):
 
 
 class Exchange(nn.Module):
-    """Modules hear modules as far as `kernel` lets them: a propagator, or the read-out."""
+    """Modules hear modules as far as `kernel` lets them: a propagator, or the read-out.
 
-    def __init__(self, config: NACConfig, kernel: Kernel, path_drop: float, *, share_norm: bool, residual: bool):
+    Args:
+        head: width of a LayerNorm and a modulated layer behind it; 0 = none, as in every published NAC of m2mKD.
+    """
+
+    def __init__(
+        self,
+        config: NACConfig,
+        kernel: Kernel,
+        path_drop: float,
+        *,
+        share_norm: bool,
+        residual: bool,
+        head: int = 0,
+    ) -> None:
         super().__init__()
         sizes = (config.state_dim, config.code_dim)
         heads = (config.heads, config.head_dim)
@@ -82,6 +95,8 @@ class Exchange(nn.Module):
         )
         self.ffn = ModFFN(*sizes, config.ffn_factor, config.layer_scale, path_drop)
         self.kernel = kernel
+        self.head_norm = nn.LayerNorm(config.state_dim, eps=NORM_EPS) if head else None
+        self.head = ModFC(config.state_dim, head, config.code_dim) if head else None
 
     def forward(
         self,
@@ -106,7 +121,8 @@ class Exchange(nn.Module):
             log_kernel = self.kernel(distance_UW)
         code, sender_code = codes
         states = self.attn(states_BUC, code, senders_BWC, sender_code, log_kernel, draws, f"{name}.attn")
-        return self.ffn(states, code, draws, f"{name}.ffn")
+        states = self.ffn(states, code, draws, f"{name}.ffn")
+        return states if self.head is None else self.head(self.head_norm(states), code)
 
 
 class NAC(nn.Module, Published):

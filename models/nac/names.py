@@ -12,6 +12,7 @@
 | *.latent_attention.kernel.bandwidth | *.kernel.bandwidth |
 | {input,mediator,output}_latents.signatures_, .codes_ | latents.{input,mediator,output}.signatures, .codes |
 | latent_seeder.layernorm, .code_to_state_mu, .code_to_state_logvar | seeder.norm, .mu, .logvar |
+| read_out.head.0.module, head.1 | read_out.head_norm, read_out.head |
 | *.confidence_scorer, *.to_logits | confidence, head |
 | *.backbone.downsample_layers.0, .s of a later stage s | tokenizer.stem, tokenizer.stages.s.downsample |
 | *.backbone.stages.s.b.{dwconv,norm,pwconv1,pwconv2,gamma} | tokenizer.stages.s.blocks.b.{conv_dw,..,mlp.fc1,..} |
@@ -40,6 +41,8 @@ _RULES = (
     (r"\blatent_seeder\.layernorm\b", "seeder.norm"),
     (r"\blatent_seeder\.code_to_state_(mu|logvar)\b", r"seeder.\1"),
     (r"\blayernorm\b", "norm"),
+    (r"\bhead\.0\.module\b", "head_norm"),
+    (r"\bhead\.1\b", "head"),
     (r"\bffn\.0\.", "fc1."),
     (r"\bffn\.2\.", "fc2."),
     (r"\bread_in_attention\b", "attn"),

@@ -20,8 +20,8 @@ from models.nac.family import OF_MODULES
 from models.nac.graphs import Graph, fit_steps, fitted, quality
 from models.nac.kernel import Kernel, distance, link_probability, log_sample
 from models.nac.layers import ModFC, ModFFN, drop_path, noisy_codes
-from models.nac.model import ReadIn, pool
-from models.nac.names import from_reference
+from models.nac.model import Exchange, ReadIn, pool
+from models.nac.names import from_reference, our_name
 from models.nac.regularisers import block_model_loss, graphon, hinge_repulsion, matched_rows
 from trainer.config.student import NACConfig as Knobs
 from trainer.objectives import Classify
@@ -213,6 +213,77 @@ def test_student_modules():
     check(read_in, fixture["readin"], lambda m, i: m(i["image"], code=i["codes"], state=i["states"]))
     check(mediator, fixture["mediator"], lambda m, i: m(i["tokens"], code=i["codes"]))
     check(read_out, fixture["readout"], lambda m, i: m(i["tokens"], code=i["codes"], state=i["states"]))
+
+
+class Pooling(nn.Module):
+    """Pooling and head, apart from the NAC they are parts of."""
+
+    def __init__(self, config, gumbel):
+        super().__init__()
+        self.confidence = nn.Linear(config["state_dim"], 1)
+        self.head = nn.Linear(config["state_dim"], config["output_dim"])
+        self.options = {"gumbel": gumbel, "temperature": config["temperature"]}
+        self.options["hard"] = config["softmax_type"] == "gumbel-hard"
+
+    def forward(self, states):
+        return self.head(pool(states, self.confidence, **self.options))
+
+
+def test_pooling():
+    for case in of_file("output_pooling").values():
+        check(Pooling(case["config"], case.get("gumbel")).double(), case, lambda m, i: m(i["states"]))
+
+
+def test_a_read_out_with_a_head_by_hand(small):
+    block = Exchange(small.config, Kernel(), 0.0, share_norm=False, residual=False, head=5)
+    bare = Exchange(small.config, Kernel(), 0.0, share_norm=False, residual=False)
+    for module in block.modules():
+        if isinstance(module, ModFC):
+            module.initialise(0, "any")
+    bare.load_state_dict({name: value for name, value in block.state_dict().items() if "head" not in name})
+    states, senders, codes = torch.randn(2, 3, 8), torch.randn(2, 7, 8), (torch.randn(3, 6), torch.randn(7, 6))
+    arguments = (states, senders, codes, torch.rand(3, 7))
+    expected = block.head(block.head_norm(bare(*arguments)), codes[0])
+    assert torch.equal(block(*arguments), expected) and expected.shape == (2, 3, 5)
+
+
+# of the README of the public numbers -> ours
+NAMES = {
+    "input_tokenizer.backbone.downsample_layers.0.0.weight": "tokenizer.stem.0.weight",
+    "input_tokenizer.backbone.downsample_layers.1.1.bias": "tokenizer.stages.1.downsample.1.bias",
+    "input_tokenizer.backbone.stages.1.0.dwconv.weight": "tokenizer.stages.1.blocks.0.conv_dw.weight",
+    "input_tokenizer.backbone.stages.0.0.pwconv2.bias": "tokenizer.stages.0.blocks.0.mlp.fc2.bias",
+    "input_tokenizer.backbone.stages.0.0.norm.weight": "tokenizer.stages.0.blocks.0.norm.weight",
+    "input_tokenizer.backbone.stages.0.0.gamma": "tokenizer.stages.0.blocks.0.gamma",
+    "input_tokenizer.positional_grid.grid": "tokenizer.grid",
+    "input_latents.signatures_": "latents.input.signatures",
+    "mediator_latents.codes_": "latents.mediator.codes",
+    "latent_seeder.layernorm.weight": "seeder.norm.weight",
+    "latent_seeder.code_to_state_mu.weight": "seeder.mu.weight",
+    "latent_seeder.code_to_state_logvar.bias": "seeder.logvar.bias",
+    "read_in.read_in_attention.query_compiler.native_weight": "read_in.attn.query.weight",
+    "read_in.read_in_attention.sender_layernorm.bias": "read_in.attn.sender_norm.bias",
+    "read_in.ffn.ffn.0.scale.weight": "read_in.ffn.fc1.scale.weight",
+    "read_in.ffn.layernorm.weight": "read_in.ffn.norm.weight",
+    "propagators.2.latent_attention.kernel.bandwidth": "propagators.2.kernel.bandwidth",
+    "propagators.2.latent_attention.exit_layer.scale_gain": "propagators.2.attn.exit.gain",
+    "propagators.2.latent_attention.receiver_layernorm.weight": "propagators.2.attn.norm.weight",
+    "propagators.2.latent_attention.layer_scale.gamma": "propagators.2.attn.gamma",
+    "propagators.2.ffn.ffn.2.native_bias": "propagators.2.ffn.fc2.bias",
+    "propagators.2.ffn.layer_scale.gamma": "propagators.2.ffn.gamma",
+    "read_out.latent_attention.kernel.bandwidth": "read_out.kernel.bandwidth",
+    "output_tokenizer.confidence_scorer.weight": "confidence.weight",
+    "output_tokenizer.to_logits.bias": "head.bias",
+}
+
+
+def test_names_of_the_public_code_become_ours(small):
+    state = small.state_dict()
+    for theirs, ours in NAMES.items():
+        assert our_name(theirs) == ours
+        assert ours in state
+    assert our_name("read_out.head.0.module.weight") == "read_out.head_norm.weight"
+    assert our_name("read_out.head.1.native_weight") == "read_out.head.weight"
 
 
 def test_regularisers():

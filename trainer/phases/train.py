@@ -129,7 +129,8 @@ def objective(run: Run, student: nn.Module, borders: Borders | None, *, guided: 
         routers, spent = routers_of(run, student)
         guide = Guide(routers, teacher, schedule.routing_weight)
     kind = LearnFromTeacher if run.classifies else LearnFeatures
-    return kind(student, teacher, schedule, tokens, smoothing, borders, guide), spent
+    # what the teacher reads; a student of other tokens counts itself
+    return kind(student, teacher, schedule, run.tokens, smoothing, borders, guide), spent
 
 
 def check(run: Run) -> None:
