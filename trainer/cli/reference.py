@@ -66,6 +66,7 @@ def _deepspeed() -> list[str]:
 
 
 def _python() -> list[str]:
+    from models.nac import NAC
     from models.teacher.load import load_teacher
     from models.vmoe import model
     from models.vmoe.importers import import_checkpoint
@@ -77,6 +78,8 @@ def _python() -> list[str]:
     lines += _documented("models.vmoe.VMoE.from_pretrained", model.VMoE.from_pretrained)
     lines += _documented("models.vmoe.VMoE.save_pretrained", model.VMoE.save_pretrained)
     lines += _documented("models.vmoe.load_expert_parallel", model.load_expert_parallel)
+    lines += _documented("models.nac.NAC.forward", NAC.forward)
+    lines += _documented("models.nac.NAC.pruned", NAC.pruned)
     lines += _documented("models.teacher.load_teacher", load_teacher)
     lines += _documented("models.vmoe.importers.import_checkpoint", import_checkpoint)
     return lines

@@ -92,7 +92,11 @@ class NACConfig:
         "of the fit of signatures; null = truncation. Published 0.8 with truncation 0.9, which loses most of the graph",
         Range(0, 2, open_least=True),
     )
-    fit_recall: float = knob(0.95, "least share of the graph's edges kept by the fit; 0 = 1000 steps, published", SHARE)
+    fit_recall: float | None = knob(
+        None,
+        "least share of the graph's edges kept by the fit; 0 = 1000 steps, published; null = the preset's, else 0.95",
+        SHARE,
+    )
     fit_steps: int = knob(20_000, "most steps of the fit", Range(1, MANY))
     code_noise: float = knob(0.05, "training noise on codes, relative to each entry", SHARE)
     stochastic_kernel: bool = knob(True, "links are sampled in training")
