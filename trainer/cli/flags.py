@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--gpu", help=gpu_help)
     flags.add_argument("--images", help="--phase plan: training images, where the data is not to be opened")
     flags.add_argument("--classes", help=f"--phase plan: of --images (default {DEFAULTS['classes']})")
-    busiest_help = f"--phase plan: tokens of the busiest expert over the mean (default {DEFAULTS['busiest']})"
+    busiest_help = f"--phase plan: rows of the busiest rank over the mean (default {DEFAULTS['busiest']})"
     flags.add_argument("--busiest", help=busiest_help)
     flags.add_argument("--layout", help="import: what SOURCE is, e.g. google_vmoe")
     flags.add_argument("-h", "--help", nargs="?", const="", metavar="SECTION", help="this, or the keys of a section")

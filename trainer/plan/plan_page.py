@@ -83,12 +83,10 @@ def tables(chosen: Plan, busiest: float, gpu: Gpu) -> str:
     traffic = table(TRAFFIC, [_traffic(each) for each in chosen.estimates])
     total = ("total", *[""] * 9, f"{chosen.hours:.3g}")
     time = table(TIME, [*(_time(each) for each in chosen.estimates), total])
-    dropless = any(layer.config.capacity_factor is None for each in chosen.estimates for layer in each.work.moe_layers)
+    shared = any(each.layout.ep_size > 1 and each.work.moe_layers for each in chosen.estimates)
     notes = []
-    if dropless:
-        notes.append(
-            f"nothing is dropped: the busiest expert is taken to have {busiest:g} times the mean of tokens (--busiest)"
-        )
+    if shared:
+        notes.append(f"the busiest rank's experts are taken to get {busiest:g} times the mean of rows (--busiest)")
     if gpu.name in GPUS and not all(each.settings.bf16 for each in chosen.estimates):
         notes.append("the DeepSpeed JSON trains in float32, and the rate is that of bf16: compute takes longer")
     notes.append(

@@ -27,7 +27,7 @@ from trainer.plan.traffic import Layout
 from trainer.plan.work import Work
 from trainer.request.plan import DEFAULTS
 
-BUSIEST: float = DEFAULTS["busiest"]  # tokens of the busiest expert over the mean where nothing is dropped
+BUSIEST: float = DEFAULTS["busiest"]  # rows of the busiest rank over the mean, where ranks share experts
 BUCKET = 100_000_000  # elements, of a proposal: DeepSpeed's default of 500 million takes 2 GB and reduces no faster
 MOST_NODES = 512  # that a refusal looks at
 WORTH_IT = 0.99  # of the GPU-hours of something simpler
