@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import nn
 
 from .flops import ONE_TOKEN
-from .modules.stages import MOST_SCORED_TOKENS
+from .modules.attention import MOST_SCORED_TOKENS
 from .moe.expert import LAYERS
 from .moe.grouped import CHUNK_BYTES, GROUPED, LOOP
 from .moe.layer import MoE, MoEConfig
@@ -55,8 +55,10 @@ def kept_bytes(
     if isinstance(module, MoE):
         return _moe_bytes(module, images, tokens, bytes_per_number, learns, ep_size, busiest, form)
     own = images * bytes_per_number * _own_numbers(module, tokens, learns)
-    if form == LOOP and bytes_per_number != FLOAT32 and hasattr(module, "fused_attn") and tokens <= MOST_SCORED_TOKENS:
-        own += images * bytes_per_number * module.num_heads * tokens**2  # attention made of products keeps its scores
+    on_cpu_in_bfloat16 = form == LOOP and bytes_per_number != FLOAT32
+    if on_cpu_in_bfloat16 and hasattr(module, "routes") and tokens <= MOST_SCORED_TOKENS:
+        # attention of a V-MoE's block, made of products, keeps its scores
+        own += images * bytes_per_number * module.attn.num_heads * tokens**2
     if isinstance(module, nn.Conv2d | nn.Linear) or hasattr(module, "normalized_shape"):
         return own
     for name, child in module.named_children():

@@ -1,18 +1,16 @@
 """Split a vision transformer into N module stages and put stages back together, sharing every parameter.
 
 A stage is the model itself, shallowly copied, that keeps only its own parts: timm's own methods (positions, pooling,
-heads, of whatever subclass) keep serving, so running the stages in turn equals the model to the bit (but for attention
-in bfloat16 on a CPU, see _quick_attention). State-dict keys of a stage are those of the whole model; blocks carry
-global numbers. What makes positions for every block (a rotary embedding, a relative bias shared by the blocks) is a
-part of the first stage that the others borrow.
+heads, of whatever subclass) keep serving, so running the stages in turn equals the model to the bit. State-dict keys of
+a stage are those of the whole model; blocks carry global numbers. What makes positions for every block (a rotary
+embedding, a relative bias shared by the blocks) is a part of the first stage that the others borrow.
 B images, T tokens, D width, C classes.
 """
 
 import copy
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -31,7 +29,6 @@ EMBEDDING_PARTS = frozenset(
 )
 # Parts that make what every block takes of positions. Some learn, so one state dict has them, the first stage's.
 POSITION_PARTS = ("rope", "rel_pos_bias")
-MOST_SCORED_TOKENS = 512  # up to which attention made of products keeps its scores; see _quick_attention
 
 
 class Stage(nn.Module):
@@ -118,28 +115,9 @@ def run_blocks(
 def _run_block(block: nn.Module, x_BTD: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Out]:
     """Output of a block and what it tells: new at every call, as backward may run the block once more."""
     told: Out = {}
-    with _quick_attention(block, x_BTD):
-        if getattr(block, "routes", False):
-            return block(x_BTD, told, **arguments), told
-        return block(x_BTD, **arguments), told
-
-
-@contextmanager
-def _quick_attention(block: nn.Module, x_BTD: Tensor) -> Iterator[None]:
-    """Inside, attention of bfloat16 on a CPU is made of products, where its scores are small enough to be kept.
-
-    torch's fused kernel took 2.3 times as long there, forward and backward of 197 tokens; in float32 it is as fast.
-    """
-    attention = getattr(block, "attn", None)
-    slow = x_BTD.device.type == "cpu" and x_BTD.dtype == torch.bfloat16 and x_BTD.shape[1] <= MOST_SCORED_TOKENS
-    if not (slow and getattr(attention, "fused_attn", False)):
-        yield
-        return
-    attention.fused_attn = False
-    try:
-        yield
-    finally:
-        attention.fused_attn = True
+    if getattr(block, "routes", False):
+        return block(x_BTD, told, **arguments), told
+    return block(x_BTD, **arguments), told
 
 
 def split(model: VisionTransformer, depths: Sequence[int]) -> list[Stage]:

@@ -29,6 +29,7 @@ from .expert import GELU, LAYERS, SWIGLU, activate
 LOOP, GROUPED, BLOCKS = "loop", "grouped", "blocks"
 CHUNK_BYTES = 2**24  # of hidden rows in the loop: well below the 32 MiB from which malloc maps every tensor anew
 BFLOAT16_ROWS = 32  # in the loop rows are filled up to a multiple: oneDNN prepares a product anew for every new shape
+ALIGNED = 16  # bytes
 GROUPED_ROWS = 8  # where a grouped product adds up over rows, each group wants 16 bytes: 8 numbers of bfloat16
 
 
@@ -287,7 +288,11 @@ class _Piece:
         """x W_e^T + b_e for the rows of every expert e, (C, out)."""
         y_C = x_C.new_empty(len(x_C), len(weight_E[0]))
         for e, x, y in zip(self.experts, x_C.split(self.sizes), y_C.split(self.sizes)):
-            torch.addmm(bias_E[e], x, weight_E[e].t(), out=y)
+            weight = weight_E[e]
+            if len(x) == 1 and weight.data_ptr() % ALIGNED:
+                # the last digits of a product with one row depend on where the weight lies, mapped from a file or not
+                weight = weight.clone()
+            torch.addmm(bias_E[e], x, weight.t(), out=y)
         return y_C
 
     def product(self, grad_C: Tensor, weight_E: Sequence[Tensor]) -> Tensor:

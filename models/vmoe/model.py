@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..files.hub import CheckpointFiles
 from ..files.saved import Published, read
+from ..modules.attention import quick_attention
 from ..modules.stages import run_blocks, shallow_copy
 from ..modules.stitch import FOLDED, stitch
 from ..moe.expert import GELU
@@ -51,7 +52,8 @@ class VMoEBlock(Block):
             masks: of timm's attention, and the `rope` of a rotary one.
         """
         x = self.stitch(x)
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks)))
+        with quick_attention(self.attn, x):
+            x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x), **masks)))
         normed = self.norm2(x)
         hidden = self.mlp(normed, inside(out, "mlp")) if self.routes else self.mlp(normed)
         return x + self.drop_path2(self.ls2(hidden))

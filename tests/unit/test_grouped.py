@@ -138,3 +138,16 @@ def test_which_form_runs_where():
         assert row_multiple(torch.zeros(1), LOOP, 10, 8) == 32
         y = run_experts(experts_of("erf"), torch.randn(42, D), dispatch(routing_of(slots), slots, 32), "erf")
     assert y.dtype == torch.bfloat16
+
+
+def test_one_row_gives_the_same_bits_wherever_its_weights_lie():
+    """As those mapped from a file do: 8 bytes beside a multiple of 16."""
+    experts = experts_of("erf")
+    moved = copy.deepcopy(experts)
+    for parameter in moved.parameters():
+        buffer = torch.empty(parameter.numel() + 2)
+        parameter.data = buffer[2:].view_as(parameter).copy_(parameter.data)
+    x_ND = torch.randn(3, D)
+    rows = by_expert(torch.tensor([0, 1, 2]), E)
+    for plain, other in zip(run_experts(experts, x_ND, rows, "erf"), run_experts(moved, x_ND, rows, "erf")):
+        assert torch.equal(plain, other)

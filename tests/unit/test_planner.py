@@ -18,6 +18,13 @@ from trainer.plan.traffic import Collective, Layout, collectives, wire_bytes
 from trainer.plan.work import Parameter, flat_groups, works
 from trainer.run import main
 
+
+@pytest.fixture(autouse=True)
+def unchanged_logging(monkeypatch):
+    """main() sets the whole process up, which is this one here."""
+    monkeypatch.setattr("trainer.run.set_up_logging", lambda main: None)
+
+
 IMAGENET = ["--recipe", str(ROOT / "recipes/vmoe_base_imagenet.yaml"), "--phase", "plan", "--images", "1281167"]
 H200 = parse("h200")
 
