@@ -41,6 +41,7 @@ from torch.utils._pytree import tree_leaves
 
 from models.moe.grouped import LOOP
 from trainer.config.ds_config import Settings, read_ds_config
+from trainer.config.gpus import Gpu
 from trainer.config.load import load_recipe
 from trainer.context import Run
 from trainer.data.loader import Batch
@@ -49,7 +50,6 @@ from trainer.distributed.ranks import Dist, start, stop
 from trainer.loop.step import Task, TrainStep
 from trainer.plan.estimate import estimate, step_flops
 from trainer.plan.footprint import Footprint, footprint, own_elements, state_bytes
-from trainer.plan.gpus import Gpu
 from trainer.plan.planner import settings_of
 from trainer.plan.stand_ins import planned_run
 from trainer.plan.traffic import Layout

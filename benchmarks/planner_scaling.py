@@ -18,10 +18,10 @@ if not __package__:
 
 import models  # noqa: F401  isort: skip  first: it mends torchvision beside a CPU torch
 
+from trainer.config.gpus import Gpu, parse
 from trainer.config.load import load_recipe
 from trainer.config.recipe import Recipe
 from trainer.plan.estimate import Estimate
-from trainer.plan.gpus import Gpu, parse
 from trainer.plan.planner import BUSIEST, propose
 from trainer.plan.stand_ins import planned_run
 from trainer.plan.traffic import Layout

@@ -42,7 +42,7 @@ from trainer.tracking.metrics import read_metrics
 
 TEN_CLASSES = replace(MODEL, num_classes=10, moe=replace(MODEL.moe, router_bias=True))
 SCHEDULE = replace(ADAM, epochs=2, lr=0.5)  # 24 steps: two epochs of 96 images in batches of 8
-TIMING = ("time", "images_per_s", "tokens_per_s", "flops_per_s", "memory")
+TIMING = ("time", "images_per_s", "tokens_per_s", "flops_per_s", "mfu", "memory")
 
 
 def prepare(dist: Dist, faults: dict[str, Any]) -> None:

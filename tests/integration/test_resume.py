@@ -15,7 +15,7 @@ from tests.launch import TINY, started
 from trainer.tracking.metrics import read_metrics
 
 PHASES = ("teacher", "meta", "distill_0", "distill_1", "train")
-TIMING = ("time", "images_per_s", "tokens_per_s", "flops_per_s", "memory")
+TIMING = ("time", "images_per_s", "tokens_per_s", "flops_per_s", "mfu", "memory")
 
 
 def latest(phase: Path) -> str:

@@ -50,7 +50,7 @@ WITHOUT_TORCH = (
     "made_of",
     "pins",
     "plan.cost",
-    "plan.gpus",
+    "config.gpus",
     "report",
     "request",
     "run",

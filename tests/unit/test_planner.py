@@ -8,10 +8,10 @@ import pytest
 
 from tests.launch import ROOT, TINY_RECIPE
 from trainer.config.ds_config import read_ds_config
+from trainer.config.gpus import GPUS, Gpu, parse, peak_flops
 from trainer.config.load import load_recipe
 from trainer.plan.estimate import estimate
 from trainer.plan.footprint import footprint
-from trainer.plan.gpus import GPUS, Gpu, parse
 from trainer.plan.planner import candidates, plan, propose, settings_of
 from trainer.plan.stand_ins import planned_run
 from trainer.plan.traffic import Collective, Layout, collectives, wire_bytes
@@ -275,3 +275,11 @@ def test_footprint_of_a_module_taught_alone_is_smaller_than_the_whole(imagenet):
               "train_micro_batch_size_per_gpu": 128}  # fmt: skip
     sizes = {work.name: footprint(work, settings_of(recipe, work, values, layout), layout).peak for work in found}
     assert sizes["distill_1"] < sizes["train"]
+
+
+def test_the_peak_of_a_gpu_by_its_drivers_name():
+    assert peak_flops("NVIDIA H200") == peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA GeForce RTX 4090") == 165e12
+    for other in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "Tesla T4", ""):
+        assert peak_flops(other) is None

@@ -113,6 +113,7 @@ def test_relative_load_is_one_for_uniform():
     assert relative_load([0.0, 0.0]) == [0.0, 0.0]
 
 
+SPEED = {"flops_per_s": 3.12e14, "mfu": 0.3155}
 LOADED = {"load/0": [0.3, 0.2, 0.25, 0.25], "load/1": [0.33, 0.1775, 0.25, 0.2425], "kept/0": 1.0, "kept/1": 1.0,
           "gate_sum/0": 0.5, "gate_sum/1": 0.62}  # fmt: skip
 
@@ -129,10 +130,11 @@ def test_progress_line(monkeypatch):
     stream = io.StringIO()
     with Progress(1632, 136, "distill 2/4", stream, interval=0.0, start_step=299) as progress:
         progress.update(300, train_row(1))
-        progress.update(313, train_row(1, loss=1.2341, lr=1.2e-3, images_per_s=2310.4, **LOADED))
+        progress.update(313, train_row(1, loss=1.2341, lr=1.2e-3, images_per_s=2310.4, **SPEED, **LOADED))
     # load: 4 * 0.1775 = 0.71 and 4 * 0.33 = 1.32; gates: (0.5 + 0.62) / 2
     assert stream.getvalue().splitlines()[1] == (
-        "[distill 2/4] epoch 3/12 step 41/136 loss 1.234 lr 1.2e-3 2310 img/s load 0.71-1.32 "
+        "[distill 2/4] epoch 3/12 step 41/136 loss 1.234 lr 1.2e-3 2310 img/s 312 TFLOP/s "
+        "(32% of peak) load 0.71-1.32 "
         "kept 100% gates 0.56 eta 0:11:00"
     )
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from models.moe.out import Out, routing_metrics
+from trainer.config.gpus import peak_flops
 from trainer.config.runtime import RunConfig
 from trainer.data.loader import Batch, Data, make_mixup, train_batches
 from trainer.data.workers import FIRST_STEPS, MEASURED_STEPS, Limit, Times, spare_processors, workers_for
@@ -54,6 +55,9 @@ class TrainStep:
         self.workers = data.workers  # processes that load images now
         self.limit = Limit(spare_processors(dist.local_world))
         self.notes: list[str] = []  # lines for the log, to be taken
+        self.peak = None  # FLOP/s that the device's data sheet promises
+        if dist.device.type == "cuda" and engine.dtype == torch.bfloat16:
+            self.peak = peak_flops(torch.cuda.get_device_name(dist.device))
         self._reset()
 
     def batches(self, done: int, per_epoch: int) -> Iterator[list[Batch]]:
@@ -186,6 +190,9 @@ class TrainStep:
         metrics["images_per_s"] = images_per_s
         metrics["tokens_per_s"] = images_per_s * self.objective.tokens
         metrics["flops_per_s"] = images_per_s * self.objective.flops_per_image / self.dist.world
+        if self.peak is not None:
+            # model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311)
+            metrics["mfu"] = metrics["flops_per_s"] / self.peak
         metrics["grad_norm"] = self.engine.grad_norm()
         if self.data.skip_unreadable:
             metrics["skipped_images"] = len(set().union(*self.dist.gather(self.skipped)))

@@ -6,8 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-ASSUMED_SHARE = 0.1  # of a GPU's peak bf16 rate: what small-batch ViT training gets; not measured here on a GPU yet
-ASSUMED_FLOPS = 1e14  # per GPU and second: about that share of an H100
+ASSUMED_FLOPS = 1e14  # per GPU and second: about a tenth of an H100's peak (trainer/config/gpus.py, ASSUMED_SHARE)
 
 
 def measured_speed(folders: Sequence[Path]) -> tuple[float, str] | None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from models.memory import expert_rows
 from trainer.config.ds_config import Settings
+from trainer.config.gpus import Gpu
 from trainer.plan.footprint import BACKWARD, Footprint, footprint, own_elements, state_bytes
-from trainer.plan.gpus import Gpu
 from trainer.plan.traffic import Collective, Layout, collectives, wire_bytes
 from trainer.plan.work import Work
 

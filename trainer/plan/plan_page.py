@@ -7,9 +7,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from trainer.config.gpus import GPUS, Gpu, parse
 from trainer.config.recipe import Recipe
 from trainer.plan.estimate import EXCHANGED, GRADIENTS, WEIGHTS, Estimate
-from trainer.plan.gpus import GPUS, Gpu, parse
 from trainer.plan.planner import Plan, plan, problems, propose
 from trainer.plan.stand_ins import planned_run
 from trainer.plan.traffic import Layout

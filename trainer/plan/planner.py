@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from trainer.config.ds_config import Settings
+from trainer.config.gpus import GPUS, Gpu
 from trainer.config.recipe import Recipe
 from trainer.context import Run
 from trainer.distributed.ranks import Dist
 from trainer.plan.estimate import Estimate, estimate
-from trainer.plan.gpus import GPUS, Gpu
 from trainer.plan.traffic import Layout
 from trainer.plan.work import Work
 from trainer.request.plan import DEFAULTS

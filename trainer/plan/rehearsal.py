@@ -23,6 +23,7 @@ import models  # noqa: F401  first: it mends torchvision beside a CPU torch
 from models.teacher.load import load_teacher, save_teacher
 from trainer.checkpoint.saver import AVERAGE_BYTES, BYTES_PER_PARAMETER
 from trainer.config.ds_config import read_ds_config
+from trainer.config.gpus import parse
 from trainer.config.load import load_recipe
 from trainer.config.recipe import Recipe
 from trainer.context import Run
@@ -30,7 +31,6 @@ from trainer.data.classes import describe, doubts
 from trainer.distributed.ranks import Dist
 from trainer.phases import code_of
 from trainer.plan import image_size
-from trainer.plan.gpus import parse
 from trainer.plan.plan_page import page
 from trainer.plan.planner import BUSIEST
 from trainer.plan.preflight import check_training, said_of_features

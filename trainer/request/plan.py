@@ -20,7 +20,7 @@ class PlanRequest:
 
     Attributes:
         ds_values: the DeepSpeed JSON as read; None = propose one.
-        gpu: as trainer.plan.gpus.parse takes it.
+        gpu: as trainer.config.gpus.parse takes it.
         images: training images, where the data is not to be opened.
         busiest: rows of the busiest rank over the mean, where ranks share experts.
         out: a run folder whose finished teacher is looked at; None = none.

@@ -4,7 +4,8 @@ Rank 0 only; no torch here. A row is a flat dict with at least "kind" ("train" |
 "step" counts the optimizer steps done, "epoch" of an evaluation the epochs done: after epoch 3 of 12 it is 3.
 Training rows hold loss, lr, images_per_s, tokens_per_s, flops_per_s (of one rank, those of the model, see
 trainer/objectives/cost.py), memory (peak so far, bytes), time (unix) and, where they apply, "loss/<part>", grad_norm,
-accuracy and per MoE layer "load/<layer>" (share of the choices per expert), "kept/<layer>" and "gate_sum/<layer>".
+mfu (flops_per_s by the peak of a known GPU, in bf16), accuracy and per MoE layer "load/<layer>" (share of the choices
+per expert), "kept/<layer>" and "gate_sum/<layer>".
 Evaluation rows hold accuracy (0..1), loss and images and, with MoE layers, routing_change and
 expert_similarity, mean and "/<layer>" (trainer/evaluation/routing.py); without classes relative_error and cosine, also
 with "/<border>", in place of accuracy and loss. events.jsonl beside it has a row for what happened to the run:
@@ -229,6 +230,8 @@ def _row_text(row: Mapping[str, Any]) -> str:
     parts = [f"loss {row['loss']:.3f}", f"lr {learning_rate}", f"{rate:{digits}} img/s"]
     if "flops_per_s" in row:
         parts.append(_flops_text(row["flops_per_s"]))
+    if "mfu" in row:
+        parts.append(f"({row['mfu']:.0%} of peak)")
     if "accuracy" in row:
         parts.append(f"acc {row['accuracy']:.1%}")
     loads = []

@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.config.load import close
-from trainer.plan.cost import ASSUMED_SHARE
 
+ASSUMED_SHARE = 0.1  # of a GPU's peak bf16 rate: what small-batch ViT training gets; not measured here on a GPU yet
 # Nobody has measured these here on a GPU: each is an assumption, and a field of Gpu that `--gpu NAME,key=value` sets.
 OVERLAP = 0.8  # of the backward pass that gradients can be reduced beside, where "overlap_comm" is on
 LATENCY_US = 20.0  # per collective and doubling of the ranks; NCCL's own tests show 10 to 30 for small tensors
@@ -74,6 +74,19 @@ GPUS = {
     )
 }
 CHANGEABLE = tuple(field.name for field in dataclasses.fields(Gpu) if field.name not in ("name", "source", "form"))
+
+
+def peak_flops(device: str) -> float | None:
+    """FLOP/s of dense bf16 products by the table, of what a driver calls e.g. "NVIDIA H200"; None of what is not in it.
+
+    An H100 PCIe or NVL and a slice of a GPU (MIG) have other peaks than the table's H100: None for them, too.
+    """
+    words = device.lower().replace("-", " ").split()
+    if {"pcie", "mig", "nvl"} & set(words):
+        return None
+    joined = "".join(words)
+    found = [gpu.tflops * 1e12 for name, gpu in GPUS.items() if name in joined]
+    return found[0] if len(found) == 1 else None
 
 
 def parse(text: str) -> Gpu:
