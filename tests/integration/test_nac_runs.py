@@ -87,7 +87,7 @@ def test_pushed_and_pulled(made, warm, tmp_path, monkeypatch):
         images = torch.randn(2, 3, 16, 16)
         assert torch.equal(NAC.from_pretrained("alice/nac")(images), NAC.from_pretrained(out / "train")(images))
         card = server.files("alice/nac")["README.md"]
-    assert "from models.nac import NAC" in str(card)
+    assert "from m2mkd.nac import NAC" in str(card) and "m2mkd predict" not in str(card)
 
 
 def test_all_modules_at_once_with_borders_under_zero_2_in_bf16(made, warm, tmp_path):

@@ -259,6 +259,24 @@ def _sizes_of_vmoe(config: Mapping[str, Any]) -> str:
     )
 
 
+def _limits_of_vmoe(config: Mapping[str, Any]) -> list[str]:
+    moe = config["moe"]
+    lines = []
+    size = config["image_size"]
+    if not config.get("dynamic_img_size"):
+        lines.append(f"It takes square images of {size} pixels; a larger picture is made smaller, and details go.")
+    lines.append(
+        f"Only {moe['k']} of {moe['num_experts']} experts work on a token, but all of them lie in memory; small "
+        "batches gain less from it than the FLOPs say."
+    )
+    if moe.get("eval_capacity_factor") is not None and moe.get("images_per_group", 1) > 1:
+        lines.append(
+            f"Experts have a limited number of places for {moe['images_per_group']} images together: what the model "
+            "says of an image depends a little on those beside it."
+        )
+    return lines
+
+
 def _sizes_of_nac(config: Mapping[str, Any]) -> str:
     noise = "with the noise of training (published)" if config["noisy_evaluation"] else "deterministic"
     return (
@@ -269,6 +287,16 @@ def _sizes_of_nac(config: Mapping[str, Any]) -> str:
     )
 
 
+def _limits_of_nac(config: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"It learned on images of {config['image_size']} pixels; for others its grid of positions is resampled: that "
+        "was not measured."
+    ]
+    if config["noisy_evaluation"]:
+        lines.append("Its evaluation draws noise: the same image can be told otherwise the next time.")
+    return lines
+
+
 @dataclass(frozen=True)
 class StudentCard:
     """What a card says of one kind of student."""
@@ -276,6 +304,7 @@ class StudentCard:
     tags: tuple[str, ...]
     what: str
     sizes: Callable[[Mapping[str, Any]], str]
+    limits: Callable[[Mapping[str, Any]], list[str]]
 
 
 STUDENTS = {
@@ -283,11 +312,13 @@ STUDENTS = {
         ("vmoe", "mixture-of-experts", "vision-transformer"),
         "A V-MoE, a vision transformer whose MLPs are mixtures of experts",
         _sizes_of_vmoe,
+        _limits_of_vmoe,
     ),
     "nac": StudentCard(
         ("nac", "neural-attentive-circuits"),
         "A NAC (Neural Attentive Circuits), modules that hear each other as far as their signatures are close",
         _sizes_of_nac,
+        _limits_of_nac,
     ),
 }
 
@@ -471,25 +502,13 @@ def _loading(
 def _limits(recipe: Recipe, config: Mapping[str, Any], student: PhaseRecord) -> str:
     """What the figures above do not say."""
     name = _data_name(recipe.data)
-    moe = config["moe"]
     lines = [
         f"Measured on {_measured_on(recipe.data, student)} of {name} alone: nothing is known of other images, and what "
         "those of training are biased to the model is biased to.",
     ]
     if config["num_classes"]:
         lines.append(f"It always answers with one of its {config['num_classes']} classes, also where none is right.")
-    size = config["image_size"]
-    if not config.get("dynamic_img_size"):
-        lines.append(f"It takes square images of {size} pixels; a larger picture is made smaller, and details go.")
-    lines.append(
-        f"Only {moe['k']} of {moe['num_experts']} experts work on a token, but all of them lie in memory; small "
-        "batches gain less from it than the FLOPs say."
-    )
-    if moe.get("eval_capacity_factor") is not None and moe.get("images_per_group", 1) > 1:
-        lines.append(
-            f"Experts have a limited number of places for {moe['images_per_group']} images together: what the model "
-            "says of an image depends a little on those beside it."
-        )
+    lines += STUDENTS[recipe.student.kind].limits(config)
     lines.append("One training with one seed: another one would give somewhat other figures.")
     return "\n".join(f"- {line}" for line in lines)
 
