@@ -15,7 +15,7 @@ from pathlib import Path
 from trainer.chain import slurm
 from trainer.chain.settings import ONLINE, STAGES, Settings
 from trainer.chain.submit import ROOT, Order, dependency, header, load, plan_orders, write_folder
-from trainer.plan import gpus
+from trainer.config import gpus
 from trainer.plan.cost import ASSUMED_FLOPS, measured_speed
 from trainer.request.stages import Stage, chain
 from trainer.tracking.console import table

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.config import gpus
 from trainer.config.knobs import knob, require
-from trainer.plan import gpus
 from trainer.request.graph import stage_names
 from trainer.request.stages import DOWNLOAD
 
