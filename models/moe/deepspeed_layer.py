@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .dispatch import by_expert, dispatch, filled_up, kept_choices
 from .dropout import ExpertDropout, draw_number
-from .grouped import form_of, row_multiple, run_experts
+from .grouped import LOOP, form_of, row_multiple, run_experts
 from .layer import MoE, Routed, mixture
 from .out import Out
 
@@ -146,7 +146,8 @@ class ExpertParallel(MOELayer):
         # part = rank * E + expert of each row
         part_S = torch.repeat_interleave(received_PE.flatten(), output_size=len(x_SD))
         expert_S = part_S % E
-        form = form_of(x_SD)
+        # nobody may have asked for the experts of this rank; the loop then gives zeros for gradients, on any device
+        form = form_of(x_SD) if len(x_SD) else LOOP
         multiple = row_multiple(x_SD, form, len(x_SD), E)
         rows = by_expert(expert_S, E, multiple, sum(filled_up(n, multiple) for n in sizes.for_experts))
         masks = None

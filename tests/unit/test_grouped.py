@@ -151,3 +151,12 @@ def test_one_row_gives_the_same_bits_wherever_its_weights_lie():
     rows = by_expert(torch.tensor([0, 1, 2]), E)
     for plain, other in zip(run_experts(experts, x_ND, rows, "erf"), run_experts(moved, x_ND, rows, "erf")):
         assert torch.equal(plain, other)
+
+
+def test_experts_that_nobody_asked_for_have_gradients_of_zero():
+    experts = experts_of("swiglu")
+    x_ND = torch.zeros(0, D, requires_grad=True)
+    y_ND = run_experts(experts, x_ND, by_expert(torch.zeros(0, dtype=torch.int64), E), "swiglu", form=LOOP)
+    y_ND.sum().backward()
+    assert y_ND.shape == x_ND.grad.shape == (0, D)
+    assert all(not parameter.grad.any() for parameter in experts.parameters())
