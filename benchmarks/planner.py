@@ -181,9 +181,15 @@ def calibrated(plans: Sequence[tuple[Work, Settings, Layout]], seconds: Sequence
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     figures = {"memory_gb": round(ram, 1), "memory_gb_s": speed, "node_gb_s": 1.0, "network_gb_s": 1.0}
     return Gpu(
-        "this machine", rate / 1e12, source="benchmarks/planner.py time", share=share, touched=touched,
-        updated_bytes=updated, form=LOOP, **figures,
-    )  # fmt: skip
+        "this machine",
+        rate / 1e12,
+        source="benchmarks/planner.py time",
+        share=share,
+        touched=touched,
+        updated_bytes=updated,
+        form=LOOP,
+        **figures,
+    )
 
 
 def with_batch(name: str, words: list[str], images: int, dist: Dist) -> list[str]:

@@ -85,10 +85,15 @@ def _predict(asked_for: argparse.Namespace) -> int:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {asked_for.device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     done = predict(model, pictures, top=asked_for.top, batch=asked_for.batch)
-    speed = {"images": len(done.predictions), "images_per_second": round(done.images_per_second, 1),
-             "images_per_second_with_reading": round(len(done.predictions) / done.seconds, 1),
-             "device": str(device), "dtype": str(dtype).removeprefix("torch."), "batch": asked_for.batch,
-             "experts_per_token": model.config.moe.k}  # fmt: skip
+    speed = {
+        "images": len(done.predictions),
+        "images_per_second": round(done.images_per_second, 1),
+        "images_per_second_with_reading": round(len(done.predictions) / done.seconds, 1),
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch": asked_for.batch,
+        "experts_per_token": model.config.moe.k,
+    }
     if asked_for.json:
         rows = []
         for prediction in done.predictions:

@@ -146,9 +146,14 @@ def _save(
         torch.export.save(program, path, extra_files={DETAILS: details})
         return torch.export.load(path).module()
     written = torch.onnx.export(
-        program, (example,), dynamo=True, verbose=False, custom_translation_table=_translations(),
-        input_names=["images"], output_names=["logits"],
-    )  # fmt: skip
+        program,
+        (example,),
+        dynamo=True,
+        verbose=False,
+        custom_translation_table=_translations(),
+        input_names=["images"],
+        output_names=["logits"],
+    )
     written.model.metadata_props[DETAILS] = details
     written.save(path)
     if importlib.util.find_spec("onnxruntime") is None:

@@ -119,8 +119,16 @@ def fit(out: str, options: dict[str, Any]) -> None:
     schedule = replace(SCHEDULE, **options.get("schedule", {}))
     digits = DataConfig(limit=96)
     workers = options.get("workers", 0)
-    data = Data(DigitsSource(digits, "train"), DigitsSource(digits, "val"), Preprocessing(16, (0.5,) * 3, (0.5,) * 3),
-                AugmentConfig(), workers or 0, 10, False, workers is None)  # fmt: skip
+    data = Data(
+        DigitsSource(digits, "train"),
+        DigitsSource(digits, "val"),
+        Preprocessing(16, (0.5,) * 3, (0.5,) * 3),
+        AugmentConfig(),
+        workers or 0,
+        10,
+        False,
+        workers is None,
+    )
     often = {"log_every": 4, "save_every": 3, "save_epochs": 9, "keep": 9, "trackers": ()}
     config = RunConfig(**often | options.get("run", {}))
     end: dict[str, Any] = {}

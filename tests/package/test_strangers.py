@@ -183,7 +183,12 @@ def test_the_card_is_valid_and_true(pushed, wheel, monkeypatch, tmp_path):
     assert hub.files(REPO)["experts.png"].startswith(b"\x89PNG")
     rows = re.findall(r"^\| ((?:student, k|dense)[^|]*) \| ([\d.,]+) \| (\S+) \|", card.text, flags=re.MULTILINE)
     names = [name for name, *_ in rows]
-    assert names == ["student, k = 1", "student, k = 2 (trained)", "student, k = 4", "dense teacher",
-                     "dense ViT of equal FLOPs"]  # fmt: skip
+    assert names == [
+        "student, k = 1",
+        "student, k = 2 (trained)",
+        "student, k = 4",
+        "dense teacher",
+        "dense ViT of equal FLOPs",
+    ]
     stated = {result.metric_type: result.metric_value for result in card.data.eval_results}["accuracy"]
     assert float(rows[1][2]) == pytest.approx(stated, abs=5e-5) and rows[-1][2] == "-"

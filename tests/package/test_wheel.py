@@ -43,8 +43,15 @@ def test_the_wheel_holds_models_and_nothing_else(wheel):
     assert wheel.stat().st_size < 300_000
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra" not in line]
     assert {re.split(r"[<>=]", line.split()[1])[0] for line in required} == {
-        "torch", "timm", "huggingface_hub", "safetensors", "numpy", "pillow", "packaging", "networkx"
-    }  # fmt: skip
+        "torch",
+        "timm",
+        "huggingface_hub",
+        "safetensors",
+        "numpy",
+        "pillow",
+        "packaging",
+        "networkx",
+    }
 
 
 def test_the_sdist_builds_the_same_and_holds_no_trainer(tmp_path):

@@ -286,7 +286,12 @@ def test_an_expert_computes_its_own_rows_and_no_empty_ones():
 @pytest.mark.parametrize("capacity_factor", [None, 1.05])
 def test_no_form_of_a_student_waits_for_a_device(capacity_factor, dtype):
     model = student(
-        num_experts=4, k=2, capacity_factor=capacity_factor, noise_std=1.0, dropout=0.1, batch_priority=True,
+        num_experts=4,
+        k=2,
+        capacity_factor=capacity_factor,
+        noise_std=1.0,
+        dropout=0.1,
+        batch_priority=True,
         gshard_weight=0.1,
-    )  # fmt: skip
+    )
     step_without_values(Classify(model.train(), tokens=17), dtype)

@@ -139,8 +139,18 @@ def test_flat_groups_of_a_model_are_deepspeeds_own(imagenet):
 
 def test_the_time_of_a_step_by_hand(imagenet):
     """Dense products at the share, the all-to-all exposed, gradients beside the backward pass where there is room."""
-    gpu = Gpu("round", tflops=1000, memory_gb=100, memory_gb_s=1000, node_gb_s=100, network_gb_s=10, source="a test",
-              share=0.5, overlap=0.0, latency_us=0.0)  # fmt: skip
+    gpu = Gpu(
+        "round",
+        tflops=1000,
+        memory_gb=100,
+        memory_gb_s=1000,
+        node_gb_s=100,
+        network_gb_s=10,
+        source="a test",
+        share=0.5,
+        overlap=0.0,
+        latency_us=0.0,
+    )
     recipe, found = imagenet
     work, layout = found[-1], Layout(2, 8, ep_size=8)
     values = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}, "trainer": {"ep_size": 8}}
@@ -258,8 +268,16 @@ def test_the_table_of_gpus_is_whole():
 
 def test_a_calibrated_machine_is_read_back(tmp_path):
     file = tmp_path / "measured.json"
-    figures = {"name": "mine", "tflops": 0.1, "memory_gb": 16, "memory_gb_s": 10, "node_gb_s": 1, "network_gb_s": 1,
-               "source": "measured", "share": 1.6}  # fmt: skip
+    figures = {
+        "name": "mine",
+        "tflops": 0.1,
+        "memory_gb": 16,
+        "memory_gb_s": 10,
+        "node_gb_s": 1,
+        "network_gb_s": 1,
+        "source": "measured",
+        "share": 1.6,
+    }
     file.write_text(json.dumps(figures))
     assert parse(f"{file},memory_gb=8").memory_gb == 8
     assert parse(str(file)).flops_per_second == pytest.approx(1.6e11)
@@ -271,8 +289,11 @@ def test_a_calibrated_machine_is_read_back(tmp_path):
 def test_footprint_of_a_module_taught_alone_is_smaller_than_the_whole(imagenet):
     recipe, found = imagenet
     layout = Layout(1, 8)
-    values = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1, "reduce_bucket_size": 10**8},
-              "train_micro_batch_size_per_gpu": 128}  # fmt: skip
+    values = {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 1, "reduce_bucket_size": 10**8},
+        "train_micro_batch_size_per_gpu": 128,
+    }
     sizes = {work.name: footprint(work, settings_of(recipe, work, values, layout), layout).peak for work in found}
     assert sizes["distill_1"] < sizes["train"]
 

@@ -62,8 +62,14 @@ def _pruned(smaller: Mapping[str, float], accuracy: float | None) -> str:
     points = [(float(kept.removesuffix("%")), value) for kept, value in smaller.items()]
     points = sorted([*points, (100.0, accuracy)])
     line = Line("accuracy", points, 0, marks=True)
-    chart = LineChart("Accuracy by mediators kept", [line], "% of the mediators, best connected first", "accuracy",
-                      percent_tick, with_legend=False)  # fmt: skip
+    chart = LineChart(
+        "Accuracy by mediators kept",
+        [line],
+        "% of the mediators, best connected first",
+        "accuracy",
+        percent_tick,
+        with_legend=False,
+    )
     said = ", ".join(f"{percent(value)} with {kept:g}%" for kept, value in points)
     drawn = figure(chart, f"Without any training after the others were cut off: {said}.")
     return drawn or f"<p>Accuracy by mediators kept: {said}.</p>"
