@@ -1,4 +1,4 @@
-"""m2mkd: what a published V-MoE is, what it says of pictures, and the model as a program for other software.
+"""m2mkd: what a published student is, what it says of pictures, and the model as a program for other software.
 
     m2mkd predict images/ cat.jpg --model owner/name --top 3
     m2mkd info owner/name --json
@@ -39,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(prog="m2mkd", description="Use a V-MoE from the Hugging Face hub or from a folder.")
+    top = argparse.ArgumentParser(
+        prog="m2mkd", description="Use a V-MoE or a NAC from the Hugging Face hub or from a folder."
+    )
     top.add_argument("--version", action="version", version=f"m2mkd {VERSION}")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     model_help = "hub id (owner/name or owner/name@revision), or the folder of a saved model"
@@ -49,13 +51,13 @@ def parser() -> argparse.ArgumentParser:
     predict.add_argument("--model", required=True, metavar="ID", help=model_help)
     predict.add_argument("--top", type=int, default=5, metavar="N", help="classes per picture (default 5)")
     predict.add_argument("--batch", type=int, default=32, metavar="N", help="pictures per forward (default 32)")
-    predict.add_argument("--k", type=int, metavar="N", help="experts per token (default: as it was trained)")
+    predict.add_argument("--k", type=int, metavar="N", help="experts per token of a V-MoE (default: as it was trained)")
     predict.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     predict.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     predict.add_argument("--json", action="store_true", help="one JSON object on standard output")
     predict.set_defaults(run=_predict)
 
-    info = commands.add_parser("info", help="what a model is: sizes, experts, cost, images, classes")
+    info = commands.add_parser("info", help="what a model is: sizes, cost, images, classes")
     info.add_argument("model", metavar="ID", help=model_help)
     info.add_argument("--json", action="store_true", help="one JSON object on standard output")
     info.set_defaults(run=_info)
@@ -75,9 +77,9 @@ def _predict(asked_for: argparse.Namespace) -> int:
 
     import torch
 
-    from .vmoe.model import VMoE
+    from .students import VMoE, load
 
-    model = VMoE.from_pretrained(asked_for.model, k=asked_for.k)
+    model = load(asked_for.model, k=asked_for.k)
     try:
         device = torch.device(asked_for.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.bfloat16 if asked_for.bf16 else torch.float32
@@ -92,8 +94,9 @@ def _predict(asked_for: argparse.Namespace) -> int:
         "device": str(device),
         "dtype": str(dtype).removeprefix("torch."),
         "batch": asked_for.batch,
-        "experts_per_token": model.config.moe.k,
     }
+    if isinstance(model, VMoE):
+        speed["experts_per_token"] = model.config.moe.k
     if asked_for.json:
         rows = []
         for prediction in done.predictions:
@@ -104,17 +107,18 @@ def _predict(asked_for: argparse.Namespace) -> int:
     for prediction in done.predictions:
         classes = "  ".join(f"{score.label} {score.probability:.1%}" for score in prediction.classes)
         print(f"{prediction.path}  {classes}")
+    experts = f", {speed['experts_per_token']} experts per token" if "experts_per_token" in speed else ""
     print(
         f"{speed['images']} images, {speed['images_per_second']:,} images/s "
         f"({speed['images_per_second_with_reading']:,} with reading them), {speed['device']}, {speed['dtype']}, batch "
-        f"{speed['batch']}, {speed['experts_per_token']} experts per token",
+        f"{speed['batch']}{experts}",
         file=sys.stderr,
     )
     return OK
 
 
 def _info(asked_for: argparse.Namespace) -> int:
-    from .vmoe.about import about
+    from .students import about
 
     facts = about(asked_for.model)
     if asked_for.json:
@@ -139,11 +143,11 @@ def _readable(value: Any) -> str:
 
 def _export(asked_for: argparse.Namespace) -> int:
     from .export import FORMATS, export
-    from .vmoe.model import VMoE
+    from .students import load
 
     if not asked_for.out.endswith(FORMATS):
         raise ValueError(f"--out {asked_for.out} ends in none of {', '.join(FORMATS)}: choose one.")
-    print(export(VMoE.from_pretrained(asked_for.model), asked_for.out, batch=asked_for.batch))
+    print(export(load(asked_for.model), asked_for.out, batch=asked_for.batch))
     return OK
 
 

@@ -1,10 +1,11 @@
-"""A saved V-MoE as a program that runs without this package: torch.export (.pt2) or ONNX (.onnx), for any batch.
+"""A saved student as a program that runs without this package: torch.export (.pt2) or ONNX (.onnx), for any batch.
 
-    export(VMoE.from_pretrained("owner/name"), "model.onnx")
+    export(load("owner/name"), "model.onnx")  # models.students
 
-What a forward here computes depends on the data: an expert gets as many rows as tokens ask for it. In the exported form
-every expert picks its tokens, computes them and adds them up where they came from, so that only the K chosen experts of
-a token are paid for, as in the model itself. B images, T tokens of an image, N = B x T, D width, E experts, K chosen.
+What a forward of a V-MoE computes depends on the data: an expert gets as many rows as tokens ask for it. In the
+exported form every expert picks its tokens, computes them and adds them up where they came from, so that only the K
+chosen experts of a token are paid for, as in the model itself. A NAC is exported as it is.
+B images, T tokens of an image, N = B x T, D width, E experts, K chosen.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .moe.expert import LAYERS, activate
 from .moe.layer import MoE
 from .moe.out import Out
 from .moe.routing import route
-from .vmoe.model import VMoE
+from .students import NAC, VMoE
 
 FORMATS = (".pt2", ".onnx")
 FOR_ONNX = ("onnx", "onnxscript")  # packages
@@ -36,7 +37,7 @@ TOLERANCE = 1e-5
 DETAILS = "m2mkd.json"  # what a .pt2 holds of preprocessing and labels; in an .onnx it is metadata of that name
 
 
-def export(model: VMoE, path: str | Path, *, batch: int | None = None) -> Path:
+def export(model: VMoE | NAC, path: str | Path, *, batch: int | None = None) -> Path:
     """Write the model, in evaluation mode and fp32 on the CPU, and compare it with the model itself.
 
     Args:
@@ -48,8 +49,8 @@ def export(model: VMoE, path: str | Path, *, batch: int | None = None) -> Path:
         The path.
 
     Raises:
-        ValueError: another ending, a model of one rank's experts, groups of images in a batch of any size, a package
-            that is missing, or a model that the exporter does not express.
+        ValueError: another ending, a package that is missing, a model that the exporter does not express, and whatever
+            exportable raises.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
@@ -78,15 +79,22 @@ def export(model: VMoE, path: str | Path, *, batch: int | None = None) -> Path:
     return path
 
 
-def exportable(model: VMoE, batch: int | None = None) -> nn.Module:
-    """A copy in evaluation mode whose experts an exporter understands; logits are those of the model.
+def exportable(model: VMoE | NAC, batch: int | None = None) -> nn.Module:
+    """A copy in evaluation mode that an exporter understands; logits are those of the model.
 
     Args:
         batch: as for export.
 
     Raises:
-        ValueError: a model of one rank's experts, or groups of images in a batch of any size.
+        ValueError: a model of one rank's experts, groups of images in a batch of any size, or an evaluation that draws.
     """
+    if isinstance(model, NAC):
+        if model.config.noisy_evaluation:
+            raise ValueError(
+                "this NAC draws noise in evaluation too (noisy_evaluation), so that no program gives its logits twice: "
+                "load it with config=replace(config, noisy_evaluation=False) to export it."
+            )
+        return copy.deepcopy(model).float().cpu().eval()
     parallel = any(hasattr(module, "deepspeed_moe") for module in model.modules())
     if parallel or any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("this model holds one rank's experts: load it with VMoE.from_pretrained to export it.")
@@ -177,7 +185,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {torch.ops.aten.sort.stable: stable_sort}
 
 
-def _compare(model: VMoE, run: Callable[[Tensor], Tensor], path: Path, batches: tuple[int, ...]) -> None:
+def _compare(model: VMoE | NAC, run: Callable[[Tensor], Tensor], path: Path, batches: tuple[int, ...]) -> None:
     """Refuse, and remove, a file that gives other logits than the model."""
     reference = copy.deepcopy(model).float().cpu().eval()
     for batch in batches:
@@ -194,14 +202,14 @@ def _compare(model: VMoE, run: Callable[[Tensor], Tensor], path: Path, batches: 
             )
 
 
-def _images(model: VMoE, batch: int) -> Tensor:
+def _images(model: VMoE | NAC, batch: int) -> Tensor:
     """Noise in the shape of normalised images, (B, C, H, W)."""
     config = model.config
     generator = torch.Generator().manual_seed(0)
     return torch.randn(batch, config.in_chans, config.image_size, config.image_size, generator=generator)
 
 
-def _details(model: VMoE) -> str:
+def _details(model: VMoE | NAC) -> str:
     """Preprocessing and class names as JSON."""
     preprocessing = model.preprocessing and model.preprocessing.to_dict()
     return json.dumps({"source": model.source, "preprocessing": preprocessing, "labels": model.labels})

@@ -1,6 +1,6 @@
-"""What a saved V-MoE says of pictures: files and folders in, the likeliest classes out, batch by batch.
+"""What a saved student says of pictures: files and folders in, the likeliest classes out, batch by batch.
 
-    model = VMoE.from_pretrained("owner/name")
+    model = load("owner/name")  # models.students; or VMoE.from_pretrained, NAC.from_pretrained
     for prediction in predict(model, find_pictures(["images"])).predictions:
         print(prediction.path, prediction.classes[0].label)
 
@@ -22,7 +22,7 @@ from .files.places import expanded
 from .pictures.decode import EXTENSIONS, decode
 from .pictures.transform import eval_transform
 from .preprocessing import Preprocessing
-from .vmoe.model import VMoE
+from .students import NAC, VMoE
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def to_batch(pictures: Sequence[str | Path], preprocessing: Preprocessing | None
     return torch.stack([transform(decode(str(path), str(path))) for path in pictures])
 
 
-def predict(model: VMoE, pictures: Sequence[str | Path], *, top: int = 5, batch: int = 32) -> Predictions:
+def predict(model: VMoE | NAC, pictures: Sequence[str | Path], *, top: int = 5, batch: int = 32) -> Predictions:
     """The `top` likeliest classes of every picture, by a model in evaluation mode, on its device and in its precision.
 
     Args:
@@ -135,7 +135,7 @@ def predict(model: VMoE, pictures: Sequence[str | Path], *, top: int = 5, batch:
     return Predictions(tuple(found), model_seconds, time.perf_counter() - started)
 
 
-def _likeliest(model: VMoE, probability_C: Tensor, top: int) -> tuple[ClassScore, ...]:
+def _likeliest(model: VMoE | NAC, probability_C: Tensor, top: int) -> tuple[ClassScore, ...]:
     values, indices = probability_C.topk(min(top, len(probability_C)))
     names = model.labels or [str(index) for index in range(model.num_classes)]
     return tuple(ClassScore(index, str(names[index]), value) for index, value in zip(indices.tolist(), values.tolist()))

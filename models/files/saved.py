@@ -223,7 +223,7 @@ def read(format: Format, files: CheckpointFiles) -> tuple[Any, Preprocessing | N
         ValueError: there is none, it is not that of a student of this kind, it needs a newer version of this package,
             or it makes no model.
     """
-    values = _read_content(format, files)
+    values = _read_content(format.name, files)
     model_type = values.pop("model_type", None)
     if model_type != format.model_type:
         raise ValueError(f"{files} is a {model_type!r}, not a {format.model_type!r}; load teachers with load_teacher.")
@@ -245,8 +245,17 @@ def read_versions(format: Format, files: CheckpointFiles) -> dict[str, str]:
     Raises:
         ValueError: there is no config.json, or it is damaged.
     """
-    values = _read_content(format, files)
+    values = _read_content(format.name, files)
     return {name: values[name] for name in SAVED if name in values}
+
+
+def read_model_type(files: CheckpointFiles) -> Any:
+    """What config.json says to be, of any kind of student or of somebody else's model.
+
+    Raises:
+        ValueError: there is no config.json, or it is damaged.
+    """
+    return _read_content("student", files).get("model_type")
 
 
 def fill(model: nn.Module, weights: Weights, needed: Callable[[str], bool]) -> None:
@@ -283,10 +292,10 @@ def timm_pretrained_cfg(
     return pretrained_cfg
 
 
-def _read_content(format: Format, files: CheckpointFiles) -> dict[str, Any]:
+def _read_content(name: str, files: CheckpointFiles) -> dict[str, Any]:
     path = files.find("config.json")
     if path is None:
-        raise ValueError(f"{files} has no config.json, so it is not a saved {format.name}.")
+        raise ValueError(f"{files} has no config.json, so it is not a saved {name}.")
     try:
         return dict(json.loads(path.read_text()))
     except (ValueError, TypeError, RecursionError):

@@ -180,7 +180,7 @@ class NAC(nn.Module, Published):
     def forward_features(self, images: Tensor, out: Out | None = None, draws: Draws | None = None) -> Tensor:
         """Images -> states of the output latents (B, outputs, C); arguments as in forward."""
         tokens = self.tokenizer(images)
-        inputs, mediators, outputs = (self._seeds(group, len(images), tokens, draws) for group in GROUPS)
+        inputs, mediators, outputs = (self._seeds(group, images.shape[0], tokens, draws) for group in GROUPS)
         inputs = self.read_in(inputs, self._codes("input", "read_in.code", draws), tokens)
         mediators = self._propagated(inputs, mediators, draws)
         senders = torch.cat([inputs, mediators], dim=1)

@@ -67,7 +67,7 @@ class Tokenizer(nn.Module):
         if features.shape[-2:] != grid.shape[-2:]:
             size = features.shape[-2:]
             grid = F.interpolate(grid[None].float(), size, mode="bicubic", antialias=True)[0].to(grid.dtype)
-        positions = grid.expand(len(features), -1, -1, -1)
+        positions = grid.expand(features.shape[0], -1, -1, -1)
         return torch.cat([features, positions.to(features.dtype)], dim=1).flatten(2).transpose(1, 2)
 
     @torch.no_grad()

@@ -1,38 +1,19 @@
-"""What a saved V-MoE is, from its config.json and the names in its weights: sizes, experts, cost, images, classes."""
+"""What only a V-MoE has to tell of itself: its transformer, its experts, and what one token costs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from ..files.hub import CheckpointFiles, Weights
-from ..files.saved import read, read_versions
 from ..flops import forward_flops, num_tokens
 from ..moe.layer import MoE
 from .config import moe_numbers
-from .files import FORMAT, check_counts
 from .model import VMoE
 
 
-def about(source: str, revision: str | None = None) -> dict[str, Any]:
-    """Plain values for people and JSON; no weight is read.
-
-    Raises:
-        ValueError: see VMoE.from_pretrained.
-    """
-    files = CheckpointFiles(source, revision)
-    config, preprocessing, labels = read(FORMAT, files)
-    weights = Weights(files)
-    weights.unwrap()
-    check_counts(config, weights)
-    with torch.device("meta"):
-        model = VMoE(config)
-    weights.check(model.state_dict())
+def details(model: VMoE) -> dict[str, Any]:
+    """Plain values for people and JSON, from shapes alone."""
+    config = model.config
     return {
-        "source": str(files),
-        "saved_by": read_versions(FORMAT, files).get("m2mkd_version"),
-        "image_size": config.image_size,
         "patch_size": config.patch_size,
         "width": config.width,
         "depth": config.depth,
@@ -44,9 +25,6 @@ def about(source: str, revision: str | None = None) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "active_parameters": active_parameters(model),
         "flops_per_image": forward_flops(model, num_tokens(model)),
-        "classes": config.num_classes,
-        "labels": labels,
-        "preprocessing": preprocessing and preprocessing.to_dict(),
     }
 
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from test_nac_files import new as new_nac
 from test_vmoe_files import IMAGES, TINY, new
 
 from models.export import DETAILS, export, exportable
 from models.modules.tokens import Rope
 from models.moe.layer import MoEConfig, routed_layers
+from models.nac import NAC
 from models.vmoe.model import VMoE
 from tests.close import assert_close_by_size
 
@@ -27,24 +29,25 @@ MODELS = {
 }
 
 
-def student(name: str) -> VMoE:
-    model = new(**MODELS[name])
+def student(name: str) -> VMoE | NAC:
+    model = new_nac() if name == "NAC" else new(**MODELS[name])
     model.preprocessing, model.labels = IMAGES, ["ant", "bee", "cat"]
     return model
 
 
-def images(batch: int) -> torch.Tensor:
-    return torch.randn(batch, 3, 16, 16, generator=torch.Generator().manual_seed(batch))
+def images(batch: int, size: int = 16) -> torch.Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
 
 
 @torch.no_grad()
-def assert_same(model: VMoE, run) -> None:
+def assert_same(model: VMoE | NAC, run) -> None:
     """To 1e-5 of the largest logit, on other images than the export itself compared: 1 and 7, and 2 in between."""
     for batch in (1, 7, 2):
-        assert_close_by_size(run(images(batch)), model(images(batch)), 1e-5)
+        pictures = images(batch, model.config.image_size)
+        assert_close_by_size(run(pictures), model(pictures), 1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, "NAC"])
 def test_torch_export_gives_the_logits(name, tmp_path):
     model = student(name)
     path = export(model, tmp_path / "model.pt2")
@@ -56,7 +59,7 @@ def test_torch_export_gives_the_logits(name, tmp_path):
 
 
 @needs_onnx
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["capacity", "k = 1, rotary, SwiGLU", "NAC"])
 def test_onnx_gives_the_logits(name, tmp_path):
     import onnxruntime
 
@@ -114,6 +117,9 @@ def test_what_cannot_be_exported_is_one_error(tmp_path, monkeypatch):
         one_ranks = VMoE(TINY)
     with pytest.raises(ValueError, match="holds one rank's experts: load it"):
         export(one_ranks, tmp_path / "model.pt2")
+    noisy = NAC(replace(new_nac().config, noisy_evaluation=True))
+    with pytest.raises(ValueError, match="draws noise in evaluation too"):
+        export(noisy, tmp_path / "model.pt2")
     # a step that depends on values of the images, which no exporter can follow
     monkeypatch.setattr(VMoE, "forward", lambda self, x: self.head(x if x.mean() > 0 else -x))
     with pytest.raises(ValueError, match=r"this model cannot be written as \.pt2: .*Try \.onnx, or another torch"):

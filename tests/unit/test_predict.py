@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_nac_files import IMAGES as NAC_IMAGES
+from test_nac_files import new as new_nac
 from test_vmoe_files import IMAGES, TINY, new
 
 from models import cli
@@ -90,6 +92,26 @@ def test_info_of_a_folder_and_of_the_hub(saved, capsys, monkeypatch):
         assert code == 0 and f"alice/model@{commit}" in printed and "parameters" in printed
 
 
+def test_a_nac_by_the_same_entry(saved, capsys):
+    model = new_nac()
+    model.save_pretrained(saved / "nac", preprocessing=NAC_IMAGES, labels=LABELS)
+    code, printed, _ = answer(capsys, "info", saved / "nac", "--json")
+    facts = json.loads(printed)
+    assert code == 0 and (facts["kind"], facts["mediators"], facts["labels"]) == ("NAC", 8, LABELS)
+    assert facts["parameters"] == sum(parameter.numel() for parameter in model.parameters())
+    words = ["predict", saved / "pictures", "--model", saved / "nac"]
+    code, printed, _ = answer(capsys, *words, "--json")
+    told = json.loads(printed)
+    assert code == 0 and "experts_per_token" not in told
+    with torch.no_grad():
+        expected_BC = model(to_batch(find_pictures([saved / "pictures"]), NAC_IMAGES)).softmax(-1)
+    for row, expected_C in zip(told["predictions"], expected_BC, strict=True):
+        found = {score["label"]: score["probability"] for score in row["classes"]}
+        assert [found[label] for label in LABELS] == pytest.approx(expected_C.tolist(), abs=1e-6)
+    code, printed, speed = answer(capsys, *words)
+    assert code == 0 and len(printed.splitlines()) == 3 and "experts" not in speed
+
+
 def test_export_by_its_entry(saved, capsys):
     code, printed, _ = answer(capsys, "export", saved / "model", "--out", saved / "model.pt2")
     assert code == 0 and printed.strip() == str(saved / "model.pt2") and (saved / "model.pt2").is_file()
@@ -108,6 +130,7 @@ def test_bad_input_is_one_line(saved, capsys, tmp_path):
     (tmp_path / "teacher/config.json").write_text('{"model_type": "vit"}')
     VMoE(replace(TINY, num_classes=0)).save_pretrained(tmp_path / "features", preprocessing=IMAGES)
     new().save_pretrained(tmp_path / "bare")
+    new_nac().save_pretrained(tmp_path / "nac", preprocessing=IMAGES)
     model = saved / "model"
     picture = saved / "pictures/b.png"
     for words, message in (
@@ -117,9 +140,13 @@ def test_bad_input_is_one_line(saved, capsys, tmp_path):
             ["predict", tmp_path / "broken.png", "--model", model],
             "broken.png cannot be read: not a picture in a format",
         ),
-        (["predict", picture, "--model", tmp_path / "teacher"], "teacher is a 'vit', not a 'vmoe'"),
-        (["info", tmp_path / "teacher"], "teacher is a 'vit', not a 'vmoe'"),
-        (["info", tmp_path / "empty"], "has no config.json, so it is not a saved V-MoE"),
+        (
+            ["predict", picture, "--model", tmp_path / "teacher"],
+            "teacher is a 'vit', expected a student of this package: 'vmoe' or",
+        ),
+        (["info", tmp_path / "teacher"], "teacher is a 'vit', expected a student of this package: 'vmoe' or 'nac'."),
+        (["info", tmp_path / "empty"], "has no config.json, so it is not a saved student"),
+        (["predict", picture, "--model", tmp_path / "nac", "--k", "1"], "is a NAC, which has no experts: leave k out"),
         (["predict", picture, "--model", tmp_path / "features"], "features has no classes, it gives features"),
         (["predict", picture, "--model", tmp_path / "bare"], "was saved without preprocessing"),
         (["predict", picture, "--model", model, "--k", "9"], "k must be a whole number from 1 to the 4 experts"),

@@ -1,6 +1,6 @@
 """What a model card has to be typed: how to install the code, load the model, predict, train it further, export it.
 
-Every block is run as it stands by tests/integration/test_card.py, against a stand-in of the hub, without a clone.
+Every block is run as it stands by tests/package, against a stand-in of the hub, without a clone.
 """
 
 from __future__ import annotations
@@ -83,8 +83,7 @@ def usage(published: Published) -> str:
         routes["transformers, without m2mkd"] = _transformers(published, remote=True)
     parts = [_install(published)]
     parts += [f"### With {name}\n\n{text}" for name, text in routes.items()]
-    if published.model.sparse:
-        parts.append(f"### On the command line\n\n{_command_line(published)}")
+    parts.append(f"### On the command line\n\n{_command_line(published)}")
     return "\n\n".join(parts)
 
 
