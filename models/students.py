@@ -1,7 +1,9 @@
-"""The kinds of student there are, told apart by what their config.json says: any of them is loaded and looked at here.
+"""The kinds of student there are: any of them is loaded here, or looked at.
 
     model = load("owner/name")  # a VMoE or a NAC, in evaluation mode
     about("owner/name")["parameters"]
+
+They are told apart by the model_type in their config.json.
 """
 
 from __future__ import annotations
