@@ -476,6 +476,7 @@ class Run:
                 "command": self.command,
                 "data": self.sources[0].origin,
                 "held_out": self.sources[1].held_out,
+                "evaluation": "noisy" if self.recipe.student.nac.noisy_evaluation else "deterministic",
                 "health": outcome.health,
                 **made_with,
             }

@@ -87,7 +87,7 @@ def test_pushed_and_pulled(made, warm, tmp_path, monkeypatch):
         images = torch.randn(2, 3, 16, 16)
         assert torch.equal(NAC.from_pretrained("alice/nac")(images), NAC.from_pretrained(out / "train")(images))
         card = server.files("alice/nac")["README.md"]
-    assert "from m2mkd.nac import NAC" in str(card) and "m2mkd predict" not in str(card)
+    assert "from m2mkd.nac import NAC" in str(card) and "m2mkd predict images --model alice/nac" in str(card)
 
 
 def test_all_modules_at_once_with_borders_under_zero_2_in_bf16(made, warm, tmp_path):
@@ -100,6 +100,7 @@ def test_all_modules_at_once_with_borders_under_zero_2_in_bf16(made, warm, tmp_p
     finished = warm.run([*NAC_RUN, "--phase", "all", "--out", out, *words], ranks=2)
     assert finished.code == 0, finished.output
     results = load_results(out)
+    assert {result["evaluation"] for result in results.values()} == {"deterministic"}
     assert results["train"]["dtype"] == "bfloat16" and results["refine_1"]["metrics"].keys() >= {"hybrid_accuracy"}
     assert load_file(out / "refine_0" / "model.safetensors")["state"].shape == (1, 5, 16)  # 2 x 2 patches and a class
     assert json.loads((out / "train/config.json").read_text())["model_type"] == "nac"
