@@ -34,7 +34,7 @@ esac
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """A folder first on PATH with the three programs; "calls" holds what they were asked."""
-    for name in ("sbatch", "squeue", "scancel"):
+    for name in ("sbatch", "squeue", "scancel", "scontrol"):
         (tmp_path / name).write_text(FAKE)
         (tmp_path / name).chmod(0o755)
     (tmp_path / "id").write_text("100")

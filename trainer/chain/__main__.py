@@ -5,18 +5,20 @@ python -m trainer.chain [submit|plan|status|cancel] [--flags] [section.key=value
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from trainer.chain import settings as chain_settings
 from trainer.chain import status, submit
 from trainer.chain.slurm import SlurmError
+from trainer.chain.together import Stopped, complain
 
 EXIT_BAD_INPUT = 2
 EXIT_SLURM = 3
 
 
 def main() -> int:
-    """Run one command: 0 done, 2 something in the settings or the run folder, 3 Slurm refused or is not there."""
+    """Run one command: 0 done, 2 bad settings or run folder, 3 Slurm refused or is absent, 128 + n by signal n."""
     try:
         command, settings = chain_settings.read(sys.argv[1:])
         if command == "submit":
@@ -29,14 +31,17 @@ def main() -> int:
 
         return plan.show(settings)
     except SlurmError as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return EXIT_SLURM
+    except Stopped as error:
+        complain(f"error: {error}")
+        return 128 + error.number
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        complain(f"error: {error}")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        print("error: stopped half-way; nothing of this submission is left", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        complain("error: stopped by Ctrl-C")
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +96,11 @@ class Settings:
     def run(self) -> Path:
         """The run's folder, absolute: jobs start elsewhere."""
         return Path(self.out).absolute()
+
+    @property
+    def held(self) -> bool:
+        """Whether the user wants the jobs held: they release them by themselves."""
+        return not {"-H", "--hold"}.isdisjoint(shlex.split(self.sbatch_args))
 
     def nodes_of(self, stage: str) -> int:
         """Nodes of a stage's jobs."""

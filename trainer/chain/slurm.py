@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 # states of a job that neither waits nor runs
 ENDED = (
@@ -49,11 +51,18 @@ class Job:
     reason: str
     nodes: str
     used: str  # time since it started
+    script: str = ""
 
     @property
     def live(self) -> bool:
         """Whether it still waits or runs."""
         return self.state not in ENDED
+
+
+def require_sbatch() -> None:
+    """Raise SlurmError where jobs cannot be submitted from, before anything is asked or written."""
+    if not shutil.which("sbatch"):
+        raise _absent("sbatch")
 
 
 def submit(flags: Sequence[str], script: str) -> str:
@@ -68,15 +77,32 @@ def jobs(ids: Iterable[str]) -> list[Job]:
     asked_for = set(ids)
     if not asked_for:
         return []
+    return [job for job in _queue("--states=all") if job.array in asked_for]
+
+
+def jobs_below(folder: Path) -> list[Job]:
+    """Jobs that wait or run and whose script lies below a folder, one entry per array element."""
+    folder = folder.resolve()
+    return [job for job in _queue() if job.script and folder in Path(job.script).resolve().parents]
+
+
+def _queue(*flags: str) -> list[Job]:
+    """All jobs of this user."""
     # without -j: one unknown id among them would be an error
-    text = call("squeue", "--noheader", "--me", "--array", "--states=all", "--format=%i|%F|%K|%T|%r|%N|%M")
+    text = call("squeue", "--noheader", "--me", "--array", *flags, "--format=%i|%F|%K|%T|%r|%N|%M|%o")
     known = []
     for line in text.splitlines():
-        name, array, index, state, reason, nodes, used = line.split("|")
-        if array in asked_for:
-            element = int(index) if index.isdigit() else None  # N/A of a plain job
-            known.append(Job(name, array, element, state, reason, nodes, used))
+        # the script comes last: its path may hold the separator
+        name, array, index, state, reason, nodes, used, *script = line.split("|", 7)
+        element = int(index) if index.isdigit() else None  # N/A of a plain job
+        known.append(Job(name, array, element, state, reason, nodes, used, "".join(script)))
     return known
+
+
+def release(ids: Sequence[str]) -> None:
+    """Let held jobs start, all by one call."""
+    if ids:
+        call("scontrol", "release", ",".join(ids))
 
 
 def cancel(ids: Sequence[str]) -> None:
@@ -98,10 +124,15 @@ def call(program: str, *arguments: str, keep_stderr: bool = False) -> str:
     """
     try:
         done = subprocess.run(
-            [program, *arguments], capture_output=True, text=True, timeout=TIMEOUT, env=clean_environ()
+            [program, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            env=clean_environ(),
+            start_new_session=True,  # Ctrl-C and a closed terminal reach this process only, never half of a call
         )
     except FileNotFoundError:
-        raise SlurmError(f"{program} is not on PATH: run this on a login node of a Slurm cluster") from None
+        raise _absent(program) from None
     except subprocess.TimeoutExpired:
         raise SlurmError(
             f"{program} gave no answer within {TIMEOUT} s: is the controller up (scontrol ping)? Look at squeue --me "
@@ -122,6 +153,10 @@ def clean_environ() -> dict[str, str]:
         if not of_a_job:
             environ[name] = value
     return environ
+
+
+def _absent(program: str) -> SlurmError:
+    return SlurmError(f"{program} is not on PATH: run this on a login node of a Slurm cluster")
 
 
 def _advice(words: str) -> str:

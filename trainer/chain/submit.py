@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +19,9 @@ import yaml
 
 from trainer import artifacts
 from trainer.artifacts import missing
-from trainer.chain import slurm
+from trainer.chain import slurm, together
 from trainer.chain.settings import ONLINE, Settings
+from trainer.chain.together import say
 from trainer.config.ds_config import read_ds_config, resolve
 from trainer.config.load import load_recipe, to_dict
 from trainer.config.recipe import Recipe
@@ -64,18 +64,20 @@ def submit(settings: Settings) -> int:
         SlurmError: a submission failed; what had been submitted before it is cancelled.
     """
     recipe, ds_values = load(settings)
+    slurm.require_sbatch()
     with _locked(settings.run):
+        together.take_back_unfinished(settings.run)
         refuse_live(settings.run)
         submissions_before = list(settings.run.glob("slurm/[0-9]*"))
         folder = settings.run / "slurm" / str(len(submissions_before) + 1)
         orders = plan_orders(settings, recipe, folder)
         if not orders:
-            print(f"{settings.run}: every stage is complete, nothing to submit")
+            say(f"{settings.run}: every stage is complete, nothing to submit")
             return 0
         write_folder(settings, recipe, ds_values, folder, orders)
         (settings.run / "logs").mkdir(exist_ok=True)  # Slurm starts no job whose log folder is absent, and says nothing
-        _submit_all(settings.run, orders)
-    print(f"\nstate and progress: bash slurm/m2mkd_vmoe.sh status --out {shlex.quote(settings.out)}")
+        _submit_all(settings, folder, orders)
+    say(f"\nstate and progress: bash slurm/m2mkd_vmoe.sh status --out {shlex.quote(settings.out)}")
     return 0
 
 
@@ -201,7 +203,7 @@ def rows(run: Path) -> list[Row]:
 
 def refuse_live(run: Path) -> None:
     """Raise ValueError when jobs of this run still wait or run: two chains would write the same folders."""
-    live = _live_jobs(run)
+    live = live_jobs(run)
     if live:
         shown = ", ".join(f"{job.id} {job.state}" for job in live[:6])
         if len(live) > 6:
@@ -211,7 +213,7 @@ def refuse_live(run: Path) -> None:
 
 def cancel(run: Path) -> int:
     """Cancel every live job of the run and wait until none is left."""
-    live = _live_jobs(run)
+    live = live_jobs(run)
     if not live:
         print(f"{run}: no live jobs")
         return 0
@@ -224,8 +226,12 @@ def cancel(run: Path) -> int:
     return 0
 
 
-def _live_jobs(run: Path) -> list[slurm.Job]:
-    return [job for job in slurm.jobs(row.job for row in rows(run)) if job.live]
+def live_jobs(run: Path) -> list[slurm.Job]:
+    """Jobs of this run that wait or run: those recorded, and what a killed submission did not come to record."""
+    recorded = slurm.jobs(row.job for row in rows(run))
+    ids = {job.id for job in recorded}
+    unrecorded = [job for job in slurm.jobs_below(run / "slurm") if job.id not in ids]
+    return [job for job in (*recorded, *unrecorded) if job.live]
 
 
 def _element_flags(settings: Settings, stage: Stage, elements: list[int]) -> list[str]:
@@ -235,14 +241,14 @@ def _element_flags(settings: Settings, stage: Stage, elements: list[int]) -> lis
     return [f"--array={','.join(map(str, elements))}{throttle}"]
 
 
-def _submit_all(run: Path, orders: Sequence[Order]) -> None:
+def _submit_all(settings: Settings, folder: Path, orders: Sequence[Order]) -> None:
     ids: dict[str, str] = {}
-    handler_before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a driver job cancelled half-way
-    try:
+    with together.all_or_nothing(folder, release=not settings.held) as tell:
         for order in orders:
             name = order.stage.name
             parents = [ids[parent] for parent in order.after]
-            ids[name] = slurm.submit([*order.flags, *dependency(parents)], str(order.script))
+            hold = [] if parents else ["--hold"]
+            ids[name] = slurm.submit([*order.flags, *dependency(parents), *hold], str(order.script))
             elements = ",".join(map(str, order.elements))
             row = Row(
                 submitted=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -252,17 +258,11 @@ def _submit_all(run: Path, orders: Sequence[Order]) -> None:
                 depends=":".join(parents) or "-",
                 script=str(order.script),
             )
-            _record(run, row)
+            _record(settings.run, row)
+            tell(ids[name])
             array = f" [{elements}]" if order.stage.array else ""
             after = f" after {', '.join(order.after)}" if order.after else ""
-            print(f"{name}{array}: job {ids[name]}{after}", flush=True)
-    except BaseException:
-        if ids:
-            print(f"cancelling what was submitted before: {', '.join(ids.values())}", flush=True)
-            slurm.cancel(list(ids.values()))
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, handler_before)
+            say(f"{name}{array}: job {ids[name]}{after}")
 
 
 def dependency(parents: Sequence[str]) -> list[str]:

@@ -1,0 +1,48 @@
+"""What a submission promises, on a real cluster; the stand-in's tests are tests/unit/test_slurm_together.py."""
+
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from tests.slurm.chain import DRIVER, Chain
+from trainer.chain import together
+
+
+@pytest.fixture
+def chain(cluster, tmp_path):
+    made = Chain(cluster, tmp_path / "a run")
+    yield made
+    if (made.out / "jobs.tsv").exists():
+        made.command("cancel")
+
+
+def queued(cluster):
+    """Reason by job, of those that wait or run."""
+    lines = cluster.out("squeue", "--noheader", "--format=%F %r").splitlines()
+    return dict(line.split(maxsplit=1) for line in lines)
+
+
+def test_a_driver_killed_at_any_moment_leaves_nothing_that_runs(cluster, chain, tmp_path):
+    """Its jobs are held, and found by their script where they were not recorded; the next submission replaces them."""
+    slow = tmp_path / "bin/sbatch"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/bash\n{shutil.which("sbatch")} "$@"; code=$?; sleep 1; exit $code\n')
+    slow.chmod(0o755)
+    before = queued(cluster)
+    environ = cluster.environ | chain.settings | {"PATH": f"{slow.parent}:{chain.settings['PATH']}"}
+    driver = subprocess.Popen(cluster.inside(["bash", DRIVER], chain.root), env=environ, stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT)  # fmt: skip
+    cluster.wait_for(lambda: len(chain.rows()) == 2, 60, "two recorded jobs")
+    (python,) = cluster.out("pgrep", "-f", "^python -m trainer.chain").split()
+    cluster.out("kill", "-KILL", python)
+    driver.communicate(timeout=20)
+    (chain.out / "jobs.tsv").unlink()  # as if it had been killed before the first record
+    time.sleep(1)
+    left = {job: reason for job, reason in queued(cluster).items() if job not in before}
+    assert len(left) >= 2 and set(left.values()) <= set(together.WAITING)
+    again = chain.command("submit")
+    assert again.returncode == 0 and "killed half-way: taking back its jobs" in again.stdout, again.stderr
+    now = {job for job in queued(cluster) if job not in before}
+    assert now == {row[3] for row in chain.rows()}
