@@ -7,7 +7,6 @@ unfinished, and a folder made with another recipe is refused by the key that dif
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from trainer import made_of, writer_lock
+from trainer import made_of, origin, writer_lock
 from trainer.config.load import build_recorded, first_difference, read_yaml, to_dict
 from trainer.config.recipe import Recipe
 from trainer.config.redaction import refuse_secrets
@@ -160,18 +159,7 @@ def _says_nothing(name: str) -> bool:
 
 def git_commit() -> str | None:
     """Commit of the code, with "+changes" when the tree differs; None outside git."""
-    try:
-        commit = _git("rev-parse", "HEAD")
-        changes = _git("status", "--porcelain", "--untracked-files=no")
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return f"{commit}+changes" if changes else commit
-
-
-def _git(*arguments: str) -> str:
-    root = str(Path(__file__).resolve().parents[1])
-    done = subprocess.run(["git", "-C", root, *arguments], capture_output=True, text=True, timeout=10, check=True)
-    return done.stdout.strip()
+    return origin.commit()
 
 
 def versions() -> dict[str, str]:

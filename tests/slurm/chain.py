@@ -105,7 +105,7 @@ class Chain:
 
     def ranks(self, pattern: str) -> list[str]:
         """Process ids of the trainer's ranks whose command line holds `pattern`, as the cluster sees them."""
-        return self.cluster.run("pgrep", "-f", rf"^\S*python\S* trainer/run.py .*{pattern}").stdout.split()
+        return self.cluster.run("pgrep", "-f", rf"^\S*python\S* .*/trainer/run.py .*{pattern}").stdout.split()
 
     def hurry(self) -> None:
         """Slurm restarts a requeued job after two minutes; here after three seconds: the nodes have let go of it."""

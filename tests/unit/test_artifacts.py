@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from trainer import artifacts, disk
+from trainer import artifacts, disk, origin
 from trainer.artifacts import open_folder, require, write_result
 from trainer.config.load import build, to_dict
 from trainer.config.recipe import Recipe
@@ -18,7 +18,7 @@ from trainer.disk import write_json
 from trainer.request import graph
 from trainer.request.graph import artifact_name
 
-GIT_COMMIT, COMMIT = artifacts.git_commit, "0123abc"
+COMMIT = "0123abc"
 RUN = {"phase": "meta", "module": None, "command": "trainer/run.py ...", "ds_config": {"train_batch_size": 64}}
 WEIGHTS = b"weights of the meta model"
 
@@ -75,18 +75,17 @@ def test_a_finished_artifact_is_found_again(tmp_path):
 
 def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
-    monkeypatch.setattr(artifacts, "__file__", str(tmp_path / "trainer" / "artifacts.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert GIT_COMMIT() is None
+    assert origin.commit(tmp_path) is None
     (tmp_path / "x").write_text("1")
     for command in (["init"], ["add", "x"], ["commit", "-m", "m"]):
         subprocess.run([*git, *command], check=True, capture_output=True)
-    commit = GIT_COMMIT()
+    commit = origin.commit(tmp_path)
     assert re.fullmatch("[0-9a-f]{40}", commit)
     (tmp_path / "untracked").write_text("1")
-    assert GIT_COMMIT() == commit
+    assert origin.commit(tmp_path) == commit
     (tmp_path / "x").write_text("2")
-    assert GIT_COMMIT() == commit + "+changes"
+    assert origin.commit(tmp_path) == commit + "+changes"
 
 
 def test_config_yaml_repeats_the_run(tmp_path):

@@ -1,7 +1,7 @@
 """Submit the chain, whole or what is missing of it, and cancel it.
 
 RUN/jobs.tsv names every job at once after its submission; RUN/slurm/<n>/ holds what submission n runs: the job scripts,
-the resolved recipe and DeepSpeed JSON, git commit and package versions.
+the resolved recipe and DeepSpeed JSON, the code, its commit and package versions.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import yaml
 
 from trainer import artifacts
 from trainer.artifacts import missing
-from trainer.chain import slurm, together
+from trainer.chain import frozen, slurm, together
 from trainer.chain.settings import ONLINE, Settings
 from trainer.chain.together import say
 from trainer.config.ds_config import read_ds_config, resolve
 from trainer.config.load import load_recipe, to_dict
 from trainer.config.recipe import Recipe
-from trainer.disk import lock
+from trainer.disk import lock, write_json
 from trainer.request.graph import experts_in, section_of_batch
 from trainer.request.stages import DOWNLOAD, FOLLOWING, Stage, chain
 
@@ -74,7 +74,10 @@ def submit(settings: Settings) -> int:
         if not orders:
             say(f"{settings.run}: every stage is complete, nothing to submit")
             return 0
+        frozen.refuse_other_code(ROOT, settings.run, recipe, [(order.stage, order.elements) for order in orders])
         write_folder(settings, recipe, ds_values, folder, orders)
+        about = {"settings": asdict(settings), "versions": artifacts.versions()} | frozen.freeze(ROOT, folder)
+        write_json(folder / "submission.json", about)
         (settings.run / "logs").mkdir(exist_ok=True)  # Slurm starts no job whose log folder is absent, and says nothing
         _submit_all(settings, folder, orders)
     say(f"\nstate and progress: bash slurm/m2mkd_vmoe.sh status --out {shlex.quote(settings.out)}")
@@ -115,12 +118,10 @@ def plan_orders(settings: Settings, recipe: Recipe, folder: Path) -> list[Order]
 
 
 def write_folder(settings: Settings, recipe: Recipe, ds_values: dict, folder: Path, orders: Sequence[Order]) -> None:
-    """Write everything the jobs of one submission read, and what repeats it."""
+    """Write what the jobs of one submission read beside the code: recipe, DeepSpeed JSON and job scripts."""
     folder.mkdir(parents=True)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
     (folder / "ds_config.json").write_text(json.dumps(ds_values, indent=1) + "\n")
-    about = {"settings": asdict(settings), "git_commit": artifacts.git_commit(), "versions": artifacts.versions()}
-    (folder / "submission.json").write_text(json.dumps(about, indent=1) + "\n")
     for order in orders:
         order.script.write_text(render(settings, order.stage, folder))
 
@@ -132,7 +133,8 @@ def render(settings: Settings, stage: Stage, folder: Path) -> str:
     if stage.phase != "download":
         arguments += ["--ds_config", str(folder / "ds_config.json"), "--phase", stage.phase, *stage.arguments]
     variables = {
-        "ROOT": ROOT,
+        "ROOT": folder / "code",
+        "WORK": ROOT,  # what is named relative to the checkout still is: pictures, env.sh, .venv
         "RUN": settings.run,
         "STAGE": stage.name,
         "PHASE": stage.phase,

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-ROOT = Path(__file__).resolve().parents[2]
+from trainer import origin
+
 ARCHIVES = (".whl", ".zip", ".tar.gz")
 
 
-def code_address(code_url: str, root: Path = ROOT) -> str | None:
+def code_address(code_url: str, root: Path = origin.ROOT) -> str | None:
     """hub.code_url, else the git remote origin as an https address; None where that is no address for others.
 
     Args:
@@ -19,12 +19,7 @@ def code_address(code_url: str, root: Path = ROOT) -> str | None:
     """
     if code_url:
         return _without_user(code_url)
-    asked = ["git", "-C", str(root), "config", "--get", "remote.origin.url"]
-    try:
-        remote = subprocess.run(asked, capture_output=True, text=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):  # no git on this machine
-        return None
-    return public(remote)
+    return public(origin.remote(root))
 
 
 def public(remote: str) -> str | None:
