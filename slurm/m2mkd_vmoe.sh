@@ -20,17 +20,23 @@ set -a
 RECIPE=${RECIPE:-recipes/vmoe_base_imagenet.yaml}
 DS_CONFIG=${DS_CONFIG:-ds_configs/node8_zero1_ep8.json}
 OUT=${OUT:-runs/m2mkd_vmoe}     # on a file system that all nodes share
-NODES=${NODES:-1}               # per job; per stage: 4,distill=1,evaluate=1
+# nodes to cpus, time and the rows below take values per stage: 4,distill=1,evaluate=1 or gpu,distill=a100
+NODES=${NODES:-1}               # per job
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
+GPU_TYPE=${GPU_TYPE:-}          # a100 for --gres=gpu:a100:8
+GPU_REQUEST=${GPU_REQUEST:-gres}   # or gpus-per-node, gpus-per-task
 TASKS_PER_NODE=${TASKS_PER_NODE:-}   # ranks per node, only without GPUs
 CPUS_PER_TASK=${CPUS_PER_TASK:-8}
 MEM=${MEM:-}
-TIME=${TIME:-24:00:00}          # per job; per stage: 24:00:00,evaluate=01:00:00
+TIME=${TIME:-24:00:00}          # per job
 PARTITION=${PARTITION:-}
-DOWNLOAD_PARTITION=${DOWNLOAD_PARTITION:-}   # CPU partition with internet, for a teacher or data from the hub
-ACCOUNT=${ACCOUNT:-}
 QOS=${QOS:-}
 CONSTRAINT=${CONSTRAINT:-}
+RESERVATION=${RESERVATION:-}
+DOWNLOAD_PARTITION=${DOWNLOAD_PARTITION:-}   # CPU partition with internet, for a teacher or data from the hub
+DOWNLOAD_ARGS=${DOWNLOAD_ARGS:-}   # more sbatch flags of download and push, which SBATCH_ARGS is not for
+ACCOUNT=${ACCOUNT:-}
+AFTER=${AFTER:-}                # ids of other jobs, 12:13, that must end well first
 EXCLUDE=${EXCLUDE:-}
 MAIL=${MAIL:-}
 ENV_FILE=${ENV_FILE:-}          # sourced before python starts: module load ..., source venv/bin/activate
@@ -39,6 +45,7 @@ SRUN_ARGS=${SRUN_ARGS:-}        # e.g. --container-image=... --container-mounts=
 SBATCH_ARGS=${SBATCH_ARGS:-}
 GPU_KIND=${GPU_KIND:-}          # plan: h200, h100, ... for memory, traffic and time of every phase
 ARRAY_THROTTLE=${ARRAY_THROTTLE:-0}   # jobs of one array (modules, experts) running at once; 0 = all
+ACCEPT=${ACCEPT:-}              # go on with what is refused: across, down, mixed (docs/slurm.md)
 LEVEL=${LEVEL:-}                # module or expert; empty = distill.level of the recipe
 set +a
 # ---- end of settings ----

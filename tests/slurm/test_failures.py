@@ -108,13 +108,11 @@ def test_unknown_partition(chain):
     assert chain.rows() == []
 
 
-def test_late_refusal_leaves_no_half_chain(chain):
+def test_a_limit_of_the_partition_is_met_before_anything_is_submitted(chain):
     teacher_done(chain)
     done = chain.command("submit", "--time", "00:20:00,evaluate=2-00:00:00")  # the partition's limit is one day
-    assert done.returncode == 3 and "Requested time limit is invalid" in done.stderr
-    submitted = [row[3] for row in chain.rows()]
-    assert len(submitted) == 3  # meta, distill, train
-    assert {chain.until_ended(job) for job in submitted} == {"CANCELLED"}
+    assert done.returncode == 2 and chain.rows() == []
+    assert "evaluate: time is 2-00:00:00, and partition batch allows 1-00:00:00" in done.stderr
 
 
 def test_no_sbatch_on_path(chain, tmp_path):

@@ -60,3 +60,13 @@ def test_what_waits_in_the_queue_runs_the_code_it_was_submitted_with(cluster, re
     cluster.out("scancel", *jobs.values())
     weights = "teacher/model.safetensors"
     assert (chain.out / weights).read_bytes() == (reference / weights).read_bytes()
+
+
+def test_a_partition_that_is_down_is_not_waited_for(cluster, chain):
+    cluster.out("scontrol", "update", "partitionname=urgent", "state=down")
+    try:
+        done = chain.command("submit", "--partition", "batch,train=urgent")
+        assert done.returncode == 2 and chain.rows() == []
+        assert "error: nothing was submitted. train: partition urgent is DOWN" in done.stderr
+    finally:
+        cluster.out("scontrol", "update", "partitionname=urgent", "state=up")

@@ -22,7 +22,7 @@ def settings_for(tmp_path, **changes):
         "ds_config": str(ROOT / "ds_configs/cpu_debug.json"),
         "out": str(tmp_path / "run"),
         "nodes": "2",
-        "gpus_per_node": 1,
+        "gpus_per_node": "1",
         "time": "02:00:00",
     }
     return Settings(**values | changes)

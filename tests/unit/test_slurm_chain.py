@@ -22,6 +22,7 @@ FAKE = """#!/bin/bash
 echo "$(basename "$0") $*" >>"$FAKE/calls"
 case $(basename "$0") in
     sbatch)
+        [[ $* == *--test-only* ]] && exit 0
         if [[ -f $FAKE/refuse && $* == *"$(cat "$FAKE/refuse")"* ]]; then
             echo "sbatch: error: invalid partition" >&2; exit 1
         fi
@@ -45,7 +46,7 @@ def fake(tmp_path, monkeypatch):
 
 
 def settings_for(tmp_path, **changes):
-    values = {"recipe": RECIPE, "ds_config": DS_CONFIG, "out": str(tmp_path / "run"), "gpus_per_node": 2}
+    values = {"recipe": RECIPE, "ds_config": DS_CONFIG, "out": str(tmp_path / "run"), "gpus_per_node": "2"}
     return Settings(**values | changes)
 
 
@@ -62,7 +63,8 @@ def finish(settings, *artifacts):
 def calls(fake, program):
     path = fake / "calls"
     lines = path.read_text().splitlines() if path.exists() else []
-    return [line.removeprefix(program + " ") for line in lines if line.startswith(program + " ")]
+    asked = [line.removeprefix(program + " ") for line in lines if line.startswith(program + " ")]
+    return [line for line in asked if "--test-only" not in line]
 
 
 def test_flag_beats_environment_beats_default():
@@ -75,7 +77,7 @@ def test_flag_beats_environment_beats_default():
         "MEM": "8G",
     }
     command, settings = chain_settings.read(["plan", "--nodes", "2", "train.epochs=3", "--qos", "low"], environ)
-    assert (command, settings.nodes, settings.gpus_per_node, settings.mem) == ("plan", "2", 8, "8G")
+    assert (command, settings.nodes, settings.gpus_per_node, settings.mem) == ("plan", "2", "8", "8G")
     assert (settings.qos, settings.overrides) == ("low", ("train.epochs=3",))
     assert chain_settings.read(["a.b=1"], environ)[0] == "submit"
 
@@ -93,7 +95,7 @@ def test_nodes_and_time_per_stage():
         ({"nodes": "2,distil=1"}, "'distil' is no stage"),
         ({"nodes": "two"}, "nodes is 'two'"),
         ({"time": "tomorrow"}, "time is 'tomorrow'"),
-        ({"gpus_per_node": 0}, "tasks_per_node is 0, expected 1 or more"),
+        ({"gpus_per_node": "0"}, "tasks_per_node is 0, expected 1 or more"),
         ({"out": ""}, "set OUT or --out"),
         ({"level": "experts"}, "level is 'experts', expected module or expert"),
     ],
@@ -232,7 +234,7 @@ def test_without_slurm_one_clear_line(tmp_path, monkeypatch):
 
 
 def test_ranks_that_do_not_divide_the_batch_are_refused_before_anything_is_written(tmp_path):
-    settings = settings_for(tmp_path, nodes="2,train=3", gpus_per_node=1)
+    settings = settings_for(tmp_path, nodes="2,train=3", gpus_per_node="1")
     with pytest.raises(ValueError, match=r"global batch of 16 .* train\.global_batch"):
         submit.submit(settings)
     assert not settings.run.exists()

@@ -112,7 +112,7 @@ def test_a_second_round_of_all_modules_together_is_one_job(tmp_path, fake):  # n
     orders = submit.plan_orders(settings, load_recipe(RECIPE, list(overrides)), tmp_path / "scripts")
     flops = {name: 3.6e12 for order in orders for name in order.stage.artifacts}
     rows = {line.split()[0]: line.split() for line in plan.cost(settings, orders, flops, 1e9, "a test").splitlines()}
-    assert rows["refine"][1] == "1" and rows["refine"][-1] == str(settings.ranks_per_node)
+    assert rows["refine"][1] == "1" and rows["refine"][-1] == str(settings.ranks_of("refine"))
 
 
 def test_a_grown_teacher_comes_after_the_meta_model():

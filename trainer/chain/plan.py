@@ -12,8 +12,9 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trainer.chain import slurm
+from trainer.chain import cluster, slurm
 from trainer.chain.settings import ONLINE, STAGES, Settings
+from trainer.chain.slots import slots
 from trainer.chain.submit import ROOT, Order, dependency, header, load, plan_orders, write_folder
 from trainer.config import gpus
 from trainer.plan.cost import ASSUMED_FLOPS, measured_speed
@@ -45,6 +46,8 @@ def show(settings: Settings) -> int:
         report = _dry_run(settings, folder)
         flops_per_second, source = speed(settings)
         print(f"\ncost\n{cost(settings, orders, report['flops'], flops_per_second, source)}")
+        for line in slots(settings, orders):
+            print(line)
         if report.get("plan"):
             print(f"\n{report['plan']}")
         print("\ndry run on this machine's CPU")
@@ -52,7 +55,7 @@ def show(settings: Settings) -> int:
             print(f"  ok       {line}")
         for line in report["problems"]:
             print(f"  PROBLEM  {line}")
-        refused = _ask_scheduler(orders)
+        refused = _ask_scheduler(settings, orders)
     return 1 if report["problems"] or refused else 0
 
 
@@ -74,7 +77,7 @@ def commands(settings: Settings, orders: Sequence[Order]) -> str:
             continue
         srun = f"srun {settings.srun_args} {settings.python} trainer/run.py --phase {stage.phase}"
         srun += f" {_element(stage)} {shlex.join(stage.arguments)}"
-        tasks = 1 if stage.phase in ONLINE else settings.nodes_of(stage.setting) * settings.ranks_per_node
+        tasks = settings.nodes_of(stage.setting) * settings.ranks_of(stage.setting)
         lines.append(f"#   runs, as {tasks} tasks: {' '.join(srun.split())}")
     return "\n".join(lines)
 
@@ -99,14 +102,14 @@ def cost(
         flops_per_second: of one rank.
         source: where that speed is from.
     """
-    unit = "GPU" if settings.gpus_per_node else "rank"
+    unit = settings.unit
     rows = []
     total_expected = 0.0
     total_limit = 0.0
     for order in orders:
         stage = order.stage
         nodes = settings.nodes_of(stage.setting)
-        ranks = 0 if stage.phase in ONLINE else nodes * settings.ranks_per_node
+        ranks = 0 if stage.phase in ONLINE else nodes * settings.ranks_of(stage.setting)
         jobs = len(order.elements) if stage.array else 1
         # rank-hours expected = FLOPs of all elements / FLOP/s of a rank / 3600, however many ranks share them
         stage_flops = [flops.get(stage.artifacts[element]) for element in order.elements]
@@ -160,7 +163,7 @@ def _dry_run(settings: Settings, folder: Path) -> dict:
         Its report: "checks" and "problems" in words, "flops" of each artifact.
     """
     report = folder / "report.json"
-    ranks = {name: [settings.nodes_of(name), settings.ranks_per_node] for name in STAGES}
+    ranks = {name: [settings.nodes_of(name), settings.ranks_of(name)] for name in STAGES}
     flags = {
         "--recipe": str(folder / "recipe.yaml"),
         "--ds_config": str(folder / "ds_config.json"),
@@ -184,12 +187,19 @@ def _dry_run(settings: Settings, folder: Path) -> dict:
     return json.loads(report.read_text())
 
 
-def _ask_scheduler(orders: Sequence[Order]) -> bool:
-    """sbatch --test-only of every job; True when one is refused."""
+def _ask_scheduler(settings: Settings, orders: Sequence[Order]) -> bool:
+    """The partitions, and sbatch --test-only of every job; True when one is refused, or nothing answered."""
     if not shutil.which("sbatch", path=os.environ.get("PATH")):
         print("\nscheduler: no sbatch on PATH here, so it was not asked (sbatch --test-only)")
         return False
-    print("\nscheduler (sbatch --test-only)")
+    print("\nscheduler (scontrol show partition, sbatch --test-only)")
+    try:
+        problems = cluster.problems(settings, [order.stage for order in orders])
+    except slurm.SlurmError as error:
+        print(f"  NO ANSWER  {error}")
+        return True
+    for problem in problems:
+        print(f"  PROBLEM  {problem}")
     refusals: set[str] = set()
     for order in orders:
         try:
@@ -198,4 +208,4 @@ def _ask_scheduler(orders: Sequence[Order]) -> bool:
             if str(error) not in refusals:  # usually the same for every job
                 print(f"  PROBLEM  {order.stage.name}: {error}")
             refusals.add(str(error))
-    return bool(refusals)
+    return bool(refusals or problems)

@@ -20,31 +20,49 @@ from trainer.request.stages import DOWNLOAD
 COMMANDS = ("submit", "plan", "status", "cancel")
 STAGES = (DOWNLOAD, *stage_names())
 ONLINE = (DOWNLOAD, "push")  # one task without GPU on a node with internet
+ONLINE_CPUS = "4"  # of such a task, unless cpus_per_task names one for it
 TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
+SIGNAL_EARLY = 60  # seconds that Slurm may send --signal before its time (man sbatch)
+GPU_REQUESTS = ("gres", "gpus-per-node", "gpus-per-task")
+# what is refused unless it is asked for by name -> in words
+ACCEPT = {
+    "across": "expert groups that straddle nodes",
+    "down": "a partition that is not up",
+    "mixed": "jobs whose nodes may have different GPUs",
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One chain. `nodes` and `time` take one value, or one per stage: "4,distill=1,evaluate=1"."""
+    """One chain. What is marked "per stage" takes one value, or exceptions by stage: "4,distill=1,evaluate=1".
+
+    Stages download and push need no GPU: of mem, qos, constraint, reservation and cpus_per_task they take only what
+    names them ("400G,download=8G"), and of sbatch_args nothing.
+    """
 
     recipe: str = knob("", "recipes/*.yaml: what is trained")
     ds_config: str = knob("", "ds_configs/*.json: how it is spread over ranks")
     out: str = knob("", "folder of the run, on a file system that every node sees")
-    nodes: str = knob("1", "nodes per job; per stage: 4,distill=1,evaluate=1")
-    gpus_per_node: int = knob(8, "GPUs per node; 0 = CPU only")
+    nodes: str = knob("1", "nodes per job, per stage: 4,distill=1,evaluate=1")
+    gpus_per_node: str = knob("8", "GPUs per node, per stage; 0 = CPU only")
+    gpu_type: str = knob("", "type of these GPUs, as in --gres=gpu:a100:8, per stage; empty = any")
+    gpu_request: str = knob("gres", f"how GPUs are asked for: {', '.join(GPU_REQUESTS)}")
     tasks_per_node: int = knob(0, "ranks per node; 0 = one per GPU")
-    cpus_per_task: int = knob(8, "CPU cores per rank")
-    mem: str = knob("", "memory per node, as sbatch --mem; empty = the cluster's default")
-    time: str = knob("24:00:00", "time limit of one job; per stage: 24:00:00,evaluate=01:00:00")
-    partition: str = knob("", "partition; empty = the cluster's default, here and below")
+    cpus_per_task: str = knob("8", f"CPU cores per rank, per stage; download and push: {ONLINE_CPUS} unless named")
+    mem: str = knob("", "memory per node, as sbatch --mem, per stage; empty = the cluster's default")
+    time: str = knob("24:00:00", "time limit of one job, per stage: 24:00:00,evaluate=01:00:00")
+    partition: str = knob("", "partition, per stage: gpu,distill=a100; empty = the cluster's default, here and below")
     download_partition: str = knob("", "partition of the CPU jobs that download and push")
+    download_args: str = knob("", "more sbatch flags of these two, separated by spaces")
     account: str = knob("", "account to charge")
-    qos: str = knob("", "quality of service")
-    constraint: str = knob("", "node features")
+    qos: str = knob("", "quality of service, per stage")
+    constraint: str = knob("", "node features, per stage")
+    reservation: str = knob("", "reservation to run in, per stage")
     exclude: str = knob("", "nodes to avoid")
+    after: str = knob("", "ids of other jobs, 12:13, that must end well before the first stages start")
     mail: str = knob("", "address for END, FAIL and REQUEUE mails")
-    sbatch_args: str = knob("", "more sbatch flags, separated by spaces")
-    srun_args: str = knob("", "more srun flags, e.g. --container-image=... of pyxis")
+    sbatch_args: str = knob("", "more sbatch flags, separated by spaces; not of download and push")
+    srun_args: str = knob("", "more srun flags")
     env_file: str = knob("", "shell file sourced before python starts: modules, conda, variables")
     python: str = knob("python", "interpreter on login and compute nodes, after env_file")
     array_throttle: int = knob(0, "jobs of one array (modules, experts) running at once; 0 = all")
@@ -52,6 +70,7 @@ class Settings:
     warn_seconds: int = knob(300, "warning before the time limit: a save and an evaluation must fit in")
     max_requeues: int = knob(20, "restarts of one job, whatever the reason")
     max_idle_requeues: int = knob(1, "restarts in a row that gained no training step")
+    accept: str = knob("", f"go on with what is refused otherwise: {', '.join(ACCEPT)} (docs/slurm.md)")
     speed_from: str = knob("", "plan: a finished run folder whose measured speed the estimate uses")
     gpu_kind: str = knob("", "plan: GPU of the nodes, e.g. h200 (docs/scaling.md): memory, traffic and time by phase")
     overrides: tuple[str, ...] = ()
@@ -61,18 +80,36 @@ class Settings:
             path = getattr(self, name)
             require(path, name, path, f"a path: set {name.upper()} or --{_flag(name)}")
         require(self.level in ("", "module", "expert"), "level", self.level, "module or expert, or nothing")
-        require(self.gpus_per_node >= 0, "gpus_per_node", self.gpus_per_node, "0 (CPU only) or more")
-        if self.gpus_per_node == 0:
-            expected = "1 or more ranks per node when gpus_per_node is 0"
-            require(self.tasks_per_node > 0, "tasks_per_node", self.tasks_per_node, expected)
+        require(self.gpu_request in GPU_REQUESTS, "gpu_request", self.gpu_request, "one of " + ", ".join(GPU_REQUESTS))
+        ids = self.after.split(":") if self.after else []
+        require(all(job.isdigit() for job in ids), "after", self.after, "job ids, as 12:13")
+        for word in self.accepted:
+            require(word in ACCEPT, "accept", self.accept, "of " + ", ".join(ACCEPT))
         if self.gpu_kind:
             gpus.parse(self.gpu_kind)
-        for name in ("cpus_per_task", "warn_seconds", "max_idle_requeues"):
+        for name in ("warn_seconds", "max_idle_requeues"):
             value = getattr(self, name)
             require(value >= 1, name, value, "1 or more")
         for stage in STAGES:
-            require(self.nodes_of(stage) >= 1, "nodes", self.nodes, "1 or more")
-            require(TIME.fullmatch(self.time_of(stage)), "time", self.time, "[days-]hours:minutes:seconds")
+            self._check(stage)
+
+    def _check(self, stage: str) -> None:
+        """What is given for one stage."""
+        require(self.nodes_of(stage) >= 1, "nodes", self.nodes, "1 or more")
+        require(self.cpus_of(stage) >= 1, "cpus_per_task", self.cpus_per_task, "1 or more")
+        if self.gpus_of(stage) == 0 and stage not in ONLINE:
+            expected = "1 or more ranks per node when gpus_per_node is 0"
+            require(self.tasks_per_node > 0, "tasks_per_node", self.tasks_per_node, expected)
+        require(TIME.fullmatch(self.time_of(stage)), "time", self.time, "[days-]hours:minutes:seconds")
+        seconds = self.hours_of(stage) * 3600
+        if stage not in (*ONLINE, "evaluate") and seconds <= self.warn_seconds + SIGNAL_EARLY:
+            raise ValueError(
+                f"time of {stage} is {self.time_of(stage)} and warn_seconds is {self.warn_seconds}: the warning may "
+                f"come {SIGNAL_EARLY} s early, so such a job would be told to stop when it starts. Raise --time, "
+                "or lower --warn-seconds to what a save and an evaluation take"
+            )
+        for name in ("partition", "qos", "constraint", "reservation", "mem", "gpu_type"):
+            self.of(name, stage)
 
     @property
     def recipe_overrides(self) -> list[str]:
@@ -88,11 +125,6 @@ class Settings:
         return [word for word in self.overrides if word.startswith("ds.")]
 
     @property
-    def ranks_per_node(self) -> int:
-        """One rank per GPU unless tasks_per_node says otherwise."""
-        return self.tasks_per_node or self.gpus_per_node
-
-    @property
     def run(self) -> Path:
         """The run's folder, absolute: jobs start elsewhere."""
         return Path(self.out).absolute()
@@ -102,11 +134,42 @@ class Settings:
         """Whether the user wants the jobs held: they release them by themselves."""
         return not {"-H", "--hold"}.isdisjoint(shlex.split(self.sbatch_args))
 
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """Words of ACCEPT that were given."""
+        return tuple(word.strip() for word in self.accept.split(",") if word.strip())
+
+    @property
+    def unit(self) -> str:
+        """What hours are counted of: GPU, or rank where no stage has any."""
+        return "GPU" if any(self.gpus_of(stage) for stage in STAGES) else "rank"
+
+    def of(self, name: str, stage: str) -> str:
+        """A setting as a stage has it; what GPU jobs are given is not handed on to download and push."""
+        text = str(getattr(self, name))
+        chosen = _per_stage(name, text, stage)
+        if stage in ONLINE and not _names(text, stage):
+            return self.download_partition or chosen if name == "partition" else ""
+        return chosen
+
     def nodes_of(self, stage: str) -> int:
         """Nodes of a stage's jobs."""
-        value = _per_stage("nodes", self.nodes, stage)
-        require(value.isdigit(), "nodes", self.nodes, 'a whole number, or "4,distill=1"')
-        return 1 if stage in ONLINE else int(value)
+        nodes = _count("nodes", self.nodes, stage)
+        return 1 if stage in ONLINE else nodes
+
+    def gpus_of(self, stage: str) -> int:
+        """GPUs per node of a stage's jobs."""
+        count = _count("gpus_per_node", self.gpus_per_node, stage)
+        return 0 if stage in ONLINE else count
+
+    def ranks_of(self, stage: str) -> int:
+        """Ranks per node of a stage's jobs: one per GPU unless tasks_per_node says otherwise."""
+        return 1 if stage in ONLINE else self.tasks_per_node or self.gpus_of(stage)
+
+    def cpus_of(self, stage: str) -> int:
+        """CPU cores per rank of a stage's jobs."""
+        count = _count("cpus_per_task", self.cpus_per_task, stage)
+        return int(self.of("cpus_per_task", stage) or ONLINE_CPUS) if stage in ONLINE else count
 
     def time_of(self, stage: str) -> str:
         """Time limit of a stage's jobs."""
@@ -114,15 +177,20 @@ class Settings:
 
     def hours_of(self, stage: str) -> float:
         """The same in hours."""
-        days, _, clock = self.time_of(stage).rpartition("-")
-        parts = [int(part) for part in clock.split(":")]
-        if days:  # days-hours[:minutes[:seconds]]
-            hours, minutes, seconds = [*parts, 0, 0][:3]
-        elif len(parts) == 1:  # minutes
-            hours, minutes, seconds = [0, *parts, 0]
-        else:  # [hours:]minutes:seconds
-            hours, minutes, seconds = [0, *parts][-3:]
-        return int(days or 0) * 24 + hours + minutes / 60 + seconds / 3600
+        return hours(self.time_of(stage))
+
+
+def hours(text: str) -> float:
+    """A time as Slurm writes it, [days-]hours:minutes:seconds, minutes:seconds or minutes, in hours."""
+    days, _, clock = text.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    if days:  # days-hours[:minutes[:seconds]]
+        whole, minutes, seconds = [*parts, 0, 0][:3]
+    elif len(parts) == 1:  # minutes
+        whole, minutes, seconds = [0, *parts, 0]
+    else:  # [hours:]minutes:seconds
+        whole, minutes, seconds = [0, *parts][-3:]
+    return int(days or 0) * 24 + whole + minutes / 60 + seconds / 3600
 
 
 def read(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[str, Settings]:
@@ -159,16 +227,41 @@ def read(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> t
 
 
 def _per_stage(name: str, text: str, stage: str) -> str:
-    """What `text` says for this stage: its first value, or that of the last stage=value."""
-    default, *exceptions = text.split(",")
-    chosen = default.strip()
-    for exception in exceptions:
-        key, equals, value = exception.strip().partition("=")
-        if not equals or key not in STAGES:
-            raise ValueError(f"{name} is {text!r}: {key!r} is no stage. Stages are {', '.join(STAGES)}")
-        if key == stage:
-            chosen = value
-    return chosen
+    """What `text` says for this stage: its first value, or that of the last stage=value.
+
+    A part without "=" belongs to the value before it, so that a partition may be "a,b,distill=c,d".
+    """
+    values = _by_stage(name, text)
+    return values.get(stage, values[""])
+
+
+def _names(text: str, stage: str) -> bool:
+    """Whether a setting has a value for just this stage."""
+    return stage in _by_stage("", text)
+
+
+def _by_stage(name: str, text: str) -> dict[str, str]:
+    """The value of every stage that is named, and under "" that of the others."""
+    values = {"": ""}
+    last = ""
+    for i, part in enumerate(text.split(",")):
+        key, equals, value = part.strip().partition("=")
+        if equals:
+            if key not in STAGES:
+                raise ValueError(f"{name} is {text!r}: {key!r} is no stage. Stages are {', '.join(STAGES)}")
+            last = key
+            values[key] = value
+        elif i == 0:
+            values[""] = part.strip()
+        else:
+            values[last] += f",{part.strip()}"
+    return values
+
+
+def _count(name: str, text: str, stage: str) -> int:
+    value = _per_stage(name, str(text), stage)
+    require(value.isdigit(), name, text, 'a whole number, or "4,distill=1"')
+    return int(value)
 
 
 def _number(name: str, text: str) -> int:

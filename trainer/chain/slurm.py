@@ -23,6 +23,7 @@ ENDED = (
     "REVOKED",
 )
 TIMEOUT = 90  # seconds: with the controller down the clients try for about 30
+UNANSWERED = ("unable to contact", "socket timed out", "connection refused", "connection timed out", "slurmctld down")
 # part of what Slurm says -> what to do about it
 ADVICE = {
     "invalid partition": "Partitions: sinfo -s; choose one with --partition",
@@ -38,6 +39,10 @@ ADVICE = {
 
 class SlurmError(RuntimeError):
     """A Slurm command failed; the message says which, why, and what to do."""
+
+
+class NoAnswer(SlurmError):
+    """The controller did not answer: nothing is known, which is not the same as a job that is not there."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def call(program: str, *arguments: str, keep_stderr: bool = False) -> str:
     """Run one Slurm command and return its output.
 
     Raises:
-        SlurmError: not installed, no answer, or refused, with Slurm's own words.
+        SlurmError: not installed, or refused, with Slurm's own words; NoAnswer when the controller is silent.
     """
     try:
         done = subprocess.run(
@@ -134,14 +139,15 @@ def call(program: str, *arguments: str, keep_stderr: bool = False) -> str:
     except FileNotFoundError:
         raise _absent(program) from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(
+        raise NoAnswer(
             f"{program} gave no answer within {TIMEOUT} s: is the controller up (scontrol ping)? Look at squeue --me "
             "before submitting again"
         ) from None
     if done.returncode:
         said = done.stderr or done.stdout
         words = " ".join(said.split()) or f"exit code {done.returncode}"
-        raise SlurmError(f"{program} failed: {words}{_advice(words)}")
+        kind = NoAnswer if any(sign in words.lower() for sign in UNANSWERED) else SlurmError
+        raise kind(f"{program} failed: {words}{_advice(words)}")
     return done.stdout + (done.stderr if keep_stderr else "")
 
 

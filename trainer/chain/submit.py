@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ import yaml
 
 from trainer import artifacts
 from trainer.artifacts import missing
-from trainer.chain import frozen, slurm, together
+from trainer.chain import cluster, frozen, slurm, together
 from trainer.chain.settings import ONLINE, Settings
 from trainer.chain.together import say
 from trainer.config.ds_config import read_ds_config, resolve
@@ -74,14 +75,37 @@ def submit(settings: Settings) -> int:
         if not orders:
             say(f"{settings.run}: every stage is complete, nothing to submit")
             return 0
+        refuse_impossible(settings, orders)
         frozen.refuse_other_code(ROOT, settings.run, recipe, [(order.stage, order.elements) for order in orders])
         write_folder(settings, recipe, ds_values, folder, orders)
-        about = {"settings": asdict(settings), "versions": artifacts.versions()} | frozen.freeze(ROOT, folder)
-        write_json(folder / "submission.json", about)
         (settings.run / "logs").mkdir(exist_ok=True)  # Slurm starts no job whose log folder is absent, and says nothing
+        try:
+            ask_scheduler(settings, orders)
+            about = {"settings": asdict(settings), "versions": artifacts.versions()} | frozen.freeze(ROOT, folder)
+            write_json(folder / "submission.json", about)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
         _submit_all(settings, folder, orders)
     say(f"\nstate and progress: bash slurm/m2mkd_vmoe.sh status --out {shlex.quote(settings.out)}")
     return 0
+
+
+def refuse_impossible(settings: Settings, orders: Sequence[Order]) -> None:
+    """Raise ValueError where the cluster's partitions do not allow what is to be submitted, with all reasons."""
+    problems = cluster.problems(settings, [order.stage for order in orders])
+    if problems:
+        raise ValueError("nothing was submitted. " + "; ".join(problems))
+
+
+def ask_scheduler(settings: Settings, orders: Sequence[Order]) -> None:
+    """sbatch --test-only of every job that asks for something else than those before it; raises what it raises."""
+    asked = set()
+    for order in orders:
+        flags = tuple(flag for flag in header(settings, order.stage) if not flag.startswith(("--job-name", "--output")))
+        if (flags, *order.flags) not in asked:
+            slurm.test_only(order.flags, str(order.script))
+        asked.add((flags, *order.flags))
 
 
 def load(settings: Settings) -> tuple[Recipe, dict]:
@@ -91,7 +115,7 @@ def load(settings: Settings) -> tuple[Recipe, dict]:
     for stage in chain(recipe):
         section = "" if stage.phase == DOWNLOAD else section_of_batch(recipe, stage.phase)
         if section:
-            local = settings.ranks_per_node
+            local = settings.ranks_of(stage.setting)
             resolve(
                 ds_values,
                 getattr(recipe, section),
@@ -145,7 +169,7 @@ def render(settings: Settings, stage: Stage, folder: Path) -> str:
         "PYTHON": settings.python,
         "ENV_FILE": settings.env_file,
         "SRUN_ARGS": shlex.split(settings.srun_args),
-        "GPUS": 0 if stage.phase in ONLINE else settings.gpus_per_node,
+        "GPUS": settings.gpus_of(stage.setting),
         "WARN_SECONDS": settings.warn_seconds,
         "MAX_REQUEUES": settings.max_requeues,
         "MAX_IDLE_REQUEUES": settings.max_idle_requeues,
@@ -164,33 +188,43 @@ def render(settings: Settings, stage: Stage, folder: Path) -> str:
 def header(settings: Settings, stage: Stage) -> list[str]:
     """The sbatch flags of a stage that do not depend on what is missing."""
     job = "%A_%a" if stage.array else "%j"  # its id, as Slurm fills it in
-    ranks = settings.ranks_per_node
-    gpus = f"gpu:{settings.gpus_per_node}" if settings.gpus_per_node else ""
-    partition = settings.partition
-    if stage.phase in ONLINE:
-        ranks = 1
-        gpus = ""
-        partition = settings.download_partition or settings.partition
+    name = stage.setting
     flags = {
         "job-name": f"{settings.run.name}-{stage.name}",
         "output": str(settings.run / "logs" / f"{stage.name}-{job}.out"),
-        "nodes": settings.nodes_of(stage.setting),
-        "ntasks-per-node": ranks,
-        "cpus-per-task": settings.cpus_per_task,
-        "gres": gpus,
-        "mem": settings.mem,
-        "time": settings.time_of(stage.setting),
+        "nodes": settings.nodes_of(name),
+        "ntasks-per-node": settings.ranks_of(name),
+        "cpus-per-task": settings.cpus_of(name),
+        **_gpu_flag(settings, name),
+        "mem": settings.of("mem", name),
+        "time": settings.time_of(name),
         "signal": f"B:USR1@{settings.warn_seconds}",
-        "partition": partition,
+        "partition": settings.of("partition", name),
         "account": settings.account,
-        "qos": settings.qos,
-        "constraint": settings.constraint,
+        "qos": settings.of("qos", name),
+        "constraint": settings.of("constraint", name),
+        "reservation": settings.of("reservation", name),
         "exclude": settings.exclude,
         "mail-user": settings.mail,
         "mail-type": "END,FAIL,REQUEUE" if settings.mail else "",
     }
     set_flags = [f"--{name}={shlex.quote(str(value))}" for name, value in flags.items() if value != ""]
-    return ["--requeue", "--open-mode=append", *set_flags, *shlex.split(settings.sbatch_args)]
+    more = settings.download_args if stage.phase in ONLINE else settings.sbatch_args
+    return ["--requeue", "--open-mode=append", *set_flags, *shlex.split(more)]
+
+
+def _gpu_flag(settings: Settings, stage: str) -> dict[str, str]:
+    """How a stage's jobs ask for their GPUs."""
+    count = settings.gpus_of(stage)
+    if count == 0:
+        return {}
+    kind = settings.of("gpu_type", stage)
+    typed = f"{kind}:" if kind else ""
+    if settings.gpu_request == "gres":
+        return {"gres": f"gpu:{typed}{count}"}
+    if settings.gpu_request == "gpus-per-node":
+        return {"gpus-per-node": f"{typed}{count}"}
+    return {"gpus-per-task": f"{typed}1"}
 
 
 def rows(run: Path) -> list[Row]:
