@@ -10,6 +10,7 @@
 #   bash slurm/m2mkd_vmoe.sh                      the same from the login node
 #   bash slurm/m2mkd_vmoe.sh plan|status|cancel
 #   NODES=4 bash slurm/m2mkd_vmoe.sh --partition gpu train.epochs=50
+#   SBATCH_ACCOUNT=mine sbatch slurm/m2mkd_vmoe.sh    where a job needs an account: ACCOUNT below is not the driver job's
 #   RECIPE=recipes/own_images.yaml DS_CONFIG=ds_configs/one_machine.json bash slurm/m2mkd_vmoe.sh --gpus-per-node 1 \
 #       data.path=PICTURES teacher.source=HUB_ID
 #
@@ -57,6 +58,16 @@ if [[ ! -f $root/slurm/common.sh ]]; then
     echo "error: no slurm/common.sh below $root: start this from the top folder of the repository" >&2
     exit 2
 fi
+# which python reads the flags is itself a flag
+for ((i = 1; i <= $#; i++)); do
+    after=$((i + 1))
+    case ${!i} in
+        --env-file=*) ENV_FILE=${!i#*=} ;;
+        --python=*) PYTHON=${!i#*=} ;;
+        --env-file) ENV_FILE=${!after:-} ;;
+        --python) PYTHON=${!after:-} ;;
+    esac
+done
 source "$root/slurm/common.sh"
 activate_environment || exit 2
 PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m trainer.chain "$@"

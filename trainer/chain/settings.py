@@ -54,7 +54,7 @@ class Settings:
     partition: str = knob("", "partition, per stage: gpu,distill=a100; empty = the cluster's default, here and below")
     download_partition: str = knob("", "partition of the CPU jobs that download and push")
     download_args: str = knob("", "more sbatch flags of these two, separated by spaces")
-    account: str = knob("", "account to charge")
+    account: str = knob("", "account to charge; empty = that of the driver job, or your default")
     qos: str = knob("", "quality of service, per stage")
     constraint: str = knob("", "node features, per stage")
     reservation: str = knob("", "reservation to run in, per stage")
@@ -222,6 +222,8 @@ def read(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> t
         if text == "":
             continue
         values[field.name] = _number(field.name, text) if isinstance(field.default, int) else text
+    if "account" not in values and environ.get("SLURM_JOB_ACCOUNT"):  # of the driver job
+        values["account"] = environ["SLURM_JOB_ACCOUNT"]
     overrides = (*environ.get("OVERRIDES", "").split(), *words)
     return command, Settings(**values, overrides=overrides)
 

@@ -27,8 +27,8 @@ def slots(settings: Settings, orders: Sequence[Order]) -> list[str]:
         seconds = rank_seconds / ranks
         usable = settings.hours_of(name) * 3600 - settings.warn_seconds
         lines.append(
-            f"{order.stage.name}: a job of {settings.time_of(name)}, less {settings.warn_seconds} s of warning, has room "
-            f"for about {usable / seconds:.0f} steps of {seconds:.3g} s on {ranks} ranks (measured in {source})"
+            f"{order.stage.name}: a job of {settings.time_of(name)}, less {settings.warn_seconds} s of warning, has "
+            f"room for about {usable / seconds:.0f} steps of {seconds:.3g} s on {ranks} ranks (measured in {source})"
         )
     return lines
 
