@@ -274,6 +274,28 @@ def _rows(data: list[str], head: list[str]) -> tuple[tuple[int, ...], str] | Non
     return rows, f" (by their ImageNet synsets: {shown})"
 
 
+def known_rows(data: Sequence[str], head: Sequence[Any] | None, num_classes: int) -> list[int | None]:
+    """The row of a head for each class of the data that it has, read as match_classes reads all of them; else None.
+
+    A name that stands in the head twice, or that two classes of the data share, belongs to no row.
+    """
+    data = [tidy(name) for name in data]
+    names = known_names(head)
+    if names is None:
+        names = _names_of_unnamed(data, num_classes, "the head", "subset", "")
+    if names is None:
+        return [None] * len(data)
+    readings = [(data, names), ([folded(name) for name in data], [folded(name) for name in names])]
+    synsets = _as_synsets(data, names)
+    if synsets is not None:
+        readings.append(synsets)
+    found = []
+    for ours, theirs in readings:
+        row_of = {name: row for row, name in enumerate(theirs) if theirs.count(name) == 1}
+        found.append([row_of.get(name) if ours.count(name) == 1 else None for name in ours])
+    return min(found, key=lambda rows: rows.count(None))  # of equally many the plainest reading
+
+
 def _looked_up(data: Sequence[str], head: Sequence[str]) -> tuple[int, ...] | None:
     """Where each name of `data` stands in `head`; None when one is missing or stands there, or here, twice."""
     row_of = {name: row for row, name in enumerate(head)}

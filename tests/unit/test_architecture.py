@@ -31,6 +31,7 @@ LAYERS = (
     "trainer.hub trainer.loop",
     "trainer.context",
     "trainer.teaching",
+    "trainer.judge",
     "trainer.phases",
     "trainer.plan",
     "trainer.api trainer.chain",

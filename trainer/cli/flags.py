@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 from trainer.cli import manual
 from trainer.cli.replay import Saved, read_saved
 from trainer.config.ds_config import ds_origins, read_ds_config
-from trainer.config.load import all_keys, close, load_recipe, origins
+from trainer.config.knobs import close
+from trainer.config.load import all_keys, load_recipe, origins
 from trainer.request.graph import ALL, phase_help
 from trainer.request.job import Job
 from trainer.request.plan import DEFAULTS, PLAN, PlanRequest, over_the_mean, whole

@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 
 from trainer.config.ds_config import PASSED_ON, REFUSED, TRAINER_KEYS
-from trainer.config.load import all_keys, close, describe, to_dict
+from trainer.config.knobs import close
+from trainer.config.load import all_keys, describe, to_dict
 from trainer.config.recipe import Recipe
 from trainer.request.job import EXIT_CODES
 from trainer.tracking.console import table

@@ -17,7 +17,8 @@ from typing import Any
 
 from trainer.config import ds_keys
 from trainer.config.ds_keys import PASSED_ON
-from trainer.config.load import COMMAND_LINE, close, first_repeated, parse_override
+from trainer.config.knobs import close
+from trainer.config.load import COMMAND_LINE, first_repeated, parse_override
 from trainer.config.phases import ScheduleConfig
 
 REFUSED = {

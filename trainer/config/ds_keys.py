@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config.load import close, shown
+from trainer.config.knobs import close
+from trainer.config.load import shown
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trainer.config.load import close
+from trainer.config.knobs import close
 
 ASSUMED_SHARE = 0.1  # of a GPU's peak bf16 rate: what small-batch ViT training gets; not measured here on a GPU yet
 # Nobody has measured these here on a GPU: each is an assumption, and a field of Gpu that `--gpu NAME,key=value` sets.

@@ -7,8 +7,10 @@ the tests read it there.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +94,18 @@ def check_heads(section: str, width: int, heads: int) -> None:
 def shown(value: Any) -> str:
     """A value in an error message, cut to a line however large it is."""
     return _SHORT.repr(value)
+
+
+def close(word: str, known: Sequence[str], otherwise: str = "", most: int = 3) -> str:
+    """The end of a message about an unknown word.
+
+    Returns:
+        "Did you mean ...?" with `most` close ones at most, else `otherwise`, by default all that are known.
+    """
+    near = difflib.get_close_matches(word, known, n=most)
+    if near:
+        return f"Did you mean {', '.join(near)}?"
+    return otherwise or f"Known: {', '.join(known)}"
 
 
 _SHORT = reprlib.Repr()

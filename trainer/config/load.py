@@ -231,18 +231,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def close(word: str, known: Sequence[str], otherwise: str = "", most: int = 3) -> str:
-    """The end of a message about an unknown word.
-
-    Returns:
-        "Did you mean ...?" with `most` close ones at most, else `otherwise`, by default all that are known.
-    """
-    near = difflib.get_close_matches(word, known, n=most)
-    if near:
-        return f"Did you mean {', '.join(near)}?"
-    return otherwise or f"Known: {', '.join(known)}"
-
-
 def first_repeated(keys: Sequence[Any]) -> Any:
     """The first of `keys` that stands there more than once; None when each does once."""
     return next((key for key in keys if keys.count(key) > 1), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from trainer.config.data import AugmentConfig, DataConfig
+from trainer.config.evaluate import EvaluateConfig
 from trainer.config.knobs import SEEDS, Range, check_ranges, knob, require, section
 from trainer.config.phases import (
     AssembleConfig,
@@ -54,6 +55,7 @@ class Recipe:
     refine: RefineConfig = section(RefineConfig)
     student: StudentConfig = field(default_factory=lambda: StudentConfig(variant="m2mkd-B/16"))
     train: TrainConfig = section(TrainConfig)
+    evaluate: EvaluateConfig = section(EvaluateConfig)
     run: RunConfig = section(RunConfig)
     hub: HubConfig = section(HubConfig)
 

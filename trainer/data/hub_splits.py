@@ -11,7 +11,8 @@ import numpy as np
 
 from models.files.places import expanded
 from trainer.config.data import DataConfig
-from trainer.config.load import close, one_line
+from trainer.config.knobs import close
+from trainer.config.load import one_line
 from trainer.data.decode import printable
 
 if TYPE_CHECKING:

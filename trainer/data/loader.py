@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import Mixup
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,6 +25,7 @@ from trainer.data.decode import Pixels
 from trainer.data.sampler import TrainRequest, eval_requests, train_requests
 from trainer.data.transforms import eval_transform, train_transform
 
+Change = Callable[[Image.Image, int], Image.Image]  # a picture of the model's size, and its row in the data
 MixFunction = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -126,6 +128,7 @@ def eval_batches(
     rank: int = 0,
     workers: int = 0,
     group: int = 1,
+    change: Change | None = None,
 ) -> Iterator[Batch]:
     """Every image exactly once over all ranks, in as many batches of `batch` on each rank; mask False on padding.
 
@@ -134,10 +137,11 @@ def eval_batches(
     Args:
         batch: images of a batch; no more than there are, as every batch is filled up to it.
         group: images that are routed together; see eval_requests.
+        change: what is done to each picture once it has the model's size, before it is normalised.
     """
     batch = min(batch, math.ceil(len(source) / group) * group)
     requests = eval_requests(len(source), batch=batch, world=world, rank=rank, group=group)
-    return _load(_EvalImages(source, pre, batch), requests, source, workers)
+    return _load(_EvalImages(source, pre, batch, change), requests, source, workers)
 
 
 def make_mixup(aug: AugmentConfig, num_classes: int) -> MixFunction | None:
@@ -252,8 +256,9 @@ class _Reader:
 
 
 class _EvalImages(Dataset):
-    def __init__(self, source: ImageSource, pre: Preprocessing, batch: int):
+    def __init__(self, source: ImageSource, pre: Preprocessing, batch: int, change: Change | None):
         self.source = source
+        self.change = change
         self.transform = eval_transform(pre)
         self.shape = (batch, pre.in_chans, pre.image_size, pre.image_size)
 
@@ -265,7 +270,7 @@ class _EvalImages(Dataset):
         for place, position in enumerate(request.tolist()):
             image = self.source.try_image(position)
             if image is not None:
-                images_BCHW[place] = self.transform(image)
+                images_BCHW[place] = self._prepared(image, position)
                 labels[place] = self.source.label(position)
                 index[place] = position
         return Batch(
@@ -276,6 +281,15 @@ class _EvalImages(Dataset):
             skipped=tuple(self.source.skipped - skipped_before),
             padding=len(index) - len(request),
         )
+
+    def _prepared(self, image: Image.Image, position: int) -> torch.Tensor:
+        if self.change is None:
+            return self.transform(image)
+        resize_and_crop, *to_tensor = self.transform.transforms
+        changed = self.change(resize_and_crop(image), int(self.source.rows[position]))
+        for step in to_tensor:
+            changed = step(changed)
+        return changed
 
 
 def _load(

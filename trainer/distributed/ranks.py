@@ -145,6 +145,18 @@ def start() -> Dist:
     return dist
 
 
+def start_light() -> Dist:
+    """The same for work that no engine does: a process on its own joins no group, and so waits for no DeepSpeed.
+
+    Raises:
+        ValueError, OSError: see start.
+    """
+    if ranks_from_environment()["world"] > 1:
+        return start()
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return Dist(rank=0, world=1, local_rank=0, local_world=1, device=device)
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
     if torch_dist.is_initialized():

@@ -86,7 +86,7 @@ def pooled_features(
         for padded in batches:
             HEARTBEAT.beat()
             b = padded.without_padding()
-            features = _pooled(model, b.images.to(dist.device, dtype))
+            features = pooled(model, b.images.to(dist.device, dtype))
             parts.append(features.float().cpu().numpy()[b.mask.numpy()])
             numbers.append(b.index[b.mask].numpy())
     gathered = dist.gather((np.concatenate(numbers), np.concatenate(parts)))
@@ -114,7 +114,8 @@ def nearest_classes(train_NF: Tensor, labels: Tensor, val_VF: Tensor, num_classe
     return torch.cat(predicted)
 
 
-def _pooled(model: nn.Module, images: Tensor) -> Tensor:
+def pooled(model: nn.Module, images: Tensor) -> Tensor:
+    """What a head would read of images (B, C, H, W): (B, F); the mean of the patch tokens where nothing is pooled."""
     x = model.forward_head(model.forward_features(images), pre_logits=True)
     if x.ndim == 3:  # a model that does not pool
         x = x[:, model.num_prefix_tokens :].mean(1)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from models.preprocessing import Preprocessing
-from trainer.config.load import close, shown
+from trainer.config.knobs import close
+from trainer.config.load import shown
 from trainer.context import Run
 from trainer.data.loader import try_transforms
 from trainer.distributed.engine import build_cosine, build_optimizer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config.load import close
+from trainer.config.knobs import close
 from trainer.config.recipe import Recipe
 from trainer.request import graph
 from trainer.request.graph import ALL

@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.data import BUILT_IN
-from trainer.config.load import close, load_recipe, read_yaml, shown, to_dict
+from trainer.config.knobs import close
+from trainer.config.load import load_recipe, read_yaml, shown, to_dict
 from trainer.config.recipe import Recipe
 from trainer.request.graph import TABLE, artifact_name, artifacts_of, defining, preparation, teacher_results
 
