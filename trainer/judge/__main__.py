@@ -21,10 +21,9 @@ from trainer.config.load import one_line
 from trainer.config.redaction import redact, refuse_secrets
 from trainer.config.tasks import TaskSpec, parse_task, parse_tasks
 from trainer.distributed.launchers import ranks_from_environment
+from trainer.report.judged import JUDGED, judged_page, judged_text
 from trainer.request.job import EXIT_BAD_INPUT, EXIT_FAILED
 from trainer.tracking.console import quieten, set_up_logging
-
-JUDGED = "judged.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,7 +109,6 @@ def _judge(options: argparse.Namespace, specs: Sequence[TaskSpec], data: DataCon
     from trainer.judge.outputs import Bench, cache_folder
     from trainer.judge.subjects import load_subjects
     from trainer.judge.table import judge
-    from trainer.report.judged import judged_page, judged_text
 
     dist = ranks.start_light()
     try:

@@ -39,7 +39,7 @@ def prepare(subject: Subject, spec: TaskSpec, bench: Bench) -> Callable[[], Meas
     """Find the classes, and every folder of stored images; see task.py."""
     settings: CorruptionsConfig = spec.settings
     subject = at_size(subject, settings.image_size)
-    cells = _cells(spec, bench)
+    cells = open_cells(spec, bench)
     found: dict[str, Placed] = {}  # one for all cells where they share their images
     for source, _ in cells.values():
         if source.name not in found:
@@ -60,8 +60,12 @@ def prepare(subject: Subject, spec: TaskSpec, bench: Bench) -> Callable[[], Meas
     return measure
 
 
-def _cells(spec: TaskSpec, bench: Bench) -> dict[tuple[str, int], tuple[ImageSource, Corruption | None]]:
-    """Images of every (kind, severity), and what is done to them."""
+def open_cells(spec: TaskSpec, bench: Bench) -> dict[tuple[str, int], tuple[ImageSource, Corruption | None]]:
+    """Images of every (kind, severity), and what is done to them.
+
+    Raises:
+        ValueError: a folder that is not there, or the package is not installed.
+    """
     settings: CorruptionsConfig = spec.settings
     keys = [(kind, severity) for kind in settings.kinds for severity in settings.severities]
     if settings.stored:

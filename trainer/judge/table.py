@@ -11,7 +11,9 @@ from typing import Any
 from trainer.config.evaluate import ALEXNET
 from trainer.config.knobs import close
 from trainer.config.tasks import TaskSpec
-from trainer.judge.corruptions import with_reference
+from trainer.judge.corruptions import open_cells, with_reference
+from trainer.judge.fewshot import draw_episodes
+from trainer.judge.images import learned_and_measured, measured_images
 from trainer.judge.outputs import Bench
 from trainer.judge.subjects import Subject
 from trainer.judge.task import Measured, prepare_of
@@ -58,6 +60,23 @@ def judge(subjects: Sequence[Subject], specs: Sequence[TaskSpec], bench: Bench) 
         "models": [_about(subject) for subject in subjects],
         "tasks": tasks,
     }
+
+
+def check_images(spec: TaskSpec, bench: Bench) -> None:
+    """Whether the images of an evaluation are there, and enough of them, before there is a model to judge.
+
+    Raises:
+        ValueError: they are not; or the package for corruptions is missing.
+    """
+    settings = spec.settings
+    if spec.kind == "corruptions":
+        open_cells(spec, bench)
+    elif spec.kind in ("knn", "probe"):
+        learned_and_measured(spec, bench.data)
+    else:
+        source = measured_images(spec.data(bench.data), settings.split)
+        if spec.kind == "fewshot":
+            draw_episodes(source, settings, bench.seed)
 
 
 def _about(subject: Subject) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 On any number of ranks, each with the whole student. What is measured is what was saved, the fp32 masters, in the type
 that phase train worked in ("dtype" in its result.json): a bf16 run has one accuracy. A student without classes is
 measured beside its teacher, and where the images have labels by what its features tell of them. One with classes is
-timed beside dense models, for the model card (run.inference).
+timed beside dense models, for the model card (run.inference). What evaluate.tasks asks for beside it is in judged.json.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from models.labels import refuse_other_classes
 from models.moe.layer import routed_layers
 from trainer import artifacts
+from trainer.config.tasks import parse_tasks
 from trainer.context import Run, Trained
 from trainer.data.loader import eval_batches
 from trainer.disk import write_json
@@ -28,7 +30,11 @@ from trainer.evaluation.accuracy import Predictor, evaluate
 from trainer.evaluation.analysis import Analysis
 from trainer.evaluation.inference import Candidate, inference
 from trainer.evaluation.pooled import class_accuracies
+from trainer.judge.outputs import Bench
+from trainer.judge.subjects import Subject
+from trainer.judge.table import check_images, judge
 from trainer.loop.fit import Data, Outcome
+from trainer.report.judged import JUDGED
 from trainer.request.graph import artifact_name
 from trainer.teaching import comparison
 from trainer.teaching.families import family_of
@@ -72,12 +78,50 @@ def run(run: Run, start: str) -> None:
     if run.dist.main:
         write_json(folder / "analysis.json", summary)
     outcome = Outcome(metrics, time.perf_counter() - started, steps=0, images_seen=int(metrics["images"]))
-    made_with = {}
+    made_with = {"judged": _judged(run, student, str(trained), dtype, batch, folder)}
     if run.recipe.run.inference and run.classifies and hasattr(student, "set_k") and routed_layers(student):
         dense = _dense_models(run, student) if run.dist.main else []
         made_with["inference"] = inference(student, dense, metrics["accuracy"], data, dtype, batch, run.dist)
     nothing_trained = Trained(outcome, {}, epochs=0, flops_per_image=0)
     run.finish(folder, "evaluate", None, nothing_trained, settings, metrics=metrics, made_with=made_with)
+
+
+def check(run: Run) -> None:
+    """Whether the images of evaluate.tasks are there, and enough of them.
+
+    Raises:
+        ValueError: they are not.
+    """
+    for spec in parse_tasks(run.recipe.evaluate.tasks):
+        check_images(spec, _bench(run, torch.float32, 1))
+
+
+def _bench(run: Run, dtype: torch.dtype, batch: int) -> Bench:
+    recipe = run.recipe
+    data = replace(recipe.data, path=run.pinned(recipe.data.path))
+    return Bench(
+        run.dist, data, dtype, batch, run.workers, recipe.seed, recipe.evaluate.resamples, cache=run.out / "features"
+    )
+
+
+def _judged(
+    run: Run, student: nn.Module, source: str, dtype: torch.dtype, batch: int, folder: Path
+) -> dict[str, dict[str, float]]:
+    """The figures of evaluate.tasks by evaluation; all of it is in judged.json (collective)."""
+    specs = parse_tasks(run.recipe.evaluate.tasks)
+    if not specs:
+        if run.dist.main:
+            (folder / JUDGED).unlink(missing_ok=True)  # of an evaluation before
+        return {}
+    subject = Subject("student", source, source, student.FORMAT.name, student, student.preprocessing, student.labels)
+    judged = judge([subject], specs, _bench(run, dtype, batch))
+    if run.dist.main:
+        write_json(folder / JUDGED, judged)
+    figures = {}
+    for task in judged["tasks"]:
+        of_student = task["results"]["student"]["figures"]
+        figures[task["text"]] = {name: figure["value"] for name, figure in of_student.items()}
+    return figures
 
 
 def _dense_models(run: Run, student: nn.Module) -> list[Candidate]:

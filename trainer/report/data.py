@@ -195,6 +195,12 @@ def read_analysis(phases: Mapping[str, PhaseRecord]) -> dict[str, Any] | None:
     return analysis
 
 
+def read_judged(phases: Mapping[str, PhaseRecord]) -> dict[str, Any] | None:
+    """judged.json of phase evaluate (see trainer/judge/table.py), None where none can be read."""
+    record = phases["evaluate"]
+    return _json(record.folder / "judged.json", record.problems)
+
+
 def _is_analysis(analysis: Any) -> bool:
     """Whether it holds what the pages use, in the sizes they rely on; other errors mean that it does not."""
     rows, columns = analysis["grid"]

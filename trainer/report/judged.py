@@ -9,6 +9,7 @@ from typing import Any
 from trainer.report.charts import Line, LineChart
 from trainer.report.page import figure, figures, page, percent_tick, table
 
+JUDGED = "judged.json"  # in a folder of phase evaluate, or of python -m trainer.judge --out
 WORST = 10  # classes shown
 UNIT = 100  # figures are shares, shown per cent
 

@@ -22,6 +22,7 @@ from trainer.report.data import (
     peak_memory,
     preparation,
     read_analysis,
+    read_judged,
     routing_measures,
     run_measure,
     runs_of,
@@ -32,6 +33,7 @@ from trainer.report.data import (
     teacher_head,
     total,
 )
+from trainer.report.judged import JUDGED, judged_sections
 from trainer.report.page import duration, figure, figures, flops, gigabytes, page, percent, reading, table, tick
 from trainer.report.warnings import block, expected, notes, versions, warnings
 from trainer.tracking.measures import ACCURACY, Measure
@@ -60,6 +62,7 @@ RIVALS = {
 def run_page(name: str, phases: Mapping[str, PhaseRecord]) -> str:
     """The whole page of a run called `name`, as HTML."""
     analysis = read_analysis(phases)
+    judged = _judged(phases)
     sections = {
         "Phases": _phases(phases),
         "Learning curves": _curves(phases),
@@ -70,6 +73,7 @@ def run_page(name: str, phases: Mapping[str, PhaseRecord]) -> str:
         "Routing": routing_section(analysis),
         "Circuit": circuit_section(analysis, phases["evaluate"].metric("accuracy")),
         "Classes": classes_section(analysis),
+        **judged,
         "Environment": _environment(phases),
     }
     names = expected(phases)
@@ -77,6 +81,19 @@ def run_page(name: str, phases: Mapping[str, PhaseRecord]) -> str:
     kind = "done" if done == len(names) else "open"
     state = f'<p class="{kind}"><b>{done} of {len(names)} phases complete</b></p>'
     return page(f"Run {name}", [state, _summary(phases), _warnings(phases, analysis)], sections)
+
+
+def _judged(phases: Mapping[str, PhaseRecord]) -> dict[str, str]:
+    """What evaluate.tasks left, a section each."""
+    judged = read_judged(phases)
+    if judged is None:
+        return {}
+    try:
+        return judged_sections(judged)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError):
+        record = phases["evaluate"]
+        record.problems.append(f"{record.folder.name}/{JUDGED} is not what an evaluation writes")
+        return {}
 
 
 def accuracy_charts(phases: Mapping[str, PhaseRecord]) -> list[LineChart]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from trainer.config.knobs import close
 from trainer.config.recipe import Recipe
+from trainer.config.tasks import parse_tasks
 from trainer.request import graph
 from trainer.request.graph import ALL
 
@@ -55,7 +56,7 @@ class Job:
             expert: 0..E-1 in the same way; phase distill with an expert is phase expert.
 
         Raises:
-            ValueError: no such phase, module or expert, or one for a phase that takes none.
+            ValueError: no such phase, module, expert or evaluation, or one for a phase that takes none.
         """
         known = graph.phase_help()
         if phase not in known:
@@ -65,6 +66,7 @@ class Job:
                 f"train.init={recipe.train.init} takes the place of the distilled modules, so --phase all would make "
                 "them for nothing: use --phase train, then --phase evaluate"
             )
+        parse_tasks(recipe.evaluate.tasks)
         expert_number = _expert(phase, expert, recipe)
         if phase == "distill" and expert_number is not None:
             phase = "expert"
