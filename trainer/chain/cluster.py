@@ -78,6 +78,12 @@ def settings_of_cluster() -> dict[str, str]:
     return values
 
 
+def max_array_size() -> int | None:
+    """The number that task ids of an array stay below; None where Slurm does not say."""
+    text = settings_of_cluster().get("MaxArraySize", "")
+    return int(text) if text.isdigit() and int(text) > 0 else None
+
+
 def problems(settings: Settings, stages: Sequence[Stage]) -> list[str]:
     """Why jobs of these stages would be refused or wait for ever, a line each; the same for several is said once.
 

@@ -33,7 +33,7 @@ def show(settings: Settings) -> int:
     recipe, ds_values = load(settings)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "scripts"
-        orders = plan_orders(settings, recipe, folder)
+        orders = plan_orders(settings, recipe, folder, _max_array_size())
         ordered = {order.stage.name for order in orders}
         finished = [stage.name for stage in chain(recipe) if stage.name not in ordered]
         complete = f"; complete already: {', '.join(finished)}" if finished else ""
@@ -59,36 +59,47 @@ def show(settings: Settings) -> int:
     return 1 if report["problems"] or refused else 0
 
 
+def _max_array_size() -> int | None:
+    """What the cluster says; None where there is none, or it does not answer."""
+    try:
+        return cluster.max_array_size()
+    except slurm.SlurmError:
+        return None
+
+
 def commands(settings: Settings, orders: Sequence[Order]) -> str:
     """The sbatch calls as they would be made, ids written as $JOB_<stage>."""
     lines = []
     for order in orders:
         stage = order.stage
         waits = dependency([f"$JOB_{name}" for name in order.after])
+        sets = "+=:" if order.script.stem != stage.name else "="  # of several arrays
         sbatch = [
-            f"JOB_{stage.name}=$(sbatch --parsable",
+            f"JOB_{stage.name}{sets}$(sbatch --parsable",
             *header(settings, stage),
             *order.flags,
             *waits,
-            f"{settings.run}/slurm/N/{stage.name}.sbatch)",
+            f"{settings.run}/slurm/N/{order.script.name})",
         ]
         lines.append(" \\\n    ".join(sbatch))
         if stage.phase == "download":  # not of trainer/run.py
             continue
         srun = f"srun {settings.srun_args} {settings.python} trainer/run.py --phase {stage.phase}"
-        srun += f" {_element(stage)} {shlex.join(stage.arguments)}"
+        srun += f" {_element(stage, order.offset)} {shlex.join(stage.arguments)}"
         tasks = settings.nodes_of(stage.setting) * settings.ranks_of(stage.setting)
         lines.append(f"#   runs, as {tasks} tasks: {' '.join(srun.split())}")
     return "\n".join(lines)
 
 
-def _element(stage: Stage) -> str:
+def _element(stage: Stage, offset: int) -> str:
     """The flags that tell an array's elements apart."""
     element = "SLURM_ARRAY_TASK_ID"
+    if offset:
+        element = f"({element} + {offset})"
     if stage.experts:
         return f"--module $(({element} / {stage.experts})) --expert $(({element} % {stage.experts}))"
     if stage.array:
-        return f"--module ${element}"
+        return f"--module $(({element}))" if offset else f"--module ${element}"
     return ""
 
 

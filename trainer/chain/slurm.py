@@ -29,6 +29,11 @@ ADVICE = {
     "invalid partition": "Partitions: sinfo -s; choose one with --partition",
     "invalid job array": "The cluster's largest array: scontrol show config | grep MaxArraySize; use fewer modules or "
     "student.moe.num_experts, or --level module",
+    "pathname": "A path of this run is too long for Slurm: use a shorter --out",
+    "submitjob": "So many jobs are not allowed in the queue at once, and each element of an array counts "
+    "(sacctmgr show assoc user=$USER format=MaxSubmitJobs): --level module, fewer modules, another --qos",
+    "job submit limit": "So many jobs may not be allowed in the queue at once, and each element of an array counts "
+    "(sacctmgr show assoc user=$USER format=MaxSubmitJobs): --level module, fewer modules, another --qos",
     "invalid account": "Accounts: sacctmgr show assoc user=$USER; choose one with --account",
     "configuration source": "There is no Slurm configuration here: run this on a login node (or set SLURM_CONF)",
     "unable to contact": "The controller does not answer (scontrol ping): submit when it is back",

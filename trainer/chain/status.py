@@ -150,7 +150,7 @@ def _job_of(jobs: list[slurm.Job], row: Row | None, element: int | None) -> slur
     if row is None:
         return None
     of_row = [job for job in jobs if job.array == row.job]
-    of_element = [job for job in of_row if job.element == element]
+    of_element = [job for job in of_row if job.element == row.task(element)]
     return next(iter(of_element or of_row), None)
 
 

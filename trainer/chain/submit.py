@@ -20,7 +20,7 @@ import yaml
 
 from trainer import artifacts
 from trainer.artifacts import missing
-from trainer.chain import cluster, frozen, slurm, together
+from trainer.chain import arrays, cluster, frozen, slurm, together
 from trainer.chain.settings import ONLINE, Settings
 from trainer.chain.together import say
 from trainer.config.ds_config import read_ds_config, resolve
@@ -31,7 +31,8 @@ from trainer.request.graph import experts_in, section_of_batch
 from trainer.request.stages import DOWNLOAD, FOLLOWING, Stage, chain
 
 ROOT = Path(__file__).resolve().parents[2]
-COLUMNS = ("submitted", "stage", "array", "job", "depends", "script")
+COLUMNS = ("submitted", "stage", "array", "job", "depends", "script", "offset")
+OLDER = 6  # columns that a line of an older version has
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Row:
     job: str
     depends: str  # ids, or "-"
     script: str
+    offset: str = "0"  # elements less this are the task ids
+
+    def task(self, element: int | None) -> int | None:
+        """The task id of an element in Slurm."""
+        return None if element is None else element - int(self.offset)
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Order:
     elements: list[int]
     script: Path
     flags: list[str]
+    offset: int  # elements less this are the task ids of its array
     after: list[str]  # stages of the same submission
 
 
@@ -71,7 +78,7 @@ def submit(settings: Settings) -> int:
         refuse_live(settings.run)
         submissions_before = list(settings.run.glob("slurm/[0-9]*"))
         folder = settings.run / "slurm" / str(len(submissions_before) + 1)
-        orders = plan_orders(settings, recipe, folder)
+        orders = plan_orders(settings, recipe, folder, cluster.max_array_size())
         if not orders:
             say(f"{settings.run}: every stage is complete, nothing to submit")
             return 0
@@ -127,17 +134,23 @@ def load(settings: Settings) -> tuple[Recipe, dict]:
     return recipe, ds_values
 
 
-def plan_orders(settings: Settings, recipe: Recipe, folder: Path) -> list[Order]:
-    """The sbatch calls for what is missing, in order; finished stages drop out of the dependencies."""
+def plan_orders(settings: Settings, recipe: Recipe, folder: Path, max_array_size: int | None = None) -> list[Order]:
+    """The sbatch calls for what is missing, in order; finished stages drop out of the dependencies.
+
+    Args:
+        folder: of the job scripts.
+        max_array_size: of the cluster; an array of more becomes several.
+    """
     orders: list[Order] = []
     for stage in chain(recipe):
         elements = missing(stage, settings.run, recipe)
-        waits_for = [order.stage.name for order in orders if order.stage.name in stage.needs]
+        waits_for = list(dict.fromkeys(order.stage.name for order in orders if order.stage.name in stage.needs))
         if waits_for and stage.phase in FOLLOWING:
             elements = [0]
-        if elements:
-            script = folder / f"{stage.name}.sbatch"
-            orders.append(Order(stage, elements, script, _element_flags(settings, stage, elements), waits_for))
+        if elements and not stage.array:
+            orders.append(Order(stage, elements, folder / f"{stage.name}.sbatch", [], 0, waits_for))
+        elif elements:
+            orders += _arrays_of(settings, stage, elements, folder, waits_for, max_array_size)
     return orders
 
 
@@ -147,11 +160,15 @@ def write_folder(settings: Settings, recipe: Recipe, ds_values: dict, folder: Pa
     (folder / "recipe.yaml").write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
     (folder / "ds_config.json").write_text(json.dumps(ds_values, indent=1) + "\n")
     for order in orders:
-        order.script.write_text(render(settings, order.stage, folder))
+        order.script.write_text(render(settings, order.stage, folder, order.offset))
 
 
-def render(settings: Settings, stage: Stage, folder: Path) -> str:
-    """The job script: header, settings, and the one body slurm/phase.sbatch."""
+def render(settings: Settings, stage: Stage, folder: Path, offset: int = 0) -> str:
+    """The job script: header, settings, and the one body slurm/phase.sbatch.
+
+    Args:
+        offset: element of task id 0, for an array.
+    """
     _, _, body = (ROOT / "slurm/phase.sbatch").read_text().partition("\n")  # behind its own #!/bin/bash
     arguments = ["--recipe", str(folder / "recipe.yaml"), "--out", str(settings.run)]
     if stage.phase != "download":
@@ -166,6 +183,7 @@ def render(settings: Settings, stage: Stage, folder: Path) -> str:
         "INPUTS": stage.inputs,
         "TRAINER_ARGS": arguments,
         "EXPERTS": stage.experts,
+        "OFFSET": offset,
         "PYTHON": settings.python,
         "ENV_FILE": settings.env_file,
         "SRUN_ARGS": shlex.split(settings.srun_args),
@@ -234,7 +252,7 @@ def rows(run: Path) -> list[Row]:
         return []
     lines = path.read_text().splitlines()[1:]  # below COLUMNS
     cells = [line.split("\t") for line in lines]
-    return [Row(*row) for row in cells if len(row) == len(COLUMNS)]  # not a line that a crash cut off
+    return [Row(*row) for row in cells if OLDER <= len(row) <= len(COLUMNS)]  # not a line that a crash cut off
 
 
 def refuse_live(run: Path) -> None:
@@ -270,35 +288,48 @@ def live_jobs(run: Path) -> list[slurm.Job]:
     return [job for job in (*recorded, *unrecorded) if job.live]
 
 
-def _element_flags(settings: Settings, stage: Stage, elements: list[int]) -> list[str]:
-    if not stage.array:
-        return []
+def _arrays_of(
+    settings: Settings,
+    stage: Stage,
+    elements: Sequence[int],
+    folder: Path,
+    waits_for: list[str],
+    max_array_size: int | None,
+) -> list[Order]:
+    """One order, or as many as the cluster's limit makes of it, each with a script of its own that knows its offset."""
     throttle = f"%{settings.array_throttle}" if settings.array_throttle else ""
-    return [f"--array={','.join(map(str, elements))}{throttle}"]
+    orders = []
+    for number, array in enumerate(arrays.split(elements, max_array_size)):
+        script = folder / (f"{stage.name}-{number + 1}.sbatch" if number else f"{stage.name}.sbatch")
+        flags = [f"--array={array.text}{throttle}"]
+        orders.append(Order(stage, list(array.elements), script, flags, array.offset, waits_for))
+    return orders
 
 
 def _submit_all(settings: Settings, folder: Path, orders: Sequence[Order]) -> None:
-    ids: dict[str, str] = {}
+    ids: dict[str, list[str]] = {}  # a stage may be several arrays
     with together.all_or_nothing(folder, release=not settings.held) as tell:
         for order in orders:
             name = order.stage.name
-            parents = [ids[parent] for parent in order.after]
+            parents = [job for parent in order.after for job in ids[parent]]
             hold = [] if parents else ["--hold"]
-            ids[name] = slurm.submit([*order.flags, *dependency(parents), *hold], str(order.script))
+            job = slurm.submit([*order.flags, *dependency(parents), *hold], str(order.script))
+            ids.setdefault(name, []).append(job)
             elements = ",".join(map(str, order.elements))
             row = Row(
                 submitted=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 stage=name,
                 array=elements if order.stage.array else "-",
-                job=ids[name],
+                job=job,
                 depends=":".join(parents) or "-",
                 script=str(order.script),
+                offset=str(order.offset),
             )
             _record(settings.run, row)
-            tell(ids[name])
-            array = f" [{elements}]" if order.stage.array else ""
+            tell(job)
+            array = f" [{arrays.ranges(order.elements)}]" if order.stage.array else ""
             after = f" after {', '.join(order.after)}" if order.after else ""
-            say(f"{name}{array}: job {ids[name]}{after}")
+            say(f"{name}{array}: job {job}{after}")
 
 
 def dependency(parents: Sequence[str]) -> list[str]:
