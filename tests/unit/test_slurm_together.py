@@ -1,5 +1,7 @@
 """A chain is submitted whole or not at all: refusals, signals, dead terminals, a kill, with a stand-in of Slurm."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 from tests.unit.slurm_stand_in import stand_in  # noqa: F401
 from tests.unit.test_slurm_chain import ROOT, settings_for
 from trainer.chain import slurm, submit, together
+from trainer.writer_lock import WriterLock
 
 CHAIN = {"101": "Priority", "102": "Dependency", "103": "Dependency", "104": "Dependency", "105": "Dependency"}
 
@@ -134,3 +137,26 @@ def test_a_release_that_fails_takes_all_back(tmp_path, stand_in):  # noqa: F811
     with pytest.raises(slurm.SlurmError, match="scontrol failed: no permission"):
         submit.submit(settings_for(tmp_path))
     assert stand_in.queue() == {}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_flock_has_one_submission_at_a_time_too(tmp_path, stand_in, monkeypatch, number):  # noqa: F811
+    def refused(file, operation):
+        raise OSError(number, "no flock here")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    (tmp_path / "run/slurm").mkdir(parents=True)
+    other = WriterLock(tmp_path / "run/slurm")
+    with pytest.raises(ValueError, match=r"another submission of .* is under way.* pid"):
+        submit.submit(settings_for(tmp_path))
+    other.release()
+    assert submit.submit(settings_for(tmp_path)) == 0 and stand_in.queue() == CHAIN
+
+
+def test_another_error_of_the_lock_is_told(tmp_path, stand_in, monkeypatch):  # noqa: F811
+    def refused(file, operation):
+        raise OSError(errno.EIO, "broken disk")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    with pytest.raises(OSError, match="broken disk"):
+        submit.submit(settings_for(tmp_path))

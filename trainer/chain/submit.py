@@ -6,15 +6,16 @@ the resolved recipe and DeepSpeed JSON, the code, its commit and package version
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
 
 import yaml
 
@@ -29,9 +30,11 @@ from trainer.config.recipe import Recipe
 from trainer.disk import lock, write_json
 from trainer.request.graph import experts_in, section_of_batch
 from trainer.request.stages import DOWNLOAD, FOLLOWING, Stage, chain
+from trainer.writer_lock import WriterLock
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("submitted", "stage", "array", "job", "depends", "script", "offset")
+NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 OLDER = 6  # columns that a line of an older version has
 
 
@@ -350,7 +353,31 @@ def _record(run: Path, row: Row) -> None:
         os.fsync(f.fileno())
 
 
-def _locked(run: Path) -> TextIO:
-    """Until it is closed, no other process submits this run. Raises ValueError when one does."""
-    (run / "slurm").mkdir(parents=True, exist_ok=True)
-    return lock(run / "slurm/lock", f"another submission of {run} is under way: look at `status` in a moment")
+@contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """In the block no other process submits this run. Raises ValueError when one does."""
+    folder = run / "slurm"
+    folder.mkdir(parents=True, exist_ok=True)
+    busy = f"another submission of {run} is under way: look at `status` in a moment"
+    try:
+        give_back = lock(folder / "lock", busy).close
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        give_back = _without_flock(folder, busy)
+    try:
+        yield
+    finally:
+        give_back()
+
+
+def _without_flock(folder: Path, busy: str) -> Callable[[], None]:
+    """The lock that results are written under: a file that one process can make, taken over from a dead one.
+
+    Returns:
+        What gives it back.
+    """
+    try:
+        return WriterLock(folder).release
+    except ValueError as error:
+        raise ValueError(f"{busy} ({error})") from None
