@@ -123,6 +123,39 @@ def test_plan_tells_how_many_steps_a_job_has_room_for(tmp_path, stand_in):  # no
     )
 
 
+@pytest.mark.parametrize(
+    "nodes, gpus, ep_size, accept, is_refused",
+    [("2", "2", 4, "", True), ("2", "2", 4, "across", False), ("1", "4", 4, "", False), ("2", "4", 4, "", False),
+     ("2", "2", 2, "", False), ("2,train=1", "2", 4, "", True), ("2", "2", "auto", "", False)],
+)  # fmt: skip
+def test_experts_shared_by_ranks_of_two_nodes_are_asked_for_by_name(tmp_path, nodes, gpus, ep_size, accept, is_refused):
+    overrides = (f"ds.trainer.ep_size={ep_size}",)
+    settings = settings_for(tmp_path, nodes=nodes, gpus_per_node=gpus, overrides=overrides, accept=accept)
+    if is_refused:
+        with pytest.raises(
+            ValueError, match=r"distill: .*ep_size. is 4 on nodes of 2 ranks.*straddle.*--accept across"
+        ):
+            submit.load(settings)
+    else:
+        submit.load(settings)
+
+
+@pytest.mark.parametrize(
+    "nodes, fitting", [(3, "2 and 4"), (5, "4 and 8"), (9, "8 and 16"), (12, "8 and 16"), (40, "16")]
+)
+def test_the_numbers_of_nodes_that_would_fit_are_named(tmp_path, nodes, fitting):
+    with pytest.raises(ValueError, match=f"nodes of 1 ranks; numbers of nodes that fit: {fitting}$"):
+        submit.load(settings_for(tmp_path, nodes=str(nodes), gpus_per_node="1"))
+
+
+def test_no_more_loading_processes_than_cores(tmp_path, capsys):
+    recipe, _ = submit.load(settings_for(tmp_path, cpus_per_task="8,train=2", overrides=("data.workers=12",)))
+    assert recipe.data.workers == 2
+    assert "data.workers is 12 and a rank has 2 CPU cores (--cpus-per-task): 2 are used" in capsys.readouterr().out
+    recipe, _ = submit.load(settings_for(tmp_path, cpus_per_task="12", overrides=("data.workers=12",)))
+    assert recipe.data.workers == 12 and capsys.readouterr().out == ""
+
+
 def test_values_by_stage_and_none_of_the_gpu_jobs_for_download_and_push(tmp_path, stand_in):  # noqa: F811
     settings = settings_for(
         tmp_path, partition="gpu,big,distill=a100", qos="high,push=low", mem="400G", constraint="ib",

@@ -21,15 +21,14 @@ import yaml
 
 from trainer import artifacts
 from trainer.artifacts import missing
-from trainer.chain import arrays, cluster, frozen, slurm, together
+from trainer.chain import arrays, cluster, fits, frozen, slurm, together
 from trainer.chain.settings import ONLINE, Settings
 from trainer.chain.together import say
-from trainer.config.ds_config import read_ds_config, resolve
+from trainer.config.ds_config import read_ds_config
 from trainer.config.load import load_recipe, to_dict
 from trainer.config.recipe import Recipe
 from trainer.disk import lock, write_json
-from trainer.request.graph import experts_in, section_of_batch
-from trainer.request.stages import DOWNLOAD, FOLLOWING, Stage, chain
+from trainer.request.stages import FOLLOWING, Stage, chain
 from trainer.writer_lock import WriterLock
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,18 +121,10 @@ def load(settings: Settings) -> tuple[Recipe, dict]:
     """Recipe and DeepSpeed JSON with the overrides, checked against the ranks of every stage. Without torch."""
     recipe = load_recipe(settings.recipe, settings.recipe_overrides)
     ds_values = read_ds_config(settings.ds_config, settings.ds_overrides)
-    for stage in chain(recipe):
-        section = "" if stage.phase == DOWNLOAD else section_of_batch(recipe, stage.phase)
-        if section:
-            local = settings.ranks_of(stage.setting)
-            resolve(
-                ds_values,
-                getattr(recipe, section),
-                world=settings.nodes_of(stage.setting) * local,
-                local_world=local,
-                num_experts=experts_in(recipe, section),
-                phase=section,
-            )
+    fits.check(settings, recipe, ds_values)
+    recipe, said = fits.with_fewer_workers(settings, recipe)
+    if said:
+        say(said)
     return recipe, ds_values
 
 
