@@ -30,7 +30,8 @@ class Chain:
         self.settings = {
             "RECIPE": RECIPE, "DS_CONFIG": DS_CONFIG, "OUT": str(out), "NODES": "2", "GPUS_PER_NODE": "1",
             "CPUS_PER_TASK": "1", "TIME": "00:20:00", "ARRAY_THROTTLE": "1", "OVERRIDES": EP2, "ACCEPT": "across",
-            "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         } | settings  # fmt: skip
 
     def command(self, *arguments: str, **settings: str) -> subprocess.CompletedProcess:

@@ -90,14 +90,14 @@ def test_a_silent_controller_is_no_refusal(stand_in, tmp_path, capsys, monkeypat
     stand_in.says("down", "")
     with pytest.raises(slurm.NoAnswer, match="The controller does not answer"):
         submit.submit(settings_for(tmp_path))
-    monkeypatch.setattr(plan, "_dry_run", lambda settings, folder: {"checks": [], "problems": [], "flops": {}})
+    monkeypatch.setattr(plan, "_dry_run", lambda settings, recipe, folder: {"checks": [], "problems": [], "flops": {}})
     assert plan.show(settings_for(tmp_path)) == 1
     assert "NO ANSWER  scontrol failed" in capsys.readouterr().out
 
 
 def test_plan_says_what_the_partition_does_not_allow(stand_in, tmp_path, capsys, monkeypatch):  # noqa: F811
     stand_in.says("partition", PARTITIONS)
-    monkeypatch.setattr(plan, "_dry_run", lambda settings, folder: {"checks": [], "problems": [], "flops": {}})
+    monkeypatch.setattr(plan, "_dry_run", lambda settings, recipe, folder: {"checks": [], "problems": [], "flops": {}})
     assert plan.show(settings_for(tmp_path, time="3-0")) == 1
     assert "PROBLEM  teacher, meta, distill, train, evaluate: time is 3-0" in capsys.readouterr().out
 

@@ -13,15 +13,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.chain import cluster, slurm
+from trainer.chain.internet import hub_environ
 from trainer.chain.settings import ONLINE, STAGES, Settings
 from trainer.chain.slots import slots
 from trainer.chain.submit import ROOT, Order, dependency, header, load, plan_orders, write_folder
 from trainer.config import gpus
+from trainer.config.recipe import Recipe
 from trainer.plan.cost import ASSUMED_FLOPS, measured_speed
-from trainer.request.stages import Stage, chain
+from trainer.request.stages import Stage, chain, hub_names
 from trainer.tracking.console import table
 
 DRY_RUN_LIMIT = 1800  # seconds
+PATIENCE = 15  # seconds without a line
 
 
 def show(settings: Settings) -> int:
@@ -43,14 +46,15 @@ def show(settings: Settings) -> int:
             return 0
         print(f"\n{commands(settings, orders)}")
         write_folder(settings, recipe, ds_values, folder, orders)
-        report = _dry_run(settings, folder)
+        print(f"\ndry run of every phase on this machine's CPU; a line every {PATIENCE} s while it lasts", flush=True)
+        report = _dry_run(settings, recipe, folder)
         flops_per_second, source = speed(settings)
         print(f"\ncost\n{cost(settings, orders, report['flops'], flops_per_second, source)}")
         for line in slots(settings, orders):
             print(line)
         if report.get("plan"):
             print(f"\n{report['plan']}")
-        print("\ndry run on this machine's CPU")
+        print("\nfound by the dry run")
         for line in report["checks"]:
             print(f"  ok       {line}")
         for line in report["problems"]:
@@ -167,7 +171,7 @@ def _finished(settings: Settings) -> list[Path]:
     return folders
 
 
-def _dry_run(settings: Settings, folder: Path) -> dict:
+def _dry_run(settings: Settings, recipe: Recipe, folder: Path) -> dict:
     """Run trainer.plan.rehearsal in a process of its own: this one stays without torch.
 
     Returns:
@@ -187,15 +191,44 @@ def _dry_run(settings: Settings, folder: Path) -> dict:
     command = [sys.executable, "-m", "trainer.plan.rehearsal"]
     for flag, value in flags.items():
         command += [flag, value]
-    environ = slurm.clean_environ() | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    try:
-        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=DRY_RUN_LIMIT)
-    except subprocess.TimeoutExpired:
+    for_hub, said = hub_environ() if hub_names(recipe) else ({}, "")
+    if said:
+        print(said, flush=True)
+    environ = slurm.clean_environ() | for_hub | {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    code, words = _watched(command, environ, Path(f"{report}.now"))
+    if code is None:
         return {"checks": [], "problems": [f"not finished after {DRY_RUN_LIMIT} s"], "flops": {}}
-    if done.returncode:
-        *_, last_line = ["no output", *done.stderr.strip().splitlines()]
-        return {"checks": [], "problems": [f"ended with exit code {done.returncode}: {last_line}"], "flops": {}}
+    if code:
+        *_, last_line = ["no output", *words.strip().splitlines()]
+        return {"checks": [], "problems": [f"ended with exit code {code}: {last_line}"], "flops": {}}
     return json.loads(report.read_text())
+
+
+def _watched(command: Sequence[str], environ: Mapping[str, str], now: Path) -> tuple[int | None, str]:
+    """Run the dry run; every PATIENCE seconds a line says which check it is at.
+
+    Args:
+        now: file in which the dry run names it.
+
+    Returns:
+        Exit code, None when DRY_RUN_LIMIT has passed, and what was written to standard error.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=errors, text=True)
+        try:
+            for seconds in range(PATIENCE, DRY_RUN_LIMIT + 1, PATIENCE):
+                try:
+                    code = process.wait(PATIENCE)
+                except subprocess.TimeoutExpired:
+                    check = now.read_text() if now.is_file() else "starting"
+                    print(f"  {seconds} s  {check}", flush=True)
+                    continue
+                errors.seek(0)
+                return code, errors.read()
+            return None, ""
+        finally:
+            process.kill()  # nothing, once it has ended
+            process.wait()
 
 
 def _ask_scheduler(settings: Settings, orders: Sequence[Order]) -> bool:

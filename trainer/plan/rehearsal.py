@@ -55,13 +55,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         dry = DryRun(load_recipe(options.recipe), read_ds_config(options.ds_config), Path(options.out), ranks, folder)
         phases = {stage.phase for stage in chain(dry.recipe)}
-        report["checks"], report["problems"] = carry_out(dry.checks(phases))
+        report["checks"], report["problems"] = carry_out(_told(dry.checks(phases), Path(f"{options.report}.now")))
         report["flops"] = {name: cost.flops for name, cost in dry.costs.items()}
         if options.gpu:
             report["plan"], wrong = planned(dry, options.gpu)
             report["problems"] += wrong
     Path(options.report).write_text(json.dumps(report))
     return 0
+
+
+def _told(checks: Iterable[tuple[str, Callable[[], str]]], path: Path) -> Iterator[tuple[str, Callable[[], str]]]:
+    """The checks, each named in a file before it is carried out: it may take minutes."""
+    for name, check in checks:
+        path.write_text(name)
+        yield name, check
 
 
 def planned(dry: DryRun, gpu: str) -> tuple[str, list[str]]:
@@ -194,6 +201,8 @@ class DryRun:
 
     def disk(self) -> str:
         """Room for the checkpoints of the largest model and for the results of every stage."""
+        if not self.parameters:
+            raise ValueError("how much is needed is not known, since no model could be built (see above)")
         r = self.recipe
         second_round = last_round(r) != "distill"
         # modules, whole student, ...
