@@ -72,7 +72,7 @@ def test_commands_name_every_dependency(tmp_path):
     recipe, _ = load(settings)
     text = plan.commands(settings, plan_orders(settings, recipe, tmp_path / "scripts"))
     assert text.count("=$(sbatch --parsable") == 5
-    assert "--dependency=afterok:$JOB_distill" in text and "--array=0,1,2" in text
+    assert "--dependency=afterok:$JOB_distill" in text and "--array=0-2" in text
     assert "srun --container-image=x python trainer/run.py --phase distill --module $SLURM_ARRAY_TASK_ID" in text
 
 

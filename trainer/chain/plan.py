@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trainer.chain import cluster, slurm
+from trainer.chain import cluster, frozen, slurm
 from trainer.chain.internet import hub_environ
 from trainer.chain.settings import ONLINE, STAGES, Settings
 from trainer.chain.slots import slots
@@ -36,7 +36,8 @@ def show(settings: Settings) -> int:
     recipe, ds_values = load(settings)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "scripts"
-        orders = plan_orders(settings, recipe, folder, _max_array_size())
+        array_size, silence = _max_array_size()
+        orders = plan_orders(settings, recipe, folder, array_size)
         ordered = {order.stage.name for order in orders}
         finished = [stage.name for stage in chain(recipe) if stage.name not in ordered]
         complete = f"; complete already: {', '.join(finished)}" if finished else ""
@@ -59,16 +60,28 @@ def show(settings: Settings) -> int:
             print(f"  ok       {line}")
         for line in report["problems"]:
             print(f"  PROBLEM  {line}")
-        refused = _ask_scheduler(settings, orders)
-    return 1 if report["problems"] or refused else 0
+        mixed = _other_code(settings, recipe, orders)
+        if mixed:
+            print(f"  PROBLEM  {mixed}")
+        refused = _ask_scheduler(settings, orders, silence)
+    return 1 if report["problems"] or mixed or refused else 0
 
 
-def _max_array_size() -> int | None:
-    """What the cluster says; None where there is none, or it does not answer."""
+def _other_code(settings: Settings, recipe: Recipe, orders: Sequence[Order]) -> str:
+    """Why what is finished does not go with the code as it is now; empty when it does."""
     try:
-        return cluster.max_array_size()
-    except slurm.SlurmError:
-        return None
+        frozen.refuse_other_code(ROOT, settings.run, recipe, [(order.stage, order.elements) for order in orders])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _max_array_size() -> tuple[int | None, str]:
+    """What the cluster says, and why it says nothing: a controller that is away is not asked again, for 30 s each."""
+    try:
+        return cluster.max_array_size(), ""
+    except slurm.SlurmError as error:
+        return None, str(error)
 
 
 def commands(settings: Settings, orders: Sequence[Order]) -> str:
@@ -231,17 +244,20 @@ def _watched(command: Sequence[str], environ: Mapping[str, str], now: Path) -> t
             process.wait()
 
 
-def _ask_scheduler(settings: Settings, orders: Sequence[Order]) -> bool:
-    """The partitions, and sbatch --test-only of every job; True when one is refused, or nothing answered."""
+def _ask_scheduler(settings: Settings, orders: Sequence[Order], silence: str) -> bool:
+    """The partitions, and sbatch --test-only of every job; True when one is refused, or nothing answered.
+
+    Args:
+        silence: why Slurm gave no answer when it was asked before; empty when it did.
+    """
     if not shutil.which("sbatch", path=os.environ.get("PATH")):
         print("\nscheduler: no sbatch on PATH here, so it was not asked (sbatch --test-only)")
         return False
     print("\nscheduler (scontrol show partition, sbatch --test-only)")
-    try:
-        problems = cluster.problems(settings, [order.stage for order in orders])
-    except slurm.SlurmError as error:
-        print(f"  NO ANSWER  {error}")
+    if silence:
+        print(f"  NO ANSWER  {silence}")
         return True
+    problems = cluster.problems(settings, [order.stage for order in orders])
     for problem in problems:
         print(f"  PROBLEM  {problem}")
     refusals: set[str] = set()
