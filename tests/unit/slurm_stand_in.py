@@ -40,6 +40,9 @@ case $program in
             release-*) for id in ${2//,/ }; do sed -i s/JobHeldUser/Priority/ "queue/$id"; done ;;
             show-config) cat config ;;
             show-partition) cat partition ;;
+            show-job)
+                if [[ ! -f job-$4 ]]; then echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1; fi
+                echo "JobId=$4 JobState=$(cat "job-$4") Reason=None" ;;
         esac ;;
     sinfo) cat nodes ;;
 esac

@@ -139,6 +139,24 @@ def test_a_release_that_fails_takes_all_back(tmp_path, stand_in):  # noqa: F811
     assert stand_in.queue() == {}
 
 
+def test_the_first_stages_wait_for_jobs_of_others(tmp_path, stand_in):  # noqa: F811
+    stand_in.says("job-12", "RUNNING")
+    stand_in.says("job-13", "COMPLETED")
+    assert submit.submit(settings_for(tmp_path, after="12:13")) == 0
+    first, second, *_ = [call for call in stand_in.calls("sbatch") if "--test-only" not in call]
+    assert "--dependency=afterok:12:13 --kill-on-invalid-dep=yes --hold" in first
+    assert "afterok:101 " in second and [row.depends for row in submit.rows(tmp_path / "run")][:2] == ["12:13", "101"]
+
+
+@pytest.mark.parametrize("state, words", [(None, "which Slurm does not know"), ("FAILED", "which has ended FAILED")])
+def test_a_job_that_cannot_be_waited_for_is_refused(tmp_path, stand_in, state, words):  # noqa: F811
+    if state:
+        stand_in.says("job-12", state)
+    with pytest.raises(ValueError, match=f"after names job 12, {words}"):
+        submit.submit(settings_for(tmp_path, after="12"))
+    assert stand_in.queue() == {}
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_file_system_without_flock_has_one_submission_at_a_time_too(tmp_path, stand_in, monkeypatch, number):  # noqa: F811
     def refused(file, operation):

@@ -89,7 +89,7 @@ def commands(settings: Settings, orders: Sequence[Order]) -> str:
     lines = []
     for order in orders:
         stage = order.stage
-        waits = dependency([f"$JOB_{name}" for name in order.after])
+        waits = dependency([f"$JOB_{name}" for name in order.after] or settings.waits_for)
         sets = "+=:" if order.script.stem != stage.name else "="  # of several arrays
         sbatch = [
             f"JOB_{stage.name}{sets}$(sbatch --parsable",

@@ -81,8 +81,7 @@ class Settings:
             require(path, name, path, f"a path: set {name.upper()} or --{_flag(name)}")
         require(self.level in ("", "module", "expert"), "level", self.level, "module or expert, or nothing")
         require(self.gpu_request in GPU_REQUESTS, "gpu_request", self.gpu_request, "one of " + ", ".join(GPU_REQUESTS))
-        ids = self.after.split(":") if self.after else []
-        require(all(job.isdigit() for job in ids), "after", self.after, "job ids, as 12:13")
+        require(all(job.isdigit() for job in self.waits_for), "after", self.after, "job ids, as 12:13")
         for word in self.accepted:
             require(word in ACCEPT, "accept", self.accept, "of " + ", ".join(ACCEPT))
         if self.gpu_kind:
@@ -133,6 +132,11 @@ class Settings:
     def held(self) -> bool:
         """Whether the user wants the jobs held: they release them by themselves."""
         return not {"-H", "--hold"}.isdisjoint(shlex.split(self.sbatch_args))
+
+    @property
+    def waits_for(self) -> list[str]:
+        """Ids of the jobs before the first stages."""
+        return self.after.split(":") if self.after else []
 
     @property
     def accepted(self) -> tuple[str, ...]:

@@ -115,6 +115,24 @@ def release(ids: Sequence[str]) -> None:
         call("scontrol", "release", ",".join(ids))
 
 
+def refuse_as_parent(job: str) -> None:
+    """Raise ValueError where a job cannot be waited for: Slurm starts what depends on an unknown or ended one at once.
+
+    Raises:
+        SlurmError: NoAnswer when the controller does not answer.
+    """
+    try:
+        text = call("scontrol", "show", "job", "--oneliner", job)
+    except NoAnswer:
+        raise
+    except SlurmError as error:
+        raise ValueError(f"after names job {job}, which Slurm does not know ({error})") from None
+    states = {word.removeprefix("JobState=") for word in text.split() if word.startswith("JobState=")}
+    bad = states & set(ENDED) - {"COMPLETED"}
+    if bad:
+        raise ValueError(f"after names job {job}, which has ended {sorted(bad)[0]}: it cannot end well any more")
+
+
 def cancel(ids: Sequence[str]) -> None:
     """scancel; ids that have ended are no error."""
     if ids:

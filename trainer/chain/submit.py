@@ -84,6 +84,8 @@ def submit(settings: Settings) -> int:
         if not orders:
             say(f"{settings.run}: every stage is complete, nothing to submit")
             return 0
+        for job in settings.waits_for:
+            slurm.refuse_as_parent(job)
         refuse_impossible(settings, orders)
         frozen.refuse_other_code(ROOT, settings.run, recipe, [(order.stage, order.elements) for order in orders])
         write_folder(settings, recipe, ds_values, folder, orders)
@@ -307,6 +309,7 @@ def _submit_all(settings: Settings, folder: Path, orders: Sequence[Order]) -> No
             name = order.stage.name
             parents = [job for parent in order.after for job in ids[parent]]
             hold = [] if parents else ["--hold"]
+            parents = parents or settings.waits_for
             job = slurm.submit([*order.flags, *dependency(parents), *hold], str(order.script))
             ids.setdefault(name, []).append(job)
             elements = ",".join(map(str, order.elements))
