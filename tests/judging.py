@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,11 @@ def bench(dist: Dist = ALONE, **settings: Any) -> Bench:
 
 
 def folder_of(root: Path, images: dict[str, int], seed: int = 0, side: int = 20) -> Path:
-    """ROOT/<class>/<number>.png of noise in a colour of its class, so many of each."""
+    """ROOT/<class>/<number>.png of noise in the colour of its class's name, so many of each."""
     rng = np.random.RandomState(seed)
     for name, count in images.items():
         (root / name).mkdir(parents=True)
-        colour = rng.randint(0, 256, 3)
+        colour = np.random.RandomState(zlib.crc32(name.encode())).randint(0, 256, 3)
         for number in range(count):
             values = (rng.randint(0, 256, (side, side, 3)) + colour) // 2
             Image.fromarray(values.astype(np.uint8)).save(root / name / f"{number}.png")

@@ -26,9 +26,10 @@ from trainer.teaching.students import student_config, student_modules
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = {path.name for path in (ROOT / "recipes").glob("study_*.yaml")} - {"study_base.yaml"}  # test_study.py
 RECIPES = sorted({path.name for path in (ROOT / "recipes").glob("*.yaml")} - STUDIES)
+TUNING = ("finetune.yaml", "finetune_vit.yaml")  # tests/integration/test_finetune.py builds and trains their models
 NAC_RECIPES = [name for name in RECIPES if name.startswith("nac_")]
 every_recipe = pytest.mark.parametrize("name", RECIPES)
-every_vmoe_recipe = pytest.mark.parametrize("name", [name for name in RECIPES if name not in NAC_RECIPES])
+every_vmoe_recipe = pytest.mark.parametrize("name", [name for name in RECIPES if name not in (*NAC_RECIPES, *TUNING)])
 every_nac_recipe = pytest.mark.parametrize("name", NAC_RECIPES)
 PHASE_SECTIONS = ("teacher", "meta", "distill", "train")
 # data.source or data.path -> classes; auto without a path is the digits
@@ -152,7 +153,7 @@ def test_the_header_names_its_command(name):
     load_recipe(ROOT / flags["--recipe"], overrides)
 
 
-@every_recipe
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in TUNING])
 def test_it_resolves_for_the_command_it_names(name):
     run = full_size(name)
     for section in PHASE_SECTIONS:

@@ -264,7 +264,12 @@ class TrainConfig(ScheduleConfig):
         "distilled",
         "from the distilled modules, from scratch, scratch given the cost of the whole chain, or student.init",
     )
-    init: str = knob("", "start from this V-MoE in place of the distilled modules: directory or hub id[@revision]")
+    init: str = knob("", "start from this student in place of the distilled modules: directory or hub id[@revision]")
+    new_head: bool = knob(
+        False,
+        "fine-tuning: give the student of train.init a new head of the data's classes; its sizes and routing stay as "
+        "they were saved, whatever section student says",
+    )
     stitches: Literal["drop", "keep", "fold"] = knob(
         "drop", "stitch layers at assembly: dropped (published), kept, or each border's two folded into one linear map"
     )
@@ -295,3 +300,4 @@ class TrainConfig(ScheduleConfig):
         rivals = STARTS[1:]
         for name in self.baselines:
             require(name in rivals, "train.baselines", name, ", ".join(rivals))
+        require(bool(self.init) or not self.new_head, "train.new_head", True, "false without train.init")

@@ -86,7 +86,7 @@ def take_module(run: Run, module: int, folder: Path) -> None:
 def initial_student(run: Run, ep_size: int) -> nn.Module:
     """The student of train.init with this rank's experts, under the recipe's dropout and capacities (collective).
 
-    Its head gets the data's classes in the data's order.
+    Its head gets the data's classes in the data's order, or is a new one.
 
     Raises:
         ValueError: not there, damaged, without preprocessing, or another model than the recipe's or on other classes;
@@ -97,6 +97,10 @@ def initial_student(run: Run, ep_size: int) -> nn.Module:
         init = run.pinned(run.recipe.train.init)
         student = family_of(run.recipe).load(init, ep_size=ep_size, ep_rank=run.dist.rank % ep_size, config=config)
     student = student.float()
+    if run.recipe.train.new_head:
+        student.reset_classifier(len(run.labels))
+        student.classes_note = "a new head of the data's classes"
+        return student.train()
     if match is None:  # it gives features
         student.classes_note = ""
         return student.train()
@@ -110,7 +114,8 @@ def initial_student(run: Run, ep_size: int) -> nn.Module:
 def _initial_config(run: Run) -> tuple[Any, Match | None]:
     """The recipe's student on the images of train.init, checked against it, and where the data's classes are in it.
 
-    Without classes there is nothing to be found.
+    Without classes, or under a new head, there is nothing to be found; a new head leaves the student as it was saved,
+    but for drop path.
     """
     files = CheckpointFiles(run.pinned(run.recipe.train.init))
     saved, preprocessing, labels = family_of(run.recipe).read_config(files)
@@ -118,6 +123,10 @@ def _initial_config(run: Run) -> tuple[Any, Match | None]:
     if preprocessing is None:
         raise ValueError(f"{files} does not say what its images must look like: save it with its preprocessing")
     drop_path = run.recipe.train.drop_path
+    if run.recipe.train.new_head:
+        if not run.classifies:
+            raise ValueError("train.new_head needs classes, but there are none: teacher.head is none, or no labels")
+        return replace(saved, drop_path_rate=drop_path), None
     width = 0 if run.classifies else run.teacher.model.embed_dim
     recipe = run.recipe
     if family_of(recipe).ALIGNED:
