@@ -82,6 +82,7 @@ def _train(rank: int, job: Job) -> int:
     code = EXIT_FAILED
     try:
         execute(job)
+        interrupt.stop_listening()
         code = 0
     except interrupt.Interrupted as stop:
         if rank == 0:

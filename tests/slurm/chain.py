@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +19,10 @@ DS_CONFIG = "ds_configs/cpu_debug.json"
 EP2 = "ds.trainer.ep_size=2"
 ARTIFACTS = ("teacher", "meta", "distill_0", "distill_1", "distill_2", "train")
 DRIVER = "slurm/m2mkd_vmoe.sh"
+LIGHT = {
+    "PYTHON": str(ROOT / "tests/slurm/light_python"),
+    "LIGHT_STEPS": "50",
+}  # settings of stages that pretend to train
 
 
 class Chain:
@@ -44,19 +48,6 @@ class Chain:
         done = self.command("submit", *arguments)
         assert done.returncode == 0, done.stdout + done.stderr
         return {row[1]: row[3] for row in self.rows()[before:]}
-
-    def scripts_only(self, stage: str) -> Path:
-        """Submit and cancel at once: the job script of a stage, with nothing running and nothing finished.
-
-        A cancelled job is asked to save and stop, and one as small as these may come to its end instead.
-        """
-        jobs = self.submit()
-        self.command("cancel")
-        for job in jobs.values():
-            self.until_ended(job)
-        for artifact in ARTIFACTS:
-            shutil.rmtree(self.out / artifact, ignore_errors=True)
-        return self.out / f"slurm/1/{stage}.sbatch"
 
     def submit_by_driver(self) -> dict[str, str]:
         """sbatch slurm/m2mkd_vmoe.sh, as users do."""
@@ -108,6 +99,13 @@ class Chain:
         """Process ids of the trainer's ranks whose command line holds `pattern`, as the cluster sees them."""
         return self.cluster.run("pgrep", "-f", rf"^\S*python\S* .*/trainer/run.py .*{pattern}").stdout.split()
 
+    def alive(self) -> list[str]:
+        """What lives of the chain: its jobs, and its processes on any node."""
+        ours = {row[3] for row in self.rows()}
+        states = self.cluster.out("squeue", "-h", "--array", "-o", "%F|%i|%T").splitlines()
+        jobs = [line for line in states if line.split("|")[0] in ours]
+        return jobs + self.cluster.run("pgrep", "-af", rf"trainer/run.py .*{self.out}").stdout.splitlines()
+
     def hurry(self) -> None:
         """Slurm restarts a requeued job after two minutes; here after three seconds: the nodes have let go of it."""
         waiting = {}
@@ -155,3 +153,11 @@ def same_weights(out: Path, reference: Path) -> None:
     for artifact in ARTIFACTS:
         weights = f"{artifact}/model.safetensors"
         assert (out / weights).read_bytes() == (reference / weights).read_bytes(), f"{weights} differs"
+
+
+def light_weights(artifact: str) -> str:
+    """What tests/slurm/light_python leaves as the weights of a stage that made every step once."""
+    digest = hashlib.sha256(artifact.encode()).hexdigest()
+    for step in range(1, int(LIGHT["LIGHT_STEPS"]) + 1):
+        digest = hashlib.sha256(f"{digest} {step}".encode()).hexdigest()
+    return digest

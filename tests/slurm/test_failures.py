@@ -77,30 +77,6 @@ def test_failed_stage_cancels_what_depends_on_it_and_a_repair_goes_on(chain, tmp
     assert {chain.until_ended(job) for job in again.values()} == {"CANCELLED"}
 
 
-def test_stage_without_its_inputs_fails_before_training(chain):
-    """afterok on a forgotten id starts at once, so the job body looks at the disk."""
-    job = chain.start(chain.scripts_only("train"), "--dependency=afterok:99999")
-    assert chain.until_ended(job) == "FAILED"
-    assert chain.events("train")[-1].startswith(f"failed needs {chain.out}/teacher, which is not complete")
-
-
-def test_bad_node_is_named_before_training(chain):
-    """More GPUs expected than a node shows."""
-    script = chain.scripts_only("teacher")
-    script.write_text(script.read_text().replace("\nGPUS=1\n", "\nGPUS=2\n"))
-    job = chain.start(script)
-    assert chain.until_ended(job) == "FAILED"
-    assert "node check: node1: 1 GPUs seen, 2 expected; node2: 1 GPUs seen, 2 expected;" in chain.events("teacher")[-1]
-
-
-def test_ranks_that_end_well_without_a_result_are_no_success(chain):
-    script = chain.scripts_only("teacher")
-    script.write_text(script.read_text().replace("\nPYTHON=python\n", "\nPYTHON=true\n"))
-    job = chain.start(script)
-    assert chain.until_ended(job) == "FAILED"
-    assert "left no" in chain.events("teacher")[-1]
-
-
 def test_unknown_partition(chain):
     done = chain.command("submit", "--partition", "gold")
     assert done.returncode == 3 and done.stdout == ""

@@ -274,7 +274,7 @@ def test_the_job_body_reads_the_newest_save_not_the_best(tmp_path, indent):
     folder.mkdir(parents=True)
     names = {"tag": "step_00000120", "best": "step_00000040"}
     (folder / "latest.json").write_text(json.dumps(names, indent=indent) + "\n")
-    command = f"RUN={tmp_path} artifact=train; source {ROOT}/slurm/common.sh; saved_step"
+    command = f"RUN={tmp_path} artifact=train; source {ROOT}/slurm/body.sh; saved_step"
     assert subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout == "120\n"
 
 

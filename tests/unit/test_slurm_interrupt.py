@@ -93,6 +93,20 @@ def test_signal_is_noted_and_a_second_sigterm_ends_the_process():
     assert (done.returncode, done.stdout) == (-signal.SIGTERM, "alive\n")
 
 
+def test_a_warning_while_python_ends_does_not_kill_it():
+    code = (
+        "import os, signal, sys\nfrom trainer.distributed import interrupt\ninterrupt.listen()\n"
+        "class Late:\n    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.SIGUSR1):\n"
+        "        kill(me, number)\n"
+        "sys.modules['late'] = Late()\n{}"  # deleted when python has put the default handlers back
+    )
+    ends = []
+    for last in ("", "interrupt.stop_listening()\n"):
+        done = subprocess.run([sys.executable, "-c", code.format(last)], cwd=ROOT, capture_output=True, text=True)
+        ends.append(done.returncode)
+    assert ends == [-signal.SIGUSR1, 0]
+
+
 def test_process_without_a_heartbeat_ends_with_its_own_code_and_says_where():
     code = (
         "import time\nfrom trainer.distributed.interrupt import HEARTBEAT\nHEARTBEAT.watch(0.6)\n"

@@ -10,6 +10,7 @@ import sys
 
 from trainer.chain import settings as chain_settings
 from trainer.chain import status, submit
+from trainer.chain.cancel import cancel
 from trainer.chain.slurm import SlurmError
 from trainer.chain.together import Stopped, complain
 
@@ -18,13 +19,18 @@ EXIT_SLURM = 3
 
 
 def main() -> int:
-    """Run one command: 0 done, 2 bad settings or run folder, 3 Slurm refused or is absent, 128 + n by signal n."""
+    """Run one command.
+
+    Returns:
+        0 done, 1 something failed or lives on, 2 bad settings or run folder, 3 Slurm refused or is absent, 128 + n by
+        signal n.
+    """
     try:
         command, settings = chain_settings.read(sys.argv[1:])
         if command == "submit":
             return submit.submit(settings)
         if command == "cancel":
-            return submit.cancel(settings.run)
+            return cancel(settings.run)
         if command == "status":
             return status.show(settings)
         from trainer.chain import plan

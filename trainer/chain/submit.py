@@ -1,4 +1,4 @@
-"""Submit the chain, whole or what is missing of it, and cancel it.
+"""Submit the chain, whole or what is missing of it.
 
 RUN/jobs.tsv names every job at once after its submission; RUN/slurm/<n>/ holds what submission n runs: the job scripts,
 the resolved recipe and DeepSpeed JSON, the code, its commit and package versions.
@@ -156,14 +156,15 @@ def write_folder(settings: Settings, recipe: Recipe, ds_values: dict, folder: Pa
     (folder / "recipe.yaml").write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
     (folder / "ds_config.json").write_text(json.dumps(ds_values, indent=1) + "\n")
     for order in orders:
-        order.script.write_text(render(settings, order.stage, folder, order.offset))
+        order.script.write_text(render(settings, order.stage, folder, order.offset, order.script))
 
 
-def render(settings: Settings, stage: Stage, folder: Path, offset: int = 0) -> str:
+def render(settings: Settings, stage: Stage, folder: Path, offset: int = 0, script: Path | None = None) -> str:
     """The job script: header, settings, and the one body slurm/phase.sbatch.
 
     Args:
         offset: element of task id 0, for an array.
+        script: where it is written, for a job that submits it once more; None = FOLDER/STAGE.sbatch.
     """
     _, _, body = (ROOT / "slurm/phase.sbatch").read_text().partition("\n")  # behind its own #!/bin/bash
     arguments = ["--recipe", str(folder / "recipe.yaml"), "--out", str(settings.run)]
@@ -187,6 +188,7 @@ def render(settings: Settings, stage: Stage, folder: Path, offset: int = 0) -> s
         "WARN_SECONDS": settings.warn_seconds,
         "MAX_REQUEUES": settings.max_requeues,
         "MAX_IDLE_REQUEUES": settings.max_idle_requeues,
+        "SCRIPT": script or folder / f"{stage.name}.sbatch",
     }
     lines = ["#!/bin/bash"]
     lines += [f"#SBATCH {flag}" for flag in header(settings, stage)]
@@ -259,21 +261,6 @@ def refuse_live(run: Path) -> None:
         if len(live) > 6:
             shown += " ..."
         raise ValueError(f"jobs of {run} are still live ({shown}): wait for them, or stop them with `cancel`")
-
-
-def cancel(run: Path) -> int:
-    """Cancel every live job of the run and wait until none is left."""
-    live = live_jobs(run)
-    if not live:
-        print(f"{run}: no live jobs")
-        return 0
-    ids = sorted({job.array for job in live})
-    slurm.cancel(ids)
-    end = time.monotonic() + 60
-    while time.monotonic() < end and any(job.live for job in slurm.jobs(ids)):
-        time.sleep(0.5)
-    print(f"{run}: cancelled {', '.join(ids)}; what was saved stays, `submit` goes on from it")
-    return 0
 
 
 def live_jobs(run: Path) -> list[slurm.Job]:

@@ -35,6 +35,12 @@ def listen() -> None:
         signal.signal(number, _note)
 
 
+def stop_listening() -> None:
+    """Ignore warnings from now on. Call it when the work is done: python's end would put the deadly default back."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Interruption:
     """Asks the other ranks about once a second whether one of them must stop; all ranks ask after the same steps.
 
