@@ -6,7 +6,7 @@ STUDY ?= recipes/study_ablation.yaml
 BIN := $(VENV)/bin
 ENV := OMP_NUM_THREADS=1 HF_HUB_DISABLE_TELEMETRY=1 PATH="$(abspath $(BIN)):$$PATH"
 
-.PHONY: setup demo study test test-lowest test-processor test-wheel wheel slurm-test faults elastic sweep hostile \
+.PHONY: setup demo study test test-lowest test-processor test-wheel wheel slurm-test slurm-rounds faults elastic sweep hostile \
 	slurm-packages lint format clean
 
 setup: $(VENV)/.runtime
@@ -71,6 +71,12 @@ test-wheel: $(VENV)/.dev
 # The long form of tests/slurm on a real cluster of this machine; as root on Debian, about 20 minutes on 2 cores.
 slurm-test: $(VENV)/.dev slurm-packages
 	$(ENV) CI=1 python -m pytest tests/slurm -m "slow or not slow"
+
+# Chains on four nodes, disturbed at random (preemption, dead nodes, controller, signals, full disk, srun): each has to end
+# with the weights of an undisturbed one. CHAINS=30 SEED=0 make slurm-rounds; LIGHT=--light: stages that pretend to train.
+CHAINS ?= 30
+slurm-rounds: $(VENV)/.dev slurm-packages
+	$(ENV) python -m tests.slurm.rounds --chains $(CHAINS) --seed $(SEED) $(LIGHT)
 
 # The long forms of what tests/ proves about resuming. FAULTS=200 SEED=0 make faults
 FAULTS ?= 200

@@ -130,6 +130,22 @@ class Cluster:
         pid = self.out("pgrep", "-o", "-x", "slurmctld").strip()
         (self.state / "run/slurmctld.pid").write_text(pid)
 
+    def kill_node(self, number: int) -> None:
+        """Kill every process of a node at once: its slurmd, Slurm's steps and the ranks, as when it loses power."""
+        pid = (self.state / f"run/node{number}.pid").read_text().strip()
+        program = (
+            'ns=$(readlink "/proc/$1/ns/net"); for p in /proc/[0-9]*; do '
+            '[[ $(readlink "$p/ns/net") != "$ns" ]] || kill -KILL "${p#/proc/}"; done'
+        )
+        self.out("bash", "-c", program, "_", pid)
+        gone = lambda: "veth" + str(number) not in self.out("ip", "-o", "link")  # noqa: E731
+        self.wait_for(gone, 30, f"the network of node{number} to go")
+
+    def start_node(self, number: int) -> None:
+        """Start a node that was killed."""
+        command = self.inside(["bash", str(HERE / "cluster_node.sh"), str(self.state), str(number)], "/")
+        subprocess.run(command, env=self.environ, check=True, timeout=60)
+
     def stop(self) -> None:
         """End the first process, and with it everything inside, and remove the folder."""
         if self.outer is not None:

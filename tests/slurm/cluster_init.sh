@@ -20,19 +20,9 @@ until [[ -S $state/munge/socket ]]; do sleep 0.05; done
 slurmctld -D -f "$SLURM_CONF" >"$state/log/slurmctld.out" 2>&1 &
 echo $! >"$state/run/slurmctld.pid"
 
+here=$(dirname "$0")
 for ((i = 1; i <= nodes; i++)); do
-    # slurmd waits for its network: the veth pair needs the pid of the new namespace
-    unshare --net --uts --mount bash -c '
-        hostname "node$1"
-        until ip link show eth0 >/dev/null 2>&1; do sleep 0.05; done
-        ip link set lo up
-        ip addr add "10.213.0.$((10 + $1))/24" dev eth0
-        ip link set eth0 up
-        exec slurmd -D -N "node$1" -f "$SLURM_CONF"' _ "$i" >"$state/log/node$i.out" 2>&1 &
-    echo $! >"$state/run/node$i.pid"
-    until [[ $(readlink "/proc/$!/ns/net") != $(readlink /proc/self/ns/net) ]]; do sleep 0.02; done
-    ip link add "veth$i" type veth peer name eth0 netns "$!"
-    ip link set "veth$i" master bridge0 up
+    bash "$here/cluster_node.sh" "$state" "$i"
 done
 touch "$state/run/started"
 while true; do sleep 3600 & wait; done # PID 1 also collects the orphans

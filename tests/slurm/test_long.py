@@ -48,6 +48,38 @@ def test_ten_interruptions_at_random_times(cluster, chain, reference):
         assert saved == sorted(saved) and set(chain.resumed(artifact)) <= set(saved)
 
 
+def test_cancel_at_every_moment_ends_everything_and_loses_nothing(chain, reference, tmp_path):
+    """One chain, cancelled at eight moments and submitted again each time, ends with the weights of the reference."""
+    out = chain.out
+    slow = tmp_path / "bin/nvidia-smi"  # so that the check of the nodes can be met
+    slow.parent.mkdir()
+    slow.write_text("#!/bin/bash\nsleep 4\nexit 1\n")
+    slow.chmod(0o755)
+    chain.settings["PATH"] = f"{slow.parent}:{chain.settings['PATH']}"
+    moments = {
+        "pending": lambda: True,
+        "node check": lambda: any(out.glob("slurm/nodes-*")),
+        "rendezvous": lambda: bool(chain.ranks("")),
+        "training": lambda: chain.step("meta") >= 20,
+        "saving": lambda: any(out.glob("meta/checkpoints/step_*")) and not (out / "meta/result.json").exists(),
+        "between stages": lambda: (out / "meta/result.json").exists(),
+        "training an element": lambda: chain.step("distill_1") >= 20,
+        "evaluating": lambda: bool(chain.ranks("--phase evaluate")),
+    }
+    for moment, reached in moments.items():
+        chain.submit()
+        chain.until(reached, moment, timeout=400)
+        begun = time.monotonic()
+        done = chain.command("cancel")
+        assert done.returncode == 0 and chain.alive() == [], f"{moment}: {done.stdout}{chain.alive()}"
+        assert time.monotonic() - begun < 60, moment
+        time.sleep(3)
+        assert chain.alive() == [], f"{moment}: something came back"
+    jobs = chain.submit()
+    assert chain.until_ended(jobs["evaluate"]) == "COMPLETED"
+    same_weights(out, reference)
+
+
 def _interrupt(cluster, chain, kind, draw):
     """One disturbance of whatever runs, after a random time; waits until something runs again."""
     chain.until(lambda: bool(chain.ranks("")) and bool(_running(cluster)), "running ranks", timeout=300)
@@ -128,15 +160,24 @@ def test_push_by_a_job_on_a_node_with_internet(cluster, chain, reference, tmp_pa
 
 
 def test_body_that_meets_on_localhost_trains_nothing(cluster, chain):
-    chain.submit()
-    chain.command("cancel")
+    chain.settings["SBATCH_ARGS"] = "--hold"
+    held = chain.submit()["teacher"]
     script = chain.out / "slurm/1/teacher.sbatch"
     wrong = script.read_text().replace("\nexport MASTER_ADDR ", "\nMASTER_ADDR=localhost; export MASTER_ADDR ")
     assert wrong != script.read_text()
-    script.write_text(wrong)
+    script.write_text(wrong.replace("#SBATCH --hold\n", ""))
+    cluster.out("scancel", held)
     job = chain.start(script)
     chain.until(lambda: bool(chain.ranks("--phase teacher")), "the ranks")
     time.sleep(45)  # the right one is done in half of that
     assert chain.state(job) == "RUNNING"
     assert chain.step("teacher") == 0 and not (chain.out / "teacher/result.json").exists()
     cluster.out("scancel", job)
+
+
+def test_disturbed_chains_on_four_nodes():
+    """Two of `python -m tests.slurm.rounds`: with modules and with experts."""
+    command = [sys.executable, "-m", "tests.slurm.rounds", "--chains", "2", "--seed", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 chains, 6 disturbances" in done.stdout
