@@ -9,6 +9,7 @@ activate_environment() {
         [[ -r $ENV_FILE ]] || { echo "error: ENV_FILE $ENV_FILE cannot be read" >&2; return 2; }
         source_environment || return 2
     fi
+    ((${HAS_CONTAINER:-0})) && return # there python is inside
     command -v "$PYTHON" >/dev/null && return
     echo "error: no $PYTHON on $(hostname): set PYTHON, or ENV_FILE to a file that activates the environment" >&2
     return 2

@@ -42,7 +42,10 @@ EXCLUDE=${EXCLUDE:-}
 MAIL=${MAIL:-}
 ENV_FILE=${ENV_FILE:-}          # sourced before python starts: module load ..., source venv/bin/activate
 PYTHON=${PYTHON:-python}
-SRUN_ARGS=${SRUN_ARGS:-}        # e.g. --container-image=... --container-mounts=...
+CONTAINER=${CONTAINER:-}        # image that the ranks run in
+CONTAINER_RUNTIME=${CONTAINER_RUNTIME:-pyxis}   # or apptainer, singularity
+CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-}   # /data:/data
+SRUN_ARGS=${SRUN_ARGS:-}
 SBATCH_ARGS=${SBATCH_ARGS:-}
 GPU_KIND=${GPU_KIND:-}          # plan: h200, h100, ... for memory, traffic and time of every phase
 ARRAY_THROTTLE=${ARRAY_THROTTLE:-0}   # jobs of one array (modules, experts) running at once; 0 = all

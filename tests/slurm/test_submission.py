@@ -70,3 +70,18 @@ def test_a_partition_that_is_down_is_not_waited_for(cluster, chain):
         assert "error: nothing was submitted. train: partition urgent is DOWN" in done.stderr
     finally:
         cluster.out("scontrol", "update", "partitionname=urgent", "state=up")
+
+
+def test_ranks_in_a_container_and_gpus_asked_for_by_task(cluster, tmp_path):
+    """A stand-in for apptainer notes what it is asked and runs it; every rank sees the GPUs of its node."""
+    apptainer = tmp_path / "apptainer"
+    apptainer.write_text(f'#!/bin/bash\necho "$CUDA_VISIBLE_DEVICES $*" >>{tmp_path}/asked\nexec "${{@:8}}"\n')
+    apptainer.chmod(0o755)
+    chain = Chain(cluster, tmp_path / "run", NODES="1", GPUS_PER_NODE="2", GPU_REQUEST="gpus-per-task",
+                  CONTAINER="image.sif", CONTAINER_RUNTIME=str(apptainer))  # fmt: skip
+    jobs = chain.submit("teacher.epochs=1")
+    assert chain.until_ended(jobs["teacher"]) == "COMPLETED", chain.logs()
+    cluster.out("scancel", *jobs.values())
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) >= 2 and all(line.startswith("0,1 exec --nv --bind ") for line in asked)
+    assert all(f" --pwd {ROOT} image.sif python {chain.out}/slurm/1/code/trainer/run.py " in line for line in asked)

@@ -1,12 +1,13 @@
 """What a cluster does not allow is said before anything is submitted; silence is told from refusal."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tests.unit.slurm_stand_in import stand_in  # noqa: F401
 from tests.unit.test_slurm_chain import settings_for
-from trainer.chain import cluster, plan, slurm, submit
+from trainer.chain import cluster, containers, plan, slurm, submit
 from trainer.chain.settings import Settings
 from trainer.chain.slots import slots
 from trainer.config.load import load_recipe
@@ -154,6 +155,27 @@ def test_no_more_loading_processes_than_cores(tmp_path, capsys):
     assert "data.workers is 12 and a rank has 2 CPU cores (--cpus-per-task): 2 are used" in capsys.readouterr().out
     recipe, _ = submit.load(settings_for(tmp_path, cpus_per_task="12", overrides=("data.workers=12",)))
     assert recipe.data.workers == 12 and capsys.readouterr().out == ""
+
+
+def test_a_container_of_pyxis_is_flags_of_srun_and_of_apptainer_a_command(tmp_path):
+    given = {"container": "image.sqsh", "container_mounts": "/data:/data", "srun_args": "--mpi=none"}
+    pyxis = settings_for(tmp_path, **given)
+    mounts = f"{pyxis.run}:{pyxis.run},/work:/work,/data:/data"
+    work = Path("/work")
+    assert containers.srun_flags(pyxis, work) == [
+        "--container-image=image.sqsh", f"--container-mounts={mounts}", "--container-workdir=/work",
+    ]  # fmt: skip
+    assert containers.command(pyxis, work, gpus=True) == []
+    apptainer = settings_for(tmp_path, container_runtime="apptainer", **given)
+    assert containers.srun_flags(apptainer, work) == []
+    with_gpus = ["apptainer", "exec", "--nv", "--bind", mounts, "--pwd", "/work", "image.sqsh"]
+    assert containers.command(apptainer, work, gpus=True) == with_gpus
+    assert "--nv" not in containers.command(apptainer, work, gpus=False)
+    assert (
+        containers.srun_flags(settings_for(tmp_path), work)
+        == containers.command(settings_for(tmp_path), work, True)
+        == []
+    )
 
 
 def test_values_by_stage_and_none_of_the_gpu_jobs_for_download_and_push(tmp_path, stand_in):  # noqa: F811

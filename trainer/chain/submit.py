@@ -21,7 +21,7 @@ import yaml
 
 from trainer import artifacts
 from trainer.artifacts import missing
-from trainer.chain import arrays, cluster, fits, frozen, slurm, together
+from trainer.chain import arrays, cluster, containers, fits, frozen, slurm, together
 from trainer.chain.settings import ONLINE, Settings
 from trainer.chain.together import say
 from trainer.config.ds_config import read_ds_config
@@ -183,7 +183,9 @@ def render(settings: Settings, stage: Stage, folder: Path, offset: int = 0, scri
         "OFFSET": offset,
         "PYTHON": settings.python,
         "ENV_FILE": settings.env_file,
-        "SRUN_ARGS": shlex.split(settings.srun_args),
+        "SRUN_ARGS": [*shlex.split(settings.srun_args), *containers.srun_flags(settings, ROOT)],
+        "CONTAINER": containers.command(settings, ROOT, gpus=settings.gpus_of(stage.setting) > 0),
+        "HAS_CONTAINER": int(bool(settings.container)),
         "GPUS": settings.gpus_of(stage.setting),
         "WARN_SECONDS": settings.warn_seconds,
         "MAX_REQUEUES": settings.max_requeues,
@@ -198,6 +200,11 @@ def render(settings: Settings, stage: Stage, folder: Path, offset: int = 0, scri
             lines.append(f"{name}=({shlex.join(value)})")
         else:
             lines.append(f"{name}={shlex.quote(str(value))}")
+    # what was asked for by task was for the job: every step sees all GPUs of a node. Since 24.05 CPUs are in the second
+    lines.append("unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK")
+    gpus = settings.gpus_of(stage.setting)
+    if gpus and settings.gpu_request == "gpus-per-task":
+        lines.append(f"export SLURM_GRES=gpu:{gpus}")  # of srun
     return "\n".join([*lines, body])
 
 
