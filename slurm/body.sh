@@ -21,6 +21,12 @@ event() {
     TZ=UTC printf '%(%Y-%m-%dT%H:%M:%SZ)T\t%s\t%s\t%s\t%s\n' -1 "$me" "${SLURM_RESTART_COUNT:-0}" "$1" \
         "${*:2}" >>"$RUN/slurm/events/$artifact.tsv"
     say "$*"
+    [[ -z ${HOOK:-} || ! $1 =~ ^(done|failed|requeued)$ ]] || run_hook "$artifact" "$1" "${*:2}"
+}
+
+# The user's command; short, since Slurm may be about to end this script, and whatever it comes to changes nothing.
+run_hook() {
+    RUN=$RUN timeout 10 bash -c "$HOOK" hook "$@" </dev/null || say "hook: exit code $? (124: not done within 10 s): $HOOK"
 }
 
 # Ends the job: fail CODE MESSAGE

@@ -6,7 +6,7 @@
 # The m2mKD chain for a NAC student: slurm/m2mkd_vmoe.sh, whose settings and commands are all valid here, with its recipe.
 #
 #   sbatch slurm/m2mkd_nac.sh
-#   bash slurm/m2mkd_nac.sh plan|status|cancel
+#   bash slurm/m2mkd_nac.sh plan|status|wait|cancel
 #   RECIPE=recipes/nac_imagenet.yaml bash slurm/m2mkd_nac.sh
 
 export RECIPE=${RECIPE:-recipes/nac_tiny_imagenet.yaml}

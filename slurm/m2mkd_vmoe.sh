@@ -8,7 +8,8 @@
 #
 #   sbatch slurm/m2mkd_vmoe.sh                    a small driver job submits the chain (start it in the repository)
 #   bash slurm/m2mkd_vmoe.sh                      the same from the login node
-#   bash slurm/m2mkd_vmoe.sh plan|status|cancel
+#   bash slurm/m2mkd_vmoe.sh plan|status|wait|cancel
+#   bash slurm/m2mkd_vmoe.sh logs distill_1 -f
 #   NODES=4 bash slurm/m2mkd_vmoe.sh --partition gpu train.epochs=50
 #   SBATCH_ACCOUNT=mine sbatch slurm/m2mkd_vmoe.sh    where a job needs an account: ACCOUNT below is not the driver job's
 #   RECIPE=recipes/own_images.yaml DS_CONFIG=ds_configs/one_machine.json bash slurm/m2mkd_vmoe.sh --gpus-per-node 1 \
@@ -40,6 +41,7 @@ ACCOUNT=${ACCOUNT:-}
 AFTER=${AFTER:-}                # ids of other jobs, 12:13, that must end well first
 EXCLUDE=${EXCLUDE:-}
 MAIL=${MAIL:-}
+HOOK=${HOOK:-}                  # shell command at done, failed, requeued: "$1" result, "$2" event, "$3" text
 ENV_FILE=${ENV_FILE:-}          # sourced before python starts: module load ..., source venv/bin/activate
 PYTHON=${PYTHON:-python}
 CONTAINER=${CONTAINER:-}        # image that the ranks run in

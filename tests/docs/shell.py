@@ -23,6 +23,7 @@ from tests.hub_server import HubServer
 from tests.launch import ROOT, Finished
 from tests.unit.test_importers import FIXTURE, drawn, stages, whole
 from tests.warm_python import WarmPython
+from trainer.chain import options as chain_options
 from trainer.chain import settings as chain_settings
 from trainer.config.load import load_recipe
 from trainer.study.plan import cells, read_study
@@ -125,9 +126,11 @@ class Shell:
         environ = {**os.environ, **variables, "PYTHON": str(stub), "SEEN": str(seen)}
         subprocess.run(["bash", script, *words], cwd=self.folder, env=environ, check=True)
         words, environ = json.loads(seen.read_text())
-        command, settings = chain_settings.read(words, environ)
+        _, rest = chain_options.take(words)
+        command, settings = chain_settings.read(rest, environ)
         if command != "plan":
-            load_recipe(self.folder / settings.recipe, [w for w in settings.overrides if not w.startswith("ds.")])
+            changes = [word for word in settings.recipe_overrides if "=" in word]  # not the stage of `logs`
+            load_recipe(self.folder / settings.recipe, changes)
             return
         names = [field.upper() for field in chain_settings.Settings.__dataclass_fields__]
         kept = {name: environ[name] for name in names if name in environ}

@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from trainer.artifacts import missing
+from trainer.chain import progress, slurm, status, submit
 from trainer.chain import settings as chain_settings
-from trainer.chain import slurm, status, submit
 from trainer.chain.settings import Settings
 from trainer.config.load import load_recipe, to_dict
 from trainer.request.stages import Stage, chain
@@ -145,7 +145,7 @@ def test_a_push_is_missing_when_its_input_or_its_goal_is_another(tmp_path):
     goal = {"repo": "alice/model", "revision": "main", "commit": "abcdef0123"}
     path.write_text(json.dumps(json.loads(path.read_text()) | goal))
     assert missing(push, settings.run, recipe) == []
-    assert status.progress(settings.run, "push") == "alice/model@main, commit abcdef0"
+    assert str(progress.read(settings.run, "push")) == "alice/model@main, commit abcdef0"
     assert missing(push, settings.run, load_recipe(RECIPE, ["hub.repo=alice/model", "hub.revision=v2"])) == [0]
     os.utime(settings.run / "push/result.json", (50, 50))
     assert missing(push, settings.run, recipe) == [0]
@@ -284,6 +284,6 @@ def test_status_without_a_controller_shows_the_disk(tmp_path, fake, capsys, monk
     (fake / "squeue").write_text(
         "#!/bin/bash\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"
     )
-    assert status.show(settings) == 0
+    assert status.show(settings) == 3
     shown = capsys.readouterr().out
-    assert "Slurm gives no answer" in shown and "unknown" in shown
+    assert "Slurm gives no answer" in shown and "no answer" in shown

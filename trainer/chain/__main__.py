@@ -1,21 +1,23 @@
 """The command behind slurm/m2mkd_vmoe.sh.
 
-python -m trainer.chain [submit|plan|status|cancel] [--flags] [section.key=value ...]
+python -m trainer.chain [submit|plan|status|logs|wait|cancel] [--flags] [section.key=value ...]
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
+from trainer.chain import logs, options, status, submit, wait
 from trainer.chain import settings as chain_settings
-from trainer.chain import status, submit
 from trainer.chain.cancel import cancel
 from trainer.chain.slurm import SlurmError
 from trainer.chain.together import Stopped, complain
 
 EXIT_BAD_INPUT = 2
 EXIT_SLURM = 3
+FOLLOWING = {"status": status.show, "logs": logs.show, "wait": wait.show}
 
 
 def main() -> int:
@@ -23,16 +25,18 @@ def main() -> int:
 
     Returns:
         0 done, 1 something failed or lives on, 2 bad settings or run folder, 3 Slurm refused or is absent, 128 + n by
-        signal n.
+        signal n; of status, logs and wait: trainer/chain/status.py, CODES.
     """
+    command = ""
     try:
-        command, settings = chain_settings.read(sys.argv[1:])
+        view, arguments = options.take(sys.argv[1:])
+        command, settings = chain_settings.read(arguments)
+        if command in FOLLOWING:
+            return FOLLOWING[command](settings, view)
         if command == "submit":
             return submit.submit(settings)
         if command == "cancel":
             return cancel(settings.run)
-        if command == "status":
-            return status.show(settings)
         from trainer.chain import plan
 
         return plan.show(settings)
@@ -42,11 +46,15 @@ def main() -> int:
     except Stopped as error:
         complain(f"error: {error}")
         return 128 + error.number
+    except BrokenPipeError:  # a reader such as head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more at its end
+        return 0 if command in FOLLOWING else EXIT_BAD_INPUT
     except (ValueError, OSError) as error:
         complain(f"error: {error}")
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
-        complain("error: stopped by Ctrl-C")
+        if command not in FOLLOWING:
+            complain("error: stopped by Ctrl-C")
         return 128 + signal.SIGINT
 
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.chain.options import HELP as FOLLOWING_HELP
 from trainer.config import gpus
 from trainer.config.knobs import knob, require
 from trainer.request.graph import stage_names
 from trainer.request.stages import DOWNLOAD
 
-COMMANDS = ("submit", "plan", "status", "cancel")
+COMMANDS = ("submit", "plan", "status", "logs", "wait", "cancel")
 STAGES = (DOWNLOAD, *stage_names())
 ONLINE = (DOWNLOAD, "push")  # one task without GPU on a node with internet
 ONLINE_CPUS = "4"  # of such a task, unless cpus_per_task names one for it
@@ -61,6 +62,7 @@ class Settings:
     exclude: str = knob("", "nodes to avoid")
     after: str = knob("", "ids of other jobs, 12:13, that must end well before the first stages start")
     mail: str = knob("", "address for END, FAIL and REQUEUE mails")
+    hook: str = knob("", 'shell command run by a job at done, failed and requeued; "$1" result, "$2" event, "$3" text')
     sbatch_args: str = knob("", "more sbatch flags, separated by spaces; not of download and push")
     srun_args: str = knob("", "more srun flags")
     container: str = knob("", "image that the ranks run in; the driver and the node check do not")
@@ -209,10 +211,11 @@ def read(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> t
     fields = [field for field in dataclasses.fields(Settings) if field.name != "overrides"]
     parser = argparse.ArgumentParser(
         prog="slurm/m2mkd_vmoe.sh",
-        epilog="section.key=value overrides the recipe, ds.section.key=value the DeepSpeed JSON.",
+        epilog=f"section.key=value overrides the recipe, ds.section.key=value the DeepSpeed JSON.\n\n{FOLLOWING_HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("words", nargs="*", metavar="submit|plan|status|cancel [section.key=value ...]")
+    parser.add_argument("words", nargs="*", metavar="submit|plan|status|logs|wait|cancel [section.key=value ...]")
     for field in fields:
         parser.add_argument(f"--{_flag(field.name)}", dest=field.name, help=field.metadata["help"])
     flags = vars(parser.parse_intermixed_args(arguments))

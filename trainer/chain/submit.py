@@ -187,6 +187,7 @@ def render(settings: Settings, stage: Stage, folder: Path, offset: int = 0, scri
         "CONTAINER": containers.command(settings, ROOT, gpus=settings.gpus_of(stage.setting) > 0),
         "HAS_CONTAINER": int(bool(settings.container)),
         "GPUS": settings.gpus_of(stage.setting),
+        "HOOK": settings.hook,
         "WARN_SECONDS": settings.warn_seconds,
         "MAX_REQUEUES": settings.max_requeues,
         "MAX_IDLE_REQUEUES": settings.max_idle_requeues,
