@@ -17,6 +17,7 @@ import json
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,15 +92,20 @@ def load_results(out: str | Path) -> dict[str, dict[str, Any]]:
     return results
 
 
-def execute(job: Job) -> None:
-    """Join the other ranks, check everything, run the phases of a job (collective)."""
+def execute(job: Job, begun: float | None = None) -> None:
+    """Join the other ranks, check everything, run the phases of a job (collective).
+
+    Args:
+        begun: unix time since when this process works for the job; None = now.
+    """
+    begun = begun or time.time()
     import models  # noqa: F401  first: it mends torchvision beside a CPU torch
     from trainer import writer_lock
-    from trainer.context import Run
+    from trainer.context import BEGUN, Opened, Run
     from trainer.distributed import ranks
     from trainer.plan import preflight
 
-    run = Run(job.recipe, job.ds_values, job.out, ranks.start(), job.command)
+    run = Run(job.recipe, job.ds_values, job.out, ranks.start(), job.command, opened=Opened({BEGUN: begun}))
     with run.dist.together():
         preflight.check(run, job.phases)
     interrupt.HEARTBEAT.watch(job.recipe.run.hang_seconds)  # from here on: what came before may be a download of hours

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -48,6 +49,7 @@ from trainer.request.graph import (
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+BEGUN = "begun"  # in Opened: unix time since when this process works for the result it makes now
 # whose results name their classes: other runs read them
 REUSED = ("teacher", "probe", "meta", "distill", "train", "evaluate")
 
@@ -456,6 +458,9 @@ class Run:
             made_with: what the artifact came from beside the recipe (teacher, meta, init), by name.
         """
         outcome = trained.outcome
+        # since this process began to work for this result; what it has not trained it has started, built and saved
+        begun = self.opened.taken(BEGUN, lambda: math.nan)
+        startup = time.time() - begun - (outcome.seconds - outcome.earlier)
         if self.dist.main:
             if weights is not None:
                 save_weights(folder / "model.safetensors", weights)
@@ -464,6 +469,7 @@ class Run:
                 "module": module,
                 "metrics": {name: float(value) for name, value in metrics.items()},
                 "seconds": outcome.seconds,
+                "startup_seconds": None if math.isnan(startup) else max(0.0, startup),
                 "images_seen": outcome.images_seen,
                 "steps": outcome.steps,
                 "epochs": trained.epochs,
@@ -484,6 +490,7 @@ class Run:
                 result["classes"] = self.labels if phase == "teacher" else self.classes
             artifacts.write_result(folder, result)
         self.dist.barrier()
+        self.opened.once(BEGUN, time.time)  # for the next result of this process
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor]) -> None:

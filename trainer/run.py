@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -31,9 +32,10 @@ from trainer.tracking.console import quieten, set_up_logging
 
 def main(arguments: list[str] | None = None) -> int:
     """Do what the arguments ask and return the exit code: 0 only when it is done (others: trainer/request/job.py)."""
+    begun = time.time()
     rank = spokesman_rank()
     try:
-        work = _work(sys.argv[1:] if arguments is None else arguments, rank)
+        work = _work(sys.argv[1:] if arguments is None else arguments, rank, begun)
     except (ValueError, OSError) as error:
         if rank == 0:
             _say(error)  # the same on every rank: said once
@@ -41,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     return work()
 
 
-def _work(arguments: list[str], rank: int) -> Callable[[], int]:
+def _work(arguments: list[str], rank: int, begun: float) -> Callable[[], int]:
     """What is to be done, after everything that can be refused without torch."""
     refuse_secrets(arguments, "the command line")
     options = cli.parse(arguments)
@@ -61,7 +63,7 @@ def _work(arguments: list[str], rank: int) -> Callable[[], int]:
         return partial(_refuse, error)
     if options.dry_run:
         return partial(_alone, rank, _dry_run, job)
-    return partial(_train, rank, job)
+    return partial(_train, rank, job, begun)
 
 
 def _refuse(error: Exception) -> int:
@@ -69,8 +71,12 @@ def _refuse(error: Exception) -> int:
     return EXIT_BAD_INPUT
 
 
-def _train(rank: int, job: Job) -> int:
-    """The phases of a job, on all ranks."""
+def _train(rank: int, job: Job, begun: float) -> int:
+    """The phases of a job, on all ranks.
+
+    Args:
+        begun: unix time of this process's start.
+    """
     interrupt.listen()
     quieten()
     set_up_logging(rank == 0)
@@ -81,7 +87,7 @@ def _train(rank: int, job: Job) -> int:
 
     code = EXIT_FAILED
     try:
-        execute(job)
+        execute(job, begun)
         interrupt.stop_listening()
         code = 0
     except interrupt.Interrupted as stop:

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from trainer.chain import plan
+from trainer.chain import cost, plan
 from trainer.chain.settings import Settings
 from trainer.chain.submit import load, plan_orders
 from trainer.config.load import load_recipe
-from trainer.plan import cost
+from trainer.plan.cost import Measured, Speeds
 from trainer.plan.stand_ins import planned_run
 from trainer.teaching.estimate import of_training
 
@@ -26,6 +26,11 @@ def settings_for(tmp_path, **changes):
         "time": "02:00:00",
     }
     return Settings(**values | changes)
+
+
+def speed_of(flops_per_second):
+    """One finished result of a phase that no test plans, whose rank computes that fast."""
+    return Speeds([Measured("probe", "probe", Path("x"), flops_per_second, 1.0, 1, 0.0)])
 
 
 def write_result(run, stage, **values):
@@ -46,25 +51,53 @@ def test_cost_from_flops_and_a_measured_speed(tmp_path):
         "distill_2": 1.8e12,
         "train": 0,
     }
-    lines = plan.cost(settings, orders, flops, 1e9, "from a test").splitlines()
+    lines = cost.cost(settings, orders, flops, speed_of(1e9)).splitlines()
     rows = {line.split()[0]: line.split() for line in lines}
     assert rows["teacher"][-2:] == ["1", "4"]  # at most 2 GPUs x 2 h
     assert rows["distill"][1:4] == ["3", "2", "2"] and rows["distill"][-2:] == ["2.5", "12"]
     assert rows["evaluate"][-2:] == ["-", "4"]  # evaluation has no estimate, only its limit
     assert rows["total"][-2:] == ["5.5", "28"]
-    assert lines[-1].startswith("expected: from a test")
+    assert "teacher, meta, distill, train, evaluate, of which nothing is finished, by the slowest" in lines[-1]
 
 
-def test_speed_is_the_slowest_finished_stage_or_said_to_be_assumed(tmp_path):
-    settings = settings_for(tmp_path, speed_from=str(tmp_path / "other"))
-    assert plan.speed(settings)[0] == cost.ASSUMED_FLOPS
-    assert "an assumption" in plan.speed(settings)[1]
-    write_result(tmp_path / "other", "train", flops=8e9, seconds=2.0, world_size=4)
-    write_result(tmp_path / "other", "meta", flops=9e9, seconds=1.0, world_size=4)
-    speed, source = plan.speed(settings)
-    assert speed == 1e9 and str(tmp_path / "other/train") in source
-    write_result(settings.run, "teacher", flops=6e9, seconds=1.0, world_size=2)
-    assert plan.speed(settings)[0] == 3e9  # its own measurement comes first
+def note(run, result, *rows):
+    """What the job body notes: (seconds since 1970, kind)."""
+    (run / "slurm/events").mkdir(parents=True, exist_ok=True)
+    lines = [f"1970-01-01T{s // 3600:02d}:{s // 60 % 60:02d}:{s % 60:02d}Z\t7\t0\t{kind}\tx\n" for s, kind in rows]
+    (run / f"slurm/events/{result}.tsv").write_text("".join(lines))
+
+
+def test_every_stage_is_expected_to_take_what_it_took(tmp_path):
+    other = tmp_path / "other"
+    settings = settings_for(tmp_path, speed_from=str(other))
+    assert cost.speeds_of(settings).slowest is None
+    recipe, _ = load(settings)
+    orders = plan_orders(settings, recipe, tmp_path / "scripts")
+    # two ranks: a thousand seconds of teacher at 1e9 FLOP/s each; 800 seconds a start, by the record of the process
+    write_result(other, "teacher", phase="teacher", flops=2e12, seconds=1000.0, world_size=2, startup_seconds=800.0)
+    # one rank: 500 seconds at 4e9 FLOP/s. Its jobs held their node for 300 + 600 seconds: 200 for each of two starts
+    write_result(other, "distill_0", phase="distill", flops=2e12, seconds=500.0, world_size=1, startup_seconds=1.0)
+    note(other, "distill_0", (0, "started"), (300, "requeued"), (1000, "started"), (1600, "done"))
+    write_result(other, "evaluate", phase="evaluate", flops=0.0, seconds=600.0, world_size=1, startup_seconds=300.0)
+    flops = {"teacher": 1e12, "meta": 3.6e12, "distill_0": 4e12, "distill_1": 4e12, "distill_2": 4e12, "train": 7.2e12}
+    lines = cost.cost(settings, orders, flops, cost.speeds_of(settings)).splitlines()
+    hours = {line.split()[0]: float(line.split()[-2]) for line in lines[1:-1]}
+    assert hours["teacher"] == pytest.approx((1000 + 2 * 800) / 3600, rel=0.01)  # half the work, two ranks start
+    assert hours["distill"] == pytest.approx(3 * (1000 + 2 * 200) / 3600, rel=0.01)  # the others as the one known
+    assert hours["evaluate"] == pytest.approx((600 + 2 * 300) / 3600, rel=0.01)
+    assert hours["meta"] == pytest.approx(1.0) and hours["train"] == pytest.approx(2.0)  # at the teacher's speed
+    assert f"what each stage took in {other}" in lines[-1] and "meta, train, of which nothing is finished" in lines[-1]
+    # its own measurement comes first
+    write_result(settings.run, "teacher", phase="teacher", flops=6e9, seconds=1.0, world_size=2)
+    assert cost.speeds_of(settings).of("teacher").flops_per_second == 3e9
+
+
+def test_a_result_that_fills_several_time_limits_starts_as_often(tmp_path):
+    speeds = Speeds([Measured("train", "train", tmp_path, flops=1e12, seconds=1000.0, ranks=1, startup=100.0)])
+    settings = settings_for(tmp_path, time="00:20:00")  # 1200 s: 800 of work, 100 to start, 300 of warning
+    assert cost.expected_hours(settings, "train", 1, "train", 1e12, speeds) == pytest.approx((1000 + 200) / 3600)
+    assert cost.expected_hours(settings, "train", 2, "train", 1e12, speeds) == pytest.approx((1000 + 200) / 3600)
+    assert cost.expected_hours(settings, "download", 0, "download", None, speeds) == 0
 
 
 def test_commands_name_every_dependency(tmp_path):
@@ -127,7 +160,7 @@ def test_images_fewer_than_a_batch_are_a_problem_and_still_have_a_cost():
 
 def test_a_plan_counts_on_the_speed_of_a_finished_stage(tmp_path):
     settings = settings_for(tmp_path, gpu_kind="h100")
-    assert plan.gpu_of(settings) == "h100"
+    assert cost.gpu_of(settings) == "h100"
     write_result(settings.run, "teacher", flops=3.956e14, seconds=1.0, world_size=2)
-    assert plan.gpu_of(settings) == "h100,share=0.2"  # 197.8 of 989 TFLOP/s
-    assert plan.gpu_of(settings_for(tmp_path, gpu_kind="h100,share=0.5")) == "h100,share=0.5"
+    assert cost.gpu_of(settings) == "h100,share=0.2"  # 197.8 of 989 TFLOP/s
+    assert cost.gpu_of(settings_for(tmp_path, gpu_kind="h100,share=0.5")) == "h100,share=0.5"

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_plan import speed_of
 from tests.unit.test_slurm_chain import RECIPE, ROOT, calls, fake, finish, settings_for  # noqa: F401  a fixture
 from trainer.artifacts import missing
-from trainer.chain import plan, status, submit
+from trainer.chain import cost, plan, status, submit
 from trainer.config.load import load_recipe
 from trainer.request.stages import chain, hub_names, stages
 
@@ -111,7 +112,7 @@ def test_a_second_round_of_all_modules_together_is_one_job(tmp_path, fake):  # n
     assert "--phase refine)" in script and "--array" not in script
     orders = submit.plan_orders(settings, load_recipe(RECIPE, list(overrides)), tmp_path / "scripts")
     flops = {name: 3.6e12 for order in orders for name in order.stage.artifacts}
-    rows = {line.split()[0]: line.split() for line in plan.cost(settings, orders, flops, 1e9, "a test").splitlines()}
+    rows = {line.split()[0]: line.split() for line in cost.cost(settings, orders, flops, speed_of(1e9)).splitlines()}
     assert rows["refine"][1] == "1" and rows["refine"][-1] == str(settings.ranks_of("refine"))
 
 
@@ -159,7 +160,7 @@ def test_plan_names_module_and_expert_and_counts_every_element(tmp_path):
     assert "--phase expert --module $((SLURM_ARRAY_TASK_ID / 4)) --expert $((SLURM_ARRAY_TASK_ID % 4))" in text
     assert "trainer/run.py --phase refine --module 1\n" in text
     flops = {name: 3.6e12 for order in orders for name in order.stage.artifacts}  # an hour of one rank each
-    rows = {line.split()[0]: line.split() for line in plan.cost(settings, orders, flops, 1e9, "a test").splitlines()}
+    rows = {line.split()[0]: line.split() for line in cost.cost(settings, orders, flops, speed_of(1e9)).splitlines()}
     assert rows["expert"][1] == "12" and rows["expert"][-2] == "12" and rows["refine_2"][1] == "1"
 
 

@@ -13,15 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from trainer.chain import cluster, frozen, slurm
+from trainer.chain.cost import cost, gpu_of, speeds_of
 from trainer.chain.internet import hub_environ
-from trainer.chain.settings import ONLINE, STAGES, Settings
+from trainer.chain.settings import STAGES, Settings
 from trainer.chain.slots import slots
 from trainer.chain.submit import ROOT, Order, dependency, header, load, plan_orders, write_folder
-from trainer.config import gpus
 from trainer.config.recipe import Recipe
-from trainer.plan.cost import ASSUMED_FLOPS, measured_speed
 from trainer.request.stages import Stage, chain, hub_names
-from trainer.tracking.console import table
 
 DRY_RUN_LIMIT = 1800  # seconds
 PATIENCE = 15  # seconds without a line
@@ -49,8 +47,7 @@ def show(settings: Settings) -> int:
         write_folder(settings, recipe, ds_values, folder, orders)
         print(f"\ndry run of every phase on this machine's CPU; a line every {PATIENCE} s while it lasts", flush=True)
         report = _dry_run(settings, recipe, folder)
-        flops_per_second, source = speed(settings)
-        print(f"\ncost\n{cost(settings, orders, report['flops'], flops_per_second, source)}")
+        print(f"\ncost\n{cost(settings, orders, report['flops'], speeds_of(settings))}")
         for line in slots(settings, orders):
             print(line)
         if report.get("plan"):
@@ -118,70 +115,6 @@ def _element(stage: Stage, offset: int) -> str:
     if stage.array:
         return f"--module $(({element}))" if offset else f"--module ${element}"
     return ""
-
-
-def cost(
-    settings: Settings, orders: Sequence[Order], flops: Mapping[str, float], flops_per_second: float, source: str
-) -> str:
-    """Table of GPU-hours: expected from FLOPs and the speed of one rank, and at most from the time limits.
-
-    Args:
-        flops: of each artifact, all ranks together; what is not in it is not known.
-        flops_per_second: of one rank.
-        source: where that speed is from.
-    """
-    unit = settings.unit
-    rows = []
-    total_expected = 0.0
-    total_limit = 0.0
-    for order in orders:
-        stage = order.stage
-        nodes = settings.nodes_of(stage.setting)
-        ranks = 0 if stage.phase in ONLINE else nodes * settings.ranks_of(stage.setting)
-        jobs = len(order.elements) if stage.array else 1
-        # rank-hours expected = FLOPs of all elements / FLOP/s of a rank / 3600, however many ranks share them
-        stage_flops = [flops.get(stage.artifacts[element]) for element in order.elements]
-        expected_cell = "-"
-        if None not in stage_flops:
-            expected = sum(stage_flops) / flops_per_second / 3600
-            expected_cell = f"{expected:.3g}"
-            total_expected += expected
-        # rank-hours at most = jobs x ranks x time limit
-        limit = jobs * ranks * settings.hours_of(stage.setting)
-        total_limit += limit
-        time = settings.time_of(stage.setting)
-        rows.append((stage.name, str(jobs), str(nodes), str(ranks), time, expected_cell, f"{limit:.3g}"))
-    rows.append(("total", "", "", "", "", f"{total_expected:.3g}", f"{total_limit:.3g}"))
-    head = ("stage", "jobs", "nodes", f"{unit}s", "time limit", f"{unit}-hours expected", "at most")
-    return f"{table(head, rows)}\nexpected: {source}; start-up, evaluation and saving come on top"
-
-
-def speed(settings: Settings) -> tuple[float, str]:
-    """FLOP/s of one rank and where the number is from: this run, --speed-from, or an assumption said to be one."""
-    assumed = (
-        ASSUMED_FLOPS,
-        f"{ASSUMED_FLOPS / 1e12:.0f} TFLOP/s per GPU, an assumption (no stage of {settings.run} is finished; "
-        "--speed-from FINISHED_RUN uses a measured one)",
-    )
-    return measured_speed(_finished(settings)) or assumed
-
-
-def gpu_of(settings: Settings) -> str:
-    """The GPU a plan counts on: at the share of its peak that a finished stage has reached, where there is one."""
-    measured = measured_speed(_finished(settings))
-    if measured is None or "share=" in settings.gpu_kind:
-        return settings.gpu_kind
-    flops_per_second, _ = measured
-    share = flops_per_second / (gpus.parse(settings.gpu_kind).tflops * 1e12)
-    return f"{settings.gpu_kind},share={min(share, 1.0):.3g}"
-
-
-def _finished(settings: Settings) -> list[Path]:
-    """Run folders whose speed counts, the first one first."""
-    folders = [settings.run]
-    if settings.speed_from:
-        folders.append(Path(settings.speed_from))
-    return folders
 
 
 def _dry_run(settings: Settings, recipe: Recipe, folder: Path) -> dict:

@@ -35,6 +35,7 @@ class Outcome:
     images_seen: int
     start: dict[str, float] = field(default_factory=dict)  # the evaluation before the first step, where asked for
     health: dict[str, Any] = field(default_factory=dict)  # as from Health.summary
+    earlier: float = 0.0  # of the seconds, those in processes before this one
 
 
 def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, dist: Dist) -> Outcome:
@@ -69,6 +70,7 @@ def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, di
         images_seen=loop.done * engine.settings.global_batch,
         start=loop.start,
         health=loop.health.summary(),
+        earlier=loop.earlier,
     )
 
 
@@ -102,6 +104,7 @@ class _Loop:
             self.step.restore(resumed.own)
             self.routing.restore([own["routing"] for own in resumed.own])
         self.profiler = StepProfiler(task.run.profile if dist.main else 0, folder / "profile")
+        self.earlier = self.seconds
         self.started = time.perf_counter() - self.seconds
         with dist.together():  # a tracker that does not start is the end of all ranks
             self.monitor = _Monitor(folder, task, self.per_epoch, self.done, dist)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from trainer.artifacts import missing, require
 from trainer.distributed.launchers import ranks_from_environment
 from trainer.plan import preflight
-from trainer.plan.cost import measured_speed
+from trainer.plan.cost import Speeds, finished
 from trainer.plan.rehearsal import DryRun, carry_out
 from trainer.request.graph import ALL, row_of, stage_names
 from trainer.request.job import EXIT_BAD_INPUT, Job
@@ -103,25 +103,34 @@ def _state(job: Job, name: str) -> str:
 
 def _cost(job: Job, dry: DryRun, world: int) -> str:
     """Images and FLOPs of training per result; hours where a finished phase below OUT shows the speed."""
-    speed = measured_speed([job.out])
+    speeds = Speeds(finished(job.out))
     lines = []
     left = Cost(0.0, 0.0)
+    hours_left = 0.0
     for name in _artifacts(job):
         cost, state = dry.costs.get(name), _state(job, name)
-        lines.append((name, state, *_cells(cost, speed, world)))
+        measured = speeds.of(name)
+        rate = measured.flops_per_second if measured else 0.0
+        if not rate and speeds.slowest is not None:
+            rate = speeds.slowest.flops_per_second
+        hours = cost.flops / rate / world / 3600 if cost is not None and rate else None
+        lines.append((name, state, *_cells(cost, hours)))
         if cost is not None and state.startswith("to "):
             left = Cost(left.images + cost.images, left.flops + cost.flops)
-    lines.append(("total", "to train", *_cells(left, speed, world)))
-    source = speed[1] if speed else "hours need a speed: no phase below OUT is finished"
+            hours_left += hours or 0.0
+    lines.append(("total", "to train", *_cells(left, hours_left if speeds.slowest else None)))
+    source = "hours need a speed: no phase below OUT is finished"
+    if speeds.slowest is not None:
+        speed = f"{speeds.slowest.name}, {speeds.slowest.flops_per_second / 1e9:.3g} GFLOP/s per rank"
+        source = (
+            f"hours at the speed of what is finished below {job.out}, evaluation and saving included, and of phases of "
+            f"which nothing is at the slowest ({speed})"
+        )
     text = table(("result", "state", "images", "FLOPs", "hours"), lines)
-    return f"{text}\nimages and FLOPs from the start of each; {source}; evaluation and saving come on top"
+    return f"{text}\nimages and FLOPs from the start of each; {source}; start-up comes on top"
 
 
-def _cells(cost: Cost | None, speed: tuple[float, str] | None, world: int) -> tuple[str, str, str]:
+def _cells(cost: Cost | None, hours: float | None) -> tuple[str, str, str]:
     if cost is None:
         return "-", "-", "-"
-    hours = "-"
-    if speed:
-        flops_per_second, _ = speed
-        hours = f"{cost.flops / flops_per_second / world / 3600:.3g}"
-    return f"{cost.images:,.0f}", f"{cost.flops:.3g}", hours
+    return f"{cost.images:,.0f}", f"{cost.flops:.3g}", "-" if hours is None else f"{hours:.3g}"
