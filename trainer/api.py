@@ -106,6 +106,8 @@ def execute(job: Job, begun: float | None = None) -> None:
     from trainer.plan import preflight
 
     run = Run(job.recipe, job.ds_values, job.out, ranks.start(), job.command, opened=Opened({BEGUN: begun}))
+    if set(job.phases) - {"push"}:
+        run.open_together()
     with run.dist.together():
         preflight.check(run, job.phases)
     interrupt.HEARTBEAT.watch(job.recipe.run.hang_seconds)  # from here on: what came before may be a download of hours

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from models.files.places import expanded
 from models.flops import num_tokens
 from models.labels import Match
 from models.modules.stages import split
@@ -28,10 +30,11 @@ from trainer.data.base import ImageSource
 from trainer.data.classes import doubts
 from trainer.data.fingerprint import fingerprint as images_fingerprint
 from trainer.data.sampler import phase_seed
-from trainer.data.sources import open_source
+from trainer.data.sources import FolderSource, open_source
 from trainer.data.workers import MOST_ELSEWHERE, spare_processors
 from trainer.disk import replacing
 from trainer.distributed.engine import build_engine, compile_blocks, working_type
+from trainer.distributed.main_rank import on_main
 from trainer.distributed.ranks import Dist, seed_everything
 from trainer.evaluation.accuracy import eval_batch, evaluate
 from trainer.heads import Head
@@ -118,7 +121,31 @@ class Run:
         data = replace(self.recipe.data, path=self.pinned(path))
         needs_labels = self.recipe.needs_labels()
         train, val = (open_source(data, split, labels_needed=bool(needs_labels)) for split in ("train", "val"))
-        self.resolved(path, train.origin.partition(", configuration ")[0])
+        return self._take(train, val)
+
+    def open_together(self) -> None:
+        """Open the images on rank 0 first, and walk through folders there alone (collective).
+
+        Listing a million names is work for a shared file system, which every rank would ask for in the same moment: the
+        others are told what rank 0 has found. Where their data.path is another one (a variable in it may name a disk of
+        the node), they walk themselves. Other kinds of data lie in the caches when the others open them.
+        """
+        if self.dist.world == 1:
+            return
+        on_main(self.dist, lambda: self.sources)  # may be a download of hours
+        place = expanded(self.recipe.data.path)
+        walked = None
+        if self.dist.main and all(isinstance(source, FolderSource) for source in self.sources):
+            walked = place, self.sources
+        walked = self.dist.share(walked)
+        with self.dist.together():
+            if walked is not None and not self.dist.main and walked[0] == place and os.path.isdir(place):
+                self.opened.once("sources", lambda: self._take(*walked[1]))
+            _ = self.sources
+
+    def _take(self, train: ImageSource, val: ImageSource) -> tuple[ImageSource, ImageSource]:
+        """The images of this run, once they are open."""
+        self.resolved(self.recipe.data.path, train.origin.partition(", configuration ")[0])
         for doubt in doubts(train, val):
             log.warning(doubt)
         return train, val

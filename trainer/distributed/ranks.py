@@ -88,6 +88,13 @@ class Dist:
             torch_dist.all_gather_object(values, value)
         return values
 
+    def share(self, value: Any) -> Any:
+        """Rank 0's picklable value on every rank (collective); what the others give is not looked at."""
+        values = [value if self.main else None]
+        if self.world > 1:
+            torch_dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
     def agree(self, error: Exception | None) -> None:
         """Raise the same error on every rank when one has failed, so that no rank waits for a dead one (collective)."""
         report = None if error is None else (isinstance(error, ValueError), str(error))
@@ -285,8 +292,9 @@ def _refuse_shared_gpus(store: torch_dist.Store, rank: int, world: int) -> None:
     gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
     store.set(f"m2mkd/gpu/{rank}", f"{socket.gethostname()} {getattr(gpu, 'uuid', rank)}")
     owners: dict[bytes, int] = {}
-    for other in range(world):
-        where = store.get(f"m2mkd/gpu/{other}")
+    # one question for all: a thousand ranks that each ask a thousand times keep the one server busy for minutes
+    places = store.multi_get([f"m2mkd/gpu/{other}" for other in range(world)])
+    for other, where in enumerate(places):
         if where in owners:
             host = where.decode().split()[0]
             raise ValueError(
