@@ -101,7 +101,7 @@ def test_another_resolution(saved, capsys):
     assert model.preprocessing.image_size == 24
     assert model.model(torch.zeros(1, 3, 24, 24)).shape == (1, 10)
     message = refused(capsys, saved / "circuit", "--tasks", "knn:image_size=24", "--data", "digits")
-    assert "takes images of 16 pixels alone: it is a nac" in message
+    assert "takes images of 16 pixels alone, as every NAC" in message
     message = refused(capsys, saved / "student0", "--tasks", "probe:image_size=18", "--data", "digits")
     assert "image_size 18 is no multiple of the patch size 4" in message
 

@@ -17,9 +17,9 @@ from models.files.hub import CheckpointFiles
 from models.files.places import expanded
 from models.flops import forward_flops, num_tokens
 from models.preprocessing import Preprocessing
+from models.students import CLASSES, load
 from models.teacher.load import load_teacher
 from trainer.evaluation.pooled import pooled
-from trainer.teaching.families import FAMILIES, family_named
 
 STUDENTS = ("train", "train_upcycled", "train_scratch", "train_scratch_equal_cost")  # of a run folder, the first there
 
@@ -100,17 +100,16 @@ def load_subject(source: str, image_size: int | None = None) -> Subject:
             f"{where} has no config.json: expected the folder of a run or of its student or teacher, a saved model, a "
             "hub id (owner/name), or the name of a timm model"
         )
-    kind = read_object(path, files).get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if read_object(path, files).get("model_type") not in CLASSES:
         teacher = load_teacher(where, image_size=image_size)
         kind = type(teacher.model).__name__
         return Subject(source, where, teacher.source, kind, teacher.model, teacher.preprocessing, teacher.labels)
-    model = family_named(kind).load(where).float().eval()
+    model = load(where).float()
     if model.preprocessing is None:
         raise ValueError(f"{files} does not say what its images must look like: save it with its preprocessing")
     if image_size is not None and image_size != model.preprocessing.image_size:
         if not hasattr(model, "set_input_size"):
-            raise ValueError(f"{files} takes images of {model.preprocessing.image_size} pixels alone: it is a {kind}")
+            raise ValueError(f"{files} takes images of {model.preprocessing.image_size} pixels alone, as every NAC")
         _check_multiple(image_size, model.config.patch_size, str(files))
         model.set_input_size(image_size)
     return Subject(source, where, model.source, model.FORMAT.name, model, model.preprocessing, model.labels)

@@ -114,9 +114,4 @@ class SparseFamily(Family, Protocol):
 
 def family_of(recipe: Recipe) -> Family:
     """The family of a recipe's student."""
-    return family_named(recipe.student.kind)
-
-
-def family_named(kind: str) -> Family:
-    """The family of a student.kind, which is the model_type in config.json of its saved students too."""
-    return importlib.import_module(FAMILIES[kind])
+    return importlib.import_module(FAMILIES[recipe.student.kind])
