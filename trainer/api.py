@@ -140,7 +140,7 @@ def _run(run: Any, job: Job, phase: str) -> None:
     if job.phase == ALL and phase == "train":
         for baseline in job.recipe.train.baselines:
             code.run(run, baseline)
-    if job.phase == ALL and phase == "evaluate" and run.dist.main:
+    if job.phase == ALL and phase in ("evaluate", "detect") and run.dist.main:
         from trainer.report.write import write_report
 
         print(write_report(run.out), flush=True)

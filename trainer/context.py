@@ -27,6 +27,7 @@ from trainer.config.load import module_depths
 from trainer.config.phases import ScheduleConfig
 from trainer.config.recipe import Recipe
 from trainer.data.base import ImageSource
+from trainer.data.boxes import BoxData, BoxSource, open_boxes, record_of
 from trainer.data.classes import doubts
 from trainer.data.fingerprint import fingerprint as images_fingerprint
 from trainer.data.sampler import phase_seed
@@ -149,6 +150,17 @@ class Run:
         for doubt in doubts(train, val):
             log.warning(doubt)
         return train, val
+
+    @property
+    def boxes(self) -> tuple[BoxSource, BoxSource]:
+        """Training and validation images of a detector."""
+        return self.opened.once("boxes", lambda: open_boxes(self.recipe.detect, self.recipe.data.max_pixels))
+
+    @property
+    def boxes_record(self) -> dict[str, Any]:
+        """What tells these images from others, wherever they lie, by split."""
+        train, val = self.boxes
+        return self.opened.once("boxes record", lambda: {"train": record_of(train), "val": record_of(val)})
 
     @property
     def labels(self) -> list[str]:
@@ -315,6 +327,8 @@ class Run:
             phase=section,
         )
         group = recipe.student.moe.images_per_group
+        if section == "detect":  # whose images are routed alone
+            group = 1
         if experts and group and settings.micro_batch % group:
             raise ValueError(
                 f"student.moe.images_per_group is {group}, which does not divide the micro-batch of "
@@ -377,6 +391,8 @@ class Run:
     def _read_by(self, phase: str, recipe: Recipe) -> dict[str, Any]:
         """The data and the teacher of a phase, as far as it reads them."""
         row = row_of(phase)
+        if row.own_images:
+            return {"boxes": self.boxes_record, "backbone": self.opened.once("backbone record", dict)}
         now = {"data": self.data_record}
         if phase == "probe" and not (self.out / phase / "result.json").is_file():  # which records the teacher it made
             return now | {"checkpoint": fingerprint(self.checkpoint)}
@@ -403,7 +419,7 @@ class Run:
     def train(
         self,
         objective: Any,
-        data: Data,
+        data: Data | BoxData,
         schedule: ScheduleConfig,
         settings: Settings,
         folder: Path,
@@ -412,6 +428,7 @@ class Run:
         layer_decay: float = 1.0,
         ema: float = 0.0,
         evaluate_start: bool = False,
+        evaluate: Callable[..., dict[str, float]] = evaluate,
     ) -> Trained:
         """Train what an objective trains, from the seed or from the newest checkpoint of `folder`, to the last epoch.
 
@@ -419,12 +436,13 @@ class Run:
             description: as in progress lines, e.g. "distill 2/4".
             layer_decay, ema: see build_engine; with ema the weights to publish are the average.
             evaluate_start: evaluate before the first step too (Outcome.start).
+            evaluate: how the objective is measured (trainer/evaluation/).
         """
         run = self.recipe.run
         flops_per_image = objective.flops_per_image  # counted on the plain module: the engine takes experts out of it
         seed_everything(self.recipe.seed, self.dist.rank, run.deterministic)
         seed = phase_seed(self.recipe.seed, phase_of(folder.name))
-        task = Task(folder.name, description, schedule.epochs, seed, run, evaluate_start)
+        task = Task(folder.name, description, schedule.epochs, seed, run, evaluate_start, evaluate)
         if run.compile:
             for module in (objective.module, *objective.frozen):
                 compile_blocks(module)
@@ -442,6 +460,13 @@ class Run:
             weights = {name: value.clone() for name, value in engine.fp32_state().items()}
         engine.close()
         return Trained(outcome, weights, schedule.epochs, flops_per_image)
+
+    def _data_of(self, phase: str) -> dict[str, Any]:
+        """Where the images of a phase come from, and the share that was held out to validate on."""
+        if row_of(phase).own_images:
+            return {"data": self.boxes[0].origin, "held_out": 0.0}
+        train, val = self.sources
+        return {"data": train.origin, "held_out": val.held_out}
 
     def left_as_it_is(self, objective: Any, settings: Settings) -> Trained:
         """The same of what is not trained: its weights as they are, measured in its place."""
@@ -507,8 +532,7 @@ class Run:
                 "dtype": str(working_type(settings)).removeprefix("torch."),  # of the weights in every forward
                 "device": str(self.dist.device.type),
                 "command": self.command,
-                "data": self.sources[0].origin,
-                "held_out": self.sources[1].held_out,
+                **self._data_of(phase),
                 "evaluation": "noisy" if self.recipe.student.nac.noisy_evaluation else "deterministic",
                 "health": outcome.health,
                 **made_with,

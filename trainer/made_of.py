@@ -72,7 +72,7 @@ def compare(then: Mapping[str, Any], now: Mapping[str, Any], folder: Path, accep
         if not difference:
             continue
         line = f"{folder} was made with another {NAMED[kind]}: {difference}"
-        accepted_as = "teacher" if kind == "checkpoint" else kind
+        accepted_as = ACCEPTED_AS.get(kind, kind)
         if accepted_as not in accept:
             raise ValueError(f"{line}. {WAY_ON.format(accepted_as)}")
         log.warning("%s; accepted by run.accept", line)
@@ -156,11 +156,22 @@ def _code(then: dict[str, Any], now: dict[str, Any]) -> str:
     )
 
 
-# checkpoint: the teacher before its probe
-DESCRIBED = {"teacher": _teacher, "checkpoint": _teacher, "data": _data, "ds_config": _ds_config, "code": _code}
+# checkpoint: the teacher before its probe; backbone, boxes: of a detector
+ACCEPTED_AS = {"checkpoint": "teacher", "backbone": "teacher", "boxes": "data"}
+DESCRIBED = {
+    "teacher": _teacher,
+    "checkpoint": _teacher,
+    "backbone": _teacher,
+    "data": _data,
+    "boxes": _data,
+    "ds_config": _ds_config,
+    "code": _code,
+}
 NAMED = {
     "teacher": "teacher",
     "checkpoint": "teacher",
+    "backbone": "backbone",
+    "boxes": "data set with boxes",
     "data": "data set",
     "ds_config": "DeepSpeed JSON",
     "code": "version of the code",

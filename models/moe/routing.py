@@ -5,8 +5,9 @@ G groups of tokens routed together, S tokens of a group, E experts, K experts ch
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,32 @@ class Routing:
     def gate_sum(self) -> Tensor:
         """Mean over tokens of the sum of the K gates, (): 1 = the router is sure of its choices."""
         return self.gate_GS.mean()
+
+
+def joined(routings: Sequence[Routing]) -> Routing:
+    """The groups of several forwards of one layer as one group of all their tokens; losses stay one per group before.
+
+    Slots are then places in the queue of the forward, and no longer of the joined group.
+    """
+    K = routings[0].expert_GSK.shape[-1]
+
+    def tokens(name: str, width: int) -> Tensor:
+        parts = [getattr(routing, name).reshape(-1, width) for routing in routings]
+        return torch.cat(parts)[None]
+
+    def loss(name: str) -> Tensor:
+        return torch.cat([routing.losses[name] for routing in routings])
+
+    counts = [routing.count_GE.sum(0, keepdim=True) for routing in routings]
+    return Routing(
+        expert_GSK=tokens("expert_GSK", K),
+        slot_GSK=tokens("slot_GSK", K),
+        weight_GSK=tokens("weight_GSK", K),
+        losses=Losses({name: partial(loss, name) for name in routings[0].losses}),
+        count_GE=torch.stack(counts).sum(0),
+        gate_GS=tokens("gate_GS", 1)[..., 0],
+        config=routings[0].config,
+    )
 
 
 def capacity(

@@ -187,6 +187,9 @@ def _quick(recipe: str, words: list[str]) -> list[str]:
         overrides = {key: value for key, value in overrides.items() if not key.startswith("student.")}
         overrides["teacher.image_size"] = 16
         overrides["data.limit"] = 288  # a probe needs two images of each class
+    if resolved.detect.epochs:
+        overrides |= {"detect.epochs": 1, "detect.warmup_epochs": 0}
+        overrides |= {"detect.data.train_pictures": 16, "detect.data.val_pictures": 4}
     json_file = dict(itertools.pairwise(words)).get("--ds_config", "")
     if "8" in Path(json_file).stem:  # made for eight ranks
         overrides |= {"ds.trainer.ep_size": "auto"}

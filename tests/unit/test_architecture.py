@@ -20,7 +20,7 @@ LAYERS = (
     "models.files models.moe models.pictures",
     "models.flops models.modules models.teacher",
     "models.memory models.nac models.vmoe",
-    "models.students models.experts models.auto models.registry",
+    "models.students models.experts models.auto models.detection models.registry",
     "models.export models.predict",
     "models.cli",
     "trainer.config",

@@ -75,7 +75,9 @@ def DEIT_HUGE(blocks, classes):
 NAC_DEMO = 16_208 + 66_406 + 4 * 70_407 + 70_535 + 8_448 + 715 + 56 * (64 + 32)
 PARAMETERS = {
     "own_images.yaml": OWN_IMAGES,
+    "coco_detection.yaml": IMAGENET,
     "demo.yaml": (8 * 49_984 + 14_282, 4 * 49_984 + 14_282, 4 * 84_480 + 10_714),
+    "detect_demo.yaml": (8 * 49_984 + 14_282, 4 * 49_984 + 14_282, 4 * 84_480 + 10_714),
     "study_base.yaml": (8 * 49_984 + 56_996, 8 * 49_984 + 56_996, 4 * 149_504 + 56_996),
     "vmoe_base_imagenet.yaml": IMAGENET,
     "vmoe_base_imagefolder.yaml": IMAGENET,

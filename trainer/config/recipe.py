@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from trainer.config.data import AugmentConfig, DataConfig
+from trainer.config.detect import DetectConfig
 from trainer.config.evaluate import EvaluateConfig
 from trainer.config.knobs import SEEDS, Range, check_ranges, knob, require, section
 from trainer.config.phases import (
@@ -56,6 +57,7 @@ class Recipe:
     student: StudentConfig = field(default_factory=lambda: StudentConfig(variant="m2mkd-B/16"))
     train: TrainConfig = section(TrainConfig)
     evaluate: EvaluateConfig = section(EvaluateConfig)
+    detect: DetectConfig = section(DetectConfig)
     run: RunConfig = section(RunConfig)
     hub: HubConfig = section(HubConfig)
 

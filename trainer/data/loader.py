@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ def train_batches(
         rank=rank,
         repeats=aug.repeats,
     )
-    loaded = _load(_TrainImages(source, train_transform(pre, aug)), requests, source, workers)
+    loaded = load_requests(_TrainImages(source, train_transform(pre, aug)), requests, source, workers)
     return _finished(loaded, pre, device)
 
 
@@ -141,7 +142,7 @@ def eval_batches(
     """
     batch = min(batch, math.ceil(len(source) / group) * group)
     requests = eval_requests(len(source), batch=batch, world=world, rank=rank, group=group)
-    return _load(_EvalImages(source, pre, batch, change), requests, source, workers)
+    return load_requests(_EvalImages(source, pre, batch, change), requests, source, workers)
 
 
 def make_mixup(aug: AugmentConfig, num_classes: int) -> MixFunction | None:
@@ -292,10 +293,14 @@ class _EvalImages(Dataset):
         return changed
 
 
-def _load(
-    dataset: Dataset, requests: Iterable[TrainRequest | np.ndarray], source: ImageSource, workers: int
+def load_requests(
+    dataset: Dataset, requests: Iterable[TrainRequest | np.ndarray], source: Any, workers: int
 ) -> Iterator:
-    """What `dataset` makes of each request."""
+    """What `dataset` makes of each request.
+
+    Args:
+        source: whose `skipped` takes the numbers of images that a worker could not read.
+    """
     loader = DataLoader(
         dataset,
         sampler=requests,
@@ -379,3 +384,7 @@ class Data:
     num_classes: int
     skip_unreadable: bool
     measure_workers: bool = False  # for training: trainer/data/workers.py
+
+    def train_batches(self, **where: Any) -> Iterator[Batch]:
+        """See the function of that name; all but source, preprocessing and transforms."""
+        return train_batches(self.train, self.preprocessing, self.augment, **where)

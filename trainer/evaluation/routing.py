@@ -140,16 +140,20 @@ class RoutingWatch:
         """JSON values of this rank for a checkpoint."""
         if not self.before:
             return {}
-        packed = zlib.compress(np.stack(list(self.before.values())).tobytes())
-        layers, tokens = next(iter(self.before.values())).shape
-        return {"images": list(self.before), "shape": [layers, tokens], "first": base64.b64encode(packed).decode()}
+        tokens = [first_LT.shape[1] for first_LT in self.before.values()]  # images may be of different sizes
+        packed = zlib.compress(np.concatenate(list(self.before.values()), axis=1).tobytes())
+        return {"images": list(self.before), "tokens": tokens, "first": base64.b64encode(packed).decode()}
 
     def restore(self, states: list[dict[str, Any]]) -> None:
         """Put back what state() returned on every rank then: at another number of ranks the images change hands."""
         self.before = {}
-        for state in filter(None, states):
+        for state in states:
+            if "tokens" not in state:  # nothing, or in the form of an older version
+                continue
             values = np.frombuffer(zlib.decompress(base64.b64decode(state["first"])), dtype=self._dtype())
-            self.before |= dict(zip(state["images"], values.reshape(-1, *state["shape"])))
+            all_LT = values.reshape(len(self.num_experts), sum(state["tokens"]))
+            ends = np.cumsum(state["tokens"])[:-1]
+            self.before |= dict(zip(state["images"], np.split(all_LT, ends, axis=1)))
 
     def _changed(self) -> dict[str, float] | None:
         """Per layer, the share of tokens that changed; None without an evaluation before (collective)."""

@@ -16,7 +16,7 @@ from trainer.data.loader import Data, steps_per_epoch
 from trainer.distributed.engine import Engine
 from trainer.distributed.interrupt import HEARTBEAT, Interrupted, Interruption
 from trainer.distributed.ranks import Dist
-from trainer.evaluation.accuracy import eval_batch, evaluate, of_published
+from trainer.evaluation.accuracy import eval_batch, of_published
 from trainer.evaluation.routing import Measures, RoutingWatch
 from trainer.loop.profile import StepProfiler
 from trainer.loop.step import Task, TrainStep, data_workers
@@ -172,12 +172,14 @@ class _Loop:
         """Of the weights, and with train.ema of their average as well, as accuracy_ema, loss_ema and the like."""
         dtype = self.engine.dtype
         batch = eval_batch(self.task.run, self.engine.settings)
-        evaluation = evaluate(self.objective, self.data, dtype, batch, self.dist, observe=self.routing.observe)
+        evaluation = self.task.evaluate(
+            self.objective, self.data, dtype, batch, self.dist, observe=self.routing.observe
+        )
         self.measures = self.routing.take()
         evaluation |= self.measures.means
         if self.engine.average is not None:
             with self.engine.published():
-                of_average = evaluate(self.objective, self.data, dtype, batch, self.dist)
+                of_average = self.task.evaluate(self.objective, self.data, dtype, batch, self.dist)
             measure = measure_of(evaluation).key
             for name in (measure, BESIDE[measure]):
                 evaluation[f"{name}_ema"] = of_average[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +16,11 @@ from torch import Tensor
 from models.moe.out import Out, routing_metrics
 from trainer.config.gpus import peak_flops
 from trainer.config.runtime import RunConfig
-from trainer.data.loader import Batch, Data, make_mixup, train_batches
+from trainer.data.loader import Batch, Data, make_mixup
 from trainer.data.workers import FIRST_STEPS, MEASURED_STEPS, Limit, Times, spare_processors, workers_for
 from trainer.distributed.engine import Engine
 from trainer.distributed.ranks import Dist, seed_draws
+from trainer.evaluation.accuracy import evaluate
 from trainer.loop.profile import part, waiting
 from trainer.tracking.metrics import peak_memory
 
@@ -34,6 +35,7 @@ class Task:
     seed: int  # of this phase's draws (trainer.data.sampler.phase_seed)
     run: RunConfig
     evaluate_start: bool = False  # also before the first step
+    evaluate: Callable[..., dict[str, float]] = evaluate  # takes what accuracy.evaluate takes
 
 
 class TrainStep:
@@ -86,10 +88,7 @@ class TrainStep:
         epoch, start = divmod(done, per_epoch)
         if epoch == self.task.epochs:
             return
-        micro_batches = train_batches(
-            self.data.train,
-            self.data.preprocessing,
-            self.data.augment,
+        micro_batches = self.data.train_batches(
             seed=self.task.seed,
             epoch=epoch,
             start_step=start,

@@ -54,6 +54,13 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
     trackers.chosen(run.recipe.run.trackers)
     if run.recipe.run.compile:
         _check_compiler()
+    asked = [row for row in TABLE if row.name in phases]
+    for row in asked:
+        if row.own_images:
+            _check_own_images(run, row)
+    asked = [row for row in asked if not row.own_images]
+    if not {row.name for row in asked} - {"push"}:
+        return
     labels = run.labels  # opens the data, which may be a download of hours
     if not run.classifies and run.dist.main:
         for line in said_of_features(run):
@@ -62,7 +69,6 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
         run = run.with_teacher(planned_teacher(run.recipe.teacher, labels))
     if "probe" in phases:
         run = before_the_probe(run)
-    asked = [row for row in TABLE if row.name in phases]
     for row in asked:
         if row.trains(run.recipe):
             settings = run.settings(row.section)
@@ -93,6 +99,14 @@ def check(run: Run, phases: Sequence[str], *, make_repo: bool = True) -> None:
             for doubt in image_size.doubts(run):
                 log.warning(doubt)
         try_transforms(run.data_for(preprocessing))
+
+
+def _check_own_images(run: Run, row: Phase) -> None:
+    """The same of a phase that needs neither section data nor a teacher."""
+    settings = run.settings(row.section)
+    check_zero(settings.config["zero_optimization"])
+    check_training(run, row)
+    code_of(row.name).check(run)
 
 
 def _check_compiler() -> None:
@@ -149,12 +163,12 @@ def check_training(run: Run, row: Phase) -> None:
     if not schedule.epochs:
         return  # turned off
     augment = run.recipe.augment
-    if (augment.mixup or augment.cutmix) and settings.micro_batch % 2:
+    if not row.own_images and (augment.mixup or augment.cutmix) and settings.micro_batch % 2:
         raise ValueError(
             f"mixup pairs images: the micro-batch must be even, got {settings.micro_batch} in phase {row.name}: change "
             f"{row.section}.global_batch or the DeepSpeed JSON, or set augment.mixup=0 augment.cutmix=0"
         )
-    images = len(run.sources[0])
+    images = len(run.boxes[0] if row.own_images else run.sources[0])
     steps_per_epoch = max(1, images // settings.global_batch)
     group = {"params": [torch.nn.Parameter(torch.zeros(1))], "weight_decay": schedule.weight_decay}
     try:

@@ -26,6 +26,7 @@ NOT_DEFINING = {
     "data": ("path", "val_share", "workers", "fractals.cache", "textures.cache"),
     "teacher": ("source", "allow_chance"),
     "train": ("start", "baselines"),
+    "detect": ("data.path",),
 }
 
 
@@ -150,6 +151,14 @@ def _refuse_by_expert(recipe: Recipe, phase: str) -> str:
     )
 
 
+def _refuse_detector(recipe: Recipe) -> str:
+    if not recipe.detect.epochs:
+        return "detect.epochs is 0, so there is no detector to train: set it (docs/detection.md)"
+    if not recipe.detect.backbone and recipe.student.kind == "nac":
+        return "student.kind is nac, which has no feature maps: set detect.backbone to a V-MoE or another ViT"
+    return ""
+
+
 def _refuse_second_round(recipe: Recipe) -> str:
     if recipe.refine.epochs:
         return ""
@@ -174,6 +183,7 @@ class Phase:
         refused: (recipe) -> why it has no meaning there; empty = it takes part.
         on_wish: (recipe) -> whether --phase all runs it.
         jobs: (recipe) -> whether its modules are independent jobs (an array), follow one another, or are one job.
+        own_images: it reads images of its own section, and neither those of section data nor a teacher.
         code: the module with its functions run, objective and rehearse; empty = trainer.phases.<name>.
     """
 
@@ -190,6 +200,7 @@ class Phase:
     refused: Callable[[Recipe], str] = lambda recipe: ""
     on_wish: Callable[[Recipe], bool] = lambda recipe: True
     jobs: Callable[[Recipe], Literal["array", "sequence", "together"]] = lambda recipe: "array"
+    own_images: bool = False
     code: str = ""
 
     @property
@@ -307,6 +318,17 @@ TABLE = [
         trains=lambda recipe: False,
     ),
     Phase(
+        "detect",
+        "train a detector on the student, or on detect.backbone, and measure its AP; only with detect.epochs",
+        defined_by=(*OF_TRAINING, "detect"),
+        defined_by_start={start: (*sections, "detect") for start, sections in _OF_OTHER_STARTS.items()},
+        needs=lambda recipe, start: () if recipe.detect.backbone else ("train",),
+        section="detect",
+        routed=True,
+        refused=_refuse_detector,
+        own_images=True,
+    ),
+    Phase(
         "push",
         "push the student (or every stage, see hub.stages) to hub.repo with a model card",
         defined_by=OF_TRAINING,
@@ -352,6 +374,8 @@ def in_one_job(recipe: Recipe, phase: str) -> bool:
 
 def experts_in(recipe: Recipe, section: str) -> int:
     """Experts of an MoE layer in what is trained by a section of the recipe; 0 = it has none."""
+    if section == "detect" and recipe.detect.backbone:
+        return 0  # it is not known before it is loaded: each rank keeps all of them
     routed = any(row.routed for row in TABLE if row.section == section)
     return recipe.student.num_experts if routed else 0
 

@@ -40,7 +40,7 @@ def chain(recipe: Recipe) -> list[Stage]:
     Those of --phase all, but for what is of no use to a training that does not start from distilled modules.
     """
     by_name = {stage.name: stage for stage in stages(recipe)}
-    to_follow = [name for name, stage in by_name.items() if stage.phase in ("train", *FOLLOWING)]
+    to_follow = [name for name, stage in by_name.items() if stage.phase in ("train", "detect", *FOLLOWING)]
     needed = set()
     while to_follow:
         name = to_follow.pop()
@@ -117,5 +117,5 @@ def hub_names(recipe: Recipe) -> list[str]:
     names += [recipe.meta.source, recipe.distill.source]
     if recipe.student.init != "teacher":
         names.append(recipe.student.init)
-    names.append(recipe.train.init)
+    names += [recipe.train.init, recipe.detect.backbone if recipe.detect.epochs else ""]
     return [name for name in dict.fromkeys(names) if name and not Path(os.path.expandvars(name)).expanduser().exists()]

@@ -1,5 +1,5 @@
-"""What an evaluation is judged by: accuracy, or where there are no classes how far the final tokens are from the
-teacher's. The one place that knows which of the two a result has. No torch.
+"""What an evaluation is judged by: accuracy; where there are no classes how far the final tokens are from the
+teacher's; of a detector COCO's AP. The one place that knows which of them a result has. No torch.
 """
 
 from __future__ import annotations
@@ -34,12 +34,16 @@ class Measure:
 
 ACCURACY = Measure("accuracy", "accuracy", higher_is_better=True)
 RELATIVE_ERROR = Measure("relative_error", "relative error", higher_is_better=False)
-BESIDE = {"accuracy": "loss", "relative_error": "cosine"}  # what every evaluation has beside its measure
+AP = Measure("ap", "AP", higher_is_better=True)  # COCO's, of boxes at IoU 0.50:0.95
+BESIDE = {"accuracy": "loss", "relative_error": "cosine", "ap": "ap50"}  # what every evaluation has beside its measure
 
 
 def measure_of(metrics: Mapping[str, Any]) -> Measure:
     """The measure of an evaluation, a metrics row or the metrics of a result."""
-    return RELATIVE_ERROR if RELATIVE_ERROR.key in metrics else ACCURACY
+    for measure in (RELATIVE_ERROR, AP):
+        if measure.key in metrics:
+            return measure
+    return ACCURACY
 
 
 def score_of(evaluation: Mapping[str, float]) -> float:
@@ -54,4 +58,6 @@ def headline(evaluation: Mapping[str, Any]) -> str:
     text = f"{measure.name} {measure.shown(evaluation[measure.key])}"
     if measure is RELATIVE_ERROR:
         text += f", cosine {evaluation['cosine']:.3f}"
+    if measure is AP:
+        text += f", AP50 {evaluation['ap50']:.1%}"
     return text
