@@ -294,7 +294,7 @@ class CocoSource(BoxSource):
 
 
 class ShapesSource(BoxSource):
-    """Pictures of shapes, drawn whenever they are asked for (about 3 ms each); nothing to download.
+    """Pictures of shapes, drawn whenever they are asked for; nothing to download.
 
     Args:
         split: train or val.
