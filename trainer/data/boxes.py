@@ -29,7 +29,7 @@ from models.labels import differences
 from models.preprocessing import Preprocessing
 from trainer.config.data import AugmentConfig
 from trainer.config.detect import BoxDataConfig, DetectConfig
-from trainer.config.load import close, shown
+from trainer.config.knobs import close, shown
 from trainer.data.decode import decode
 from trainer.data.drawing import shapes
 from trainer.data.drawing.common import TRAIN, VAL
