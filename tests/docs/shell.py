@@ -23,8 +23,8 @@ from tests.hub_server import HubServer
 from tests.launch import ROOT, Finished
 from tests.unit.test_importers import FIXTURE, drawn, stages, whole
 from tests.warm_python import WarmPython
-from trainer.chain import options as chain_options
 from trainer.chain import settings as chain_settings
+from trainer.chain.following import options as chain_options
 from trainer.config.load import load_recipe
 from trainer.study.plan import cells, read_study
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.report_folder import complete_run, put
 from tests.run_folder import new_recipe
-from trainer.chain.status import progress
+from trainer.chain.following import progress
 from trainer.report import write
 from trainer.report.compare import comparison_page
 from trainer.report.data import read_phases, run_measure
@@ -82,9 +82,9 @@ def test_runs_are_ranked_by_less_error_and_not_against_accuracies(run, tmp_path)
 
 
 def test_the_status_of_a_chain_names_the_error(run):
-    assert progress(run, "train") == "relative error 0.125"
+    assert str(progress.read(run, "train")) == "relative error 0.125"
     (run / "train" / "result.json").unlink()
-    assert "relative error 0.125" in progress(run, "train")
+    assert "relative error 0.125" in str(progress.read(run, "train"))
 
 
 def test_a_study_shows_the_explained_share(run):

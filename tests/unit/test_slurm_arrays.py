@@ -6,8 +6,9 @@ import pytest
 
 from tests.unit.slurm_stand_in import stand_in  # noqa: F401
 from tests.unit.test_slurm_chain import ROOT, finish, settings_for
-from trainer.chain import slurm, status, submit
+from trainer.chain import slurm, submit
 from trainer.chain.arrays import TEXT_LIMIT, Array, ranges, split
+from trainer.chain.following import status
 
 
 def test_ranges():

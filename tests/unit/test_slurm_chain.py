@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from trainer.artifacts import missing
-from trainer.chain import progress, slurm, status, submit
 from trainer.chain import settings as chain_settings
+from trainer.chain import slurm, submit
+from trainer.chain.following import progress, status
 from trainer.chain.settings import Settings
 from trainer.config.load import load_recipe, to_dict
 from trainer.request.stages import Stage, chain

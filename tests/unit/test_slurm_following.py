@@ -11,11 +11,12 @@ import pytest
 
 from tests.unit.test_slurm_chain import ROOT, fake, finish, settings_for  # noqa: F401  a fixture
 from trainer.chain import __main__ as driver
-from trainer.chain import events, logs, options, snapshot, spent, status, submit, wait
-from trainer.chain.events import Event
-from trainer.chain.options import View
-from trainer.chain.progress import Progress
-from trainer.chain.reasons import never
+from trainer.chain import submit
+from trainer.chain.following import events, logs, options, snapshot, spent, status, wait
+from trainer.chain.following.events import Event
+from trainer.chain.following.options import View
+from trainer.chain.following.progress import Progress
+from trainer.chain.following.reasons import never
 
 NOTHING = "#!/bin/bash\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"
 

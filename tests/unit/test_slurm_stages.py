@@ -9,7 +9,8 @@ import pytest
 from tests.unit.test_plan import speed_of
 from tests.unit.test_slurm_chain import RECIPE, ROOT, calls, fake, finish, settings_for  # noqa: F401  a fixture
 from trainer.artifacts import missing
-from trainer.chain import cost, plan, status, submit
+from trainer.chain import cost, plan, submit
+from trainer.chain.following import status
 from trainer.config.load import load_recipe
 from trainer.request.stages import chain, hub_names, stages
 

@@ -9,9 +9,10 @@ import os
 import signal
 import sys
 
-from trainer.chain import logs, options, status, submit, wait
 from trainer.chain import settings as chain_settings
+from trainer.chain import submit
 from trainer.chain.cancel import cancel
+from trainer.chain.following import logs, options, status, wait
 from trainer.chain.slurm import SlurmError
 from trainer.chain.together import Stopped, complain
 
@@ -25,7 +26,7 @@ def main() -> int:
 
     Returns:
         0 done, 1 something failed or lives on, 2 bad settings or run folder, 3 Slurm refused or is absent, 128 + n by
-        signal n; of status, logs and wait: trainer/chain/status.py, CODES.
+        signal n; of status, logs and wait: trainer/chain/following/status.py, CODES.
     """
     command = ""
     try:

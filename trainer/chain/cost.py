@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from trainer.chain import events
+from trainer.chain.following import events
+from trainer.chain.following.spent import held
 from trainer.chain.settings import ONLINE, Settings
-from trainer.chain.spent import held
 from trainer.chain.submit import Order
 from trainer.config import gpus
 from trainer.plan.cost import ASSUMED_FLOPS, Measured, Speeds, finished, measured_speed

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.chain.options import HELP as FOLLOWING_HELP
+from trainer.chain.following.options import HELP as FOLLOWING_HELP
 from trainer.config import gpus
 from trainer.config.knobs import knob, require
 from trainer.request.graph import stage_names

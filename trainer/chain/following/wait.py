@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from time import monotonic, sleep, strftime
 
-from trainer.chain import snapshot
-from trainer.chain.options import View
+from trainer.chain.following import snapshot
+from trainer.chain.following.options import View
+from trainer.chain.following.snapshot import LIVE, NEVER, UNANSWERED, Snapshot
+from trainer.chain.following.status import CODES, reasons
 from trainer.chain.settings import Settings
-from trainer.chain.snapshot import LIVE, NEVER, UNANSWERED, Snapshot
-from trainer.chain.status import CODES, reasons
 
 SILENCE = 3600  # seconds without an answer of Slurm after which `wait` ends with 3
 
@@ -20,7 +20,7 @@ def show(settings: Settings, view: View) -> int:
     of its job. A reason for which a job will never start is believed after its patience (reasons.py).
 
     Returns:
-        A code of trainer/chain/status.py:CODES.
+        A code of trainer/chain/following/status.py:CODES.
 
     Raises:
         ValueError: nothing was submitted in this run folder.

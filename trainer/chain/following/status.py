@@ -7,10 +7,20 @@ import sys
 from time import gmtime, sleep, strftime
 from typing import Any
 
-from trainer.chain import snapshot
-from trainer.chain.options import View
+from trainer.chain.following import snapshot
+from trainer.chain.following.options import View
+from trainer.chain.following.snapshot import (
+    DONE,
+    ENDED,
+    MISSING,
+    NEVER,
+    RUNNING,
+    UNANSWERED,
+    WAITING,
+    Element,
+    Snapshot,
+)
 from trainer.chain.settings import Settings
-from trainer.chain.snapshot import DONE, ENDED, MISSING, NEVER, RUNNING, UNANSWERED, WAITING, Element, Snapshot
 from trainer.tracking.console import table
 
 HEAD = ("stage", "job", "state", "progress", "hours", "node", "detail")

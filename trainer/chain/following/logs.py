@@ -6,12 +6,12 @@ import sys
 import time
 from pathlib import Path
 
-from trainer.chain import snapshot
-from trainer.chain.options import View
-from trainer.chain.progress import tail
+from trainer.chain.following import snapshot
+from trainer.chain.following.options import View
+from trainer.chain.following.progress import tail
+from trainer.chain.following.snapshot import ENDED, LIVE, RUNNING, Element
+from trainer.chain.following.status import CODES
 from trainer.chain.settings import Settings
-from trainer.chain.snapshot import ENDED, LIVE, RUNNING, Element
-from trainer.chain.status import CODES
 
 LOOK = 0.5  # seconds between two looks at a file
 
@@ -20,7 +20,7 @@ def show(settings: Settings, view: View) -> int:
     """Print the end of a log; with -f what is added to it, and to the logs of later restarts, until the stage is over.
 
     Returns:
-        The code of the stage's state (trainer/chain/status.py:CODES).
+        The code of the stage's state (trainer/chain/following/status.py:CODES).
 
     Raises:
         ValueError: no such stage, or it has no log yet.

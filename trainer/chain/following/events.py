@@ -1,4 +1,4 @@
-"""What the job body noted about a stage (RUN/slurm/events/<result>.tsv, written by `event` of slurm/common.sh)."""
+"""What the job body noted about a stage (RUN/slurm/events/<result>.tsv, written by `event` of slurm/body.sh)."""
 
 from __future__ import annotations
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.chain import events, progress, slurm, spent
-from trainer.chain.progress import Progress, tail
-from trainer.chain.reasons import Never, never
-from trainer.chain.spent import Spent
+from trainer.chain import slurm
+from trainer.chain.following import events, progress, spent
+from trainer.chain.following.progress import Progress, tail
+from trainer.chain.following.reasons import Never, never
+from trainer.chain.following.spent import Spent
 from trainer.chain.submit import Row, rows
 from trainer.config.load import load_recipe
 from trainer.request.stages import Stage, chain

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trainer.chain.events import ENDS, Event
+from trainer.chain.following.events import ENDS, Event
 from trainer.chain.settings import ONLINE, Settings
 from trainer.chain.submit import Row
 from trainer.request.stages import Stage
