@@ -384,8 +384,7 @@ newest_part() {
 find_cause() {
     local code_of rank node log line number first_code="" first=""
     cause_code=$code cause=""
-    [[ -s $codes ]] || return
-    [[ $(head -n1 "$codes") == "75 "* ]] && cause_code=75 && return # interrupted, and saved by all
+    [[ -s $codes && $(head -n1 "$codes") == "75 "* ]] && cause_code=75 && return # interrupted, and saved by all
     while read -r code_of rank node; do
         log=$RUN/logs/$name/$node-rank$rank.out
         line=$(newest_part "$log" 2>/dev/null | grep -E '^[0-9]+:(\[rank [0-9]+\] )?error:' | tail -n1)
@@ -396,11 +395,26 @@ find_cause() {
         if [[ -n $number && $code_of -le 128 ]] && ! [[ $line =~ $BROKEN ]]; then
             cause_code=$code_of cause=$line
             return
-        elif [[ -z $first ]]; then
+        elif [[ -z $first && -s $codes ]]; then
             first_code=$code_of first=$line
         fi
-    done <"$codes"
+    done < <(ends_of_ranks)
     cause_code=${first_code:-$code} cause=$first
+}
+
+# Exit code, rank and node of the ranks that ended badly, the first one first. On a full disk they could not note it: then
+# every rank of this start that left a log, with the code of srun.
+ends_of_ranks() {
+    local log
+    if [[ -s $codes ]]; then
+        cat "$codes"
+        return
+    fi
+    for log in "$RUN/logs/$name"/*-rank*.out; do
+        newest_part "$log" 2>/dev/null | head -n1 | grep -q "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}," || continue
+        log=$(basename "$log" .out)
+        echo "$code ${log##*-rank} ${log%-rank*}"
+    done
 }
 
 # What an exit code says. Above 128 it is a signal, if there is one of that number.

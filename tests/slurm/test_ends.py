@@ -43,6 +43,7 @@ def test_what_is_cancelled_stays_ended_and_loses_nothing(cluster, chain, tmp_pat
         "train": lambda jobs: cluster.out("scancel", "--batch", "--signal=TERM", jobs["train"]),
     }
     for artifact, end in moments.items():
+        chain.settings["LIGHT_SECONDS"] = "0.5" if artifact == "teacher" else "0.1"  # `cancel` takes a moment to start
         jobs = chain.submit()
         chain.until_training(artifact, 12)
         _cancelled(chain, end, jobs)

@@ -466,6 +466,12 @@ def test_a_full_disk_is_tried_once_more(body):
     assert "nothing was gained since the last requeue" in body.run(python).last
 
 
+def test_a_full_disk_on_which_no_rank_could_note_its_end(body):
+    full = 'ln -sf /dev/full "$RUN/slurm/events/meta.codes"'
+    done = body.run(f'{full}; echo "error: No space left on device"; exit 1')
+    assert done.last.startswith("requeued the disk is full: rank "), done.text
+
+
 def test_an_error_of_an_earlier_start_is_not_shown_again(body):
     folder = body.out / "logs/meta-7"
     folder.mkdir(parents=True)
