@@ -56,7 +56,7 @@ def test_more_experts_than_an_array_may_have(tmp_path, stand_in, capsys):  # noq
 
     # element 7 is task 2 of the second array: module 1, expert 3 of 4, as the body has it
     script = (settings.run / "slurm/1/expert-2.sbatch").read_text().splitlines()
-    wanted = ("OFFSET=", "EXPERTS=", "ARTIFACTS=", "element=", "artifact=", "part=", "((EXPERTS))")
+    wanted = ("OFFSET=", "EXPERTS=", "ARTIFACTS=", "task=", "element=", "artifact=", "part=", "((EXPERTS))")
     lines = [line for line in script if line.startswith(wanted)]
     command = "\n".join(["SLURM_ARRAY_TASK_ID=2", *lines, 'echo "$artifact ${part[@]}"'])
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)

@@ -369,7 +369,7 @@ def test_the_hook_is_a_setting_of_the_job_script(tmp_path, fake):  # noqa: F811
     settings = settings_for(tmp_path, hook=hook)
     submit.submit(settings)
     script = settings.run / "slurm/1/meta.sbatch"
-    variables = script.read_text().partition("early=0")[0]
+    variables = script.read_text().partition("signalled=")[0]
     shown = subprocess.run(
         ["bash", "-c", f'{variables}\nprintf %s "$HOOK"'], capture_output=True, text=True, check=True
     )
