@@ -4,6 +4,7 @@
 SRUN_TRIES=4          # starts of one srun, as long as Slurm says what may pass
 LOST_SECONDS=120      # from the first rank that has ended badly to the end of all others
 ANSWER_SECONDS=1800   # a controller that gives no answer is waited for
+ROOM_SECONDS=600      # a disk that is full when the job starts is waited for
 BAD_NODES_AT_MOST=3   # restarts that leave out nodes found bad
 # what srun says when the step, not what runs in it, has failed; mostly it passes
 PASSING='Unable to create step|Invalid generic resource|[Cc]ommunication|Socket timed out|Unable to contact|Unable to confirm|'
@@ -33,6 +34,18 @@ run_hook() {
 fail() {
     event failed "${*:2}"
     exit "$1"
+}
+
+can_write() { mkdir -p "$RUN/slurm/events" "$RUN/logs/$name" && echo >"$RUN/logs/$name/writable"; }
+
+# Until the run's folder can be written to, or a signal comes. Fails after a while.
+wait_for_room() {
+    local end=$((SECONDS + ROOM_SECONDS))
+    until can_write || [[ -n $signalled ]]; do
+        ((SECONDS < end)) || return
+        say "cannot write to $RUN: trying for $((end - SECONDS)) s more"
+        nap 10
+    done
 }
 
 # Step of the newest complete checkpoint of this stage; "none", or "done" with a result.
@@ -277,6 +290,7 @@ check_nodes() {
     done
     rm -rf "$folder"
     [[ -n $problems ]] || return
+    ((written)) || can_write || put_back 1 "the disk is full: nothing can be written to $RUN" nobody
     ((written)) || fail 3 "node check:$problems look at --out${said:+, and at what srun says: $(tail -n1 <<<"$said")}"
     ((good || SLURM_JOB_NUM_NODES == 1)) ||
         fail 3 "node check:$problems all nodes of the job are alike: look at the settings (--gpus-per-node, --mem)"

@@ -466,6 +466,17 @@ def test_a_full_disk_is_tried_once_more(body):
     assert "nothing was gained since the last requeue" in body.run(python).last
 
 
+def test_a_disk_that_is_full_at_the_start_is_waited_for(body):
+    (body.out / "slurm").mkdir()
+    (body.out / "slurm/events").touch()  # in the way, until somebody makes room
+    process = body.start()
+    time.sleep(0.5)
+    (body.out / "slurm/events").unlink()
+    done = body.end(process)
+    assert (done.code, done.last) == (0, "done exit 0"), done.text
+    assert "cannot write to" in done.text
+
+
 def test_a_full_disk_on_which_no_rank_could_note_its_end(body):
     full = 'ln -sf /dev/full "$RUN/slurm/events/meta.codes"'
     done = body.run(f'{full}; echo "error: No space left on device"; exit 1')
