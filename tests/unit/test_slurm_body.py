@@ -27,7 +27,8 @@ PROGRAMS = {
                     [[ -e $FAKE/refuse_once ]] && rm "$FAKE/refuse"
                     exit 1
                 fi
-                (/bin/sleep 0.3; kill -TERM "$(cat "$FAKE/body")") >/dev/null 2>&1 & ;;
+                body=$(cat "$FAKE/body")
+                (/bin/sleep 0.1; kill -TERM "$body") >/dev/null 2>&1 & ;;
         esac""",
     # one process per node; "srun_says" is a failure of the step itself, as often as "srun_fails" says
     "srun": """
