@@ -91,6 +91,7 @@ def _train(rank: int, job: Job, begun: float) -> int:
         interrupt.stop_listening()
         code = 0
     except interrupt.Interrupted as stop:
+        interrupt.stop_listening()
         if rank == 0:
             print(stop, file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED

@@ -107,6 +107,21 @@ def test_a_warning_while_python_ends_does_not_kill_it():
     assert ends == [-signal.SIGUSR1, 0]
 
 
+def test_a_second_warning_while_an_interrupted_rank_ends_keeps_its_code():
+    """Slurm's body asks again every five seconds, and the end of python and NCCL may take longer."""
+    code = (
+        "import os, signal, sys\nfrom types import SimpleNamespace\nfrom trainer import api, run\n"
+        "from trainer.distributed import interrupt\n"
+        "class Late:\n    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.SIGUSR1):\n"
+        "        kill(me, number)\n"
+        "sys.modules['late'] = Late()\n"
+        "def execute(job, begun):\n    raise interrupt.Interrupted('saved')\n"
+        "api.execute = execute\nsys.exit(run._train(0, SimpleNamespace(phase='meta'), 0.0))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+
+
 def test_process_without_a_heartbeat_ends_with_its_own_code_and_says_where():
     code = (
         "import time\nfrom trainer.distributed.interrupt import HEARTBEAT\nHEARTBEAT.watch(0.6)\n"
