@@ -19,7 +19,7 @@ MOMENTS = {
     "replace": "os:replace",  # every commit of a file: manifest, latest, weights, result, config
     "fsync": "os:fsync",
     "phase": "trainer.context:Run.open",
-    "evaluate": "trainer.loop.fit:evaluate",
+    "evaluate": "trainer.loop.fit:_Loop._evaluate",
 }
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 
