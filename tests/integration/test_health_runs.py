@@ -97,7 +97,11 @@ def test_weights_that_burst_reach_no_checkpoint(warm, tmp_path):
 
 @pytest.mark.parametrize(
     "place",
-    ["trainer.distributed.engine:Engine.step", "trainer.checkpoint.saver:Saver.save", "trainer.loop.fit:_Loop._evaluate"],
+    [
+        "trainer.distributed.engine:Engine.step",
+        "trainer.checkpoint.saver:Saver.save",
+        "trainer.loop.fit:_Loop._evaluate",
+    ],
 )
 def test_a_stopped_rank_is_not_waited_for(warm, tmp_path, place):
     """SIGSTOP of rank 1: rank 0 says where it hangs, and ends itself within the time that is set."""
