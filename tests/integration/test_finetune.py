@@ -1,6 +1,7 @@
 """recipes/finetune*.yaml: from a student of ours, or any ViT, to a classifier of other classes on a folder."""
 
 import json
+import os
 
 import pytest
 
@@ -12,6 +13,15 @@ from trainer.api import run_phase
 from trainer.config.load import load_recipe
 
 DS = str(ROOT / "ds_configs/cpu_debug.json")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """A phase in this process leaves RANK and WORLD_SIZE behind, which later tests would hand to their launches."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="module")
