@@ -127,6 +127,9 @@ class Cluster:
             subprocess.Popen(self.inside(["slurmctld", "-D"], "/"), env=self.environ, stdout=log, stderr=log,
                              preexec_fn=_die_with_parent)  # fmt: skip
         self.wait_for(lambda: "UP" in self.run("scontrol", "ping").stdout, 30, "the controller to start")
+        asked = ["sbatch", "--test-only", f"--nodes={self.nodes}", "--gres=gpu:1", "--wrap=true"]
+        # until the nodes have registered again it knows of no GPUs, and refuses what asks for them
+        self.wait_for(lambda: self.run(*asked).returncode == 0, 60, "the controller to know its nodes")
         pid = self.out("pgrep", "-o", "-x", "slurmctld").strip()
         (self.state / "run/slurmctld.pid").write_text(pid)
 

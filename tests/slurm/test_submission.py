@@ -34,7 +34,8 @@ def test_a_driver_killed_at_any_moment_leaves_nothing_that_runs(cluster, chain, 
     environ = cluster.environ | chain.settings | {"PATH": f"{slow.parent}:{chain.settings['PATH']}"}
     driver = subprocess.Popen(cluster.inside(["bash", DRIVER], chain.root), env=environ, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT)  # fmt: skip
-    cluster.wait_for(lambda: len(chain.rows()) == 2, 60, "two recorded jobs")
+    chain.until(lambda: len(chain.rows()) >= 2 or driver.poll() is not None, "two recorded jobs", timeout=60)
+    assert driver.poll() is None, driver.communicate()[0].decode()
     (python,) = cluster.out("pgrep", "-f", "^python -m trainer.chain").split()
     cluster.out("kill", "-KILL", python)
     driver.communicate(timeout=20)
