@@ -40,8 +40,8 @@ study: $(VENV)/.runtime
 # First what one process does, spread over the cores by file; then what starts several ranks or a cluster, one after another,
 # also after a failure of the first.
 test: $(VENV)/.dev
-	$(ENV) python -m pytest -n auto --maxprocesses 4 --dist loadfile tests/unit tests/docs; first=$$?; \
-	$(ENV) python -m pytest tests --ignore tests/unit --ignore tests/docs && exit $$first
+	$(ENV) python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 20 tests/unit tests/docs; first=$$?; \
+	$(ENV) python -m pytest --durations 20 tests --ignore tests/unit --ignore tests/docs && exit $$first
 
 # tests/unit with the lowest versions that requirements.txt allows, in an environment of its own. PyPI's torch is the CUDA
 # build: about 5 GB. A line like "timm>=1.0.31,<2" becomes the constraint "timm==1.0.31".

@@ -77,8 +77,8 @@ class WarmPython:
         self.server.wait(30)
 
 
-def serve() -> None:
-    """Read one line of JSON per piece of work, fork its ranks, answer with their ids and then their exit codes."""
+def import_everything() -> None:
+    """What a rank imports until it trains."""
     import models  # noqa: F401  first: it mends torchvision beside a CPU torch
 
     for name in ("datasets", "transformers.models.vit.modeling_vit", "trainer.run", "trainer.report.drawing",
@@ -87,6 +87,11 @@ def serve() -> None:
     importlib.import_module("deepspeed").ops.__compatible_ops__  # noqa: B018  probed on first use
     for phase in ("teacher", "meta", "distill", "train", "evaluate"):
         importlib.import_module(f"trainer.phases.{phase}")
+
+
+def serve() -> None:
+    """Read one line of JSON per piece of work, fork its ranks, answer with their ids and then their exit codes."""
+    import_everything()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

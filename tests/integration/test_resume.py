@@ -92,7 +92,7 @@ def test_killed_under_the_launcher(warm, chain, tmp_path):
     with started("deepspeed", 2, command) as job:
         while not saved(out / "distill_1"):
             assert job.process.poll() is None, job.log.read_text()
-            time.sleep(0.001)
+            time.sleep(0.02)
         (launcher,) = psutil.Process(job.process.pid).children()
         (one,) = [rank for rank in launcher.children() if "--local_rank=1" in rank.cmdline()]
         one.kill()

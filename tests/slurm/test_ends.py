@@ -84,6 +84,7 @@ def test_where_slurm_does_not_start_a_job_again_another_takes_its_place(cluster,
     assert chain.resumed("meta") and chain.resumed("meta")[0] >= 12
 
 
+@pytest.mark.slow
 def test_a_bad_node_is_left_out(cluster, chain, tmp_path):
     """One job of one node: node1 shows no GPU, so it goes to node2."""
     broken = tmp_path / "bin/nvidia-smi"

@@ -10,7 +10,7 @@ COMMAND = ["--recipe", ROOT / RECIPE, "--ds_config", ROOT / DS_CONFIG]
 EXPERTS = ["student.moe.num_experts=2", "distill.level=expert"]
 
 
-def test_elements_of_the_expert_array_are_modules_and_experts(cluster, warm, tmp_path):
+def test_elements_of_the_expert_array_are_modules_and_experts(cluster, warm, warm_ranks, tmp_path):
     """Two of six experts are missing: just those are made, each on a node of its own, and they are the right ones."""
     whole, out = tmp_path / "whole", tmp_path / "run"
     short = ["teacher.epochs=1", "meta.epochs=1", "expert.epochs=1", *EXPERTS]
@@ -19,7 +19,7 @@ def test_elements_of_the_expert_array_are_modules_and_experts(cluster, warm, tmp
         assert finished.code == 0, finished.output
     missing = ["expert_0_1", "expert_2_0"]
     shutil.copytree(whole, out, ignore=shutil.ignore_patterns(*missing))
-    chain = Chain(cluster, out, NODES="1", OVERRIDES=" ".join(short), ARRAY_THROTTLE="0")
+    chain = Chain(cluster, out, NODES="1", OVERRIDES=" ".join(short), ARRAY_THROTTLE="0", **warm_ranks)
     jobs = chain.submit()
     try:
         assert chain.rows()[0][1:3] == ["expert", "1,4"]
@@ -34,7 +34,8 @@ def test_elements_of_the_expert_array_are_modules_and_experts(cluster, warm, tmp
         chain.command("cancel")
 
 
-def test_modules_taught_together_are_one_job(cluster, warm, tmp_path):
+@pytest.mark.slow
+def test_modules_taught_together_are_one_job(cluster, warm, warm_ranks, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "run"
     words = ["teacher.epochs=1", "meta.epochs=1", "distill.epochs=0", "refine.epochs=1",
              "refine.order=together"]  # fmt: skip
@@ -42,7 +43,7 @@ def test_modules_taught_together_are_one_job(cluster, warm, tmp_path):
         finished = warm.run([*COMMAND, "--phase", phase, "--out", whole, *words])
         assert finished.code == 0, finished.output
     shutil.copytree(whole, out, ignore=shutil.ignore_patterns("refine_*"))
-    chain = Chain(cluster, out, NODES="1", OVERRIDES=" ".join(words))
+    chain = Chain(cluster, out, NODES="1", OVERRIDES=" ".join(words), **warm_ranks)
     jobs = chain.submit()
     try:
         assert list(jobs) == ["refine", "train", "evaluate"] and chain.rows()[0][2] == "-"
@@ -56,7 +57,7 @@ def test_modules_taught_together_are_one_job(cluster, warm, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_chain_with_experts_and_a_second_round_in_order(cluster, warm, tmp_path):
+def test_a_chain_with_experts_and_a_second_round_in_order(cluster, warm, warm_ranks, tmp_path):
     """Every stage of it in its place: the weights of every artifact are those of --phase all without Slurm."""
     words = [
         *EXPERTS,
@@ -69,7 +70,7 @@ def test_a_chain_with_experts_and_a_second_round_in_order(cluster, warm, tmp_pat
     whole = tmp_path / "whole"
     finished = warm.run([*COMMAND, "--phase", "all", "--out", whole, *words], timeout=600)
     assert finished.code == 0, finished.output
-    chain = Chain(cluster, tmp_path / "run", NODES="1", OVERRIDES=" ".join(words), ARRAY_THROTTLE="0")
+    chain = Chain(cluster, tmp_path / "run", NODES="1", OVERRIDES=" ".join(words), ARRAY_THROTTLE="0", **warm_ranks)
     jobs = chain.submit()
     stages = [
         "teacher",

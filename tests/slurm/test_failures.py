@@ -125,7 +125,7 @@ def test_plan_asks_the_scheduler_and_submits_nothing(chain):
     done = chain.command("plan")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (
-        done.stdout.count("to start at") == 5 and "ok       distill_2: 160 steps of 16 images on 2 ranks" in done.stdout
+        done.stdout.count("to start at") == 5 and "ok       distill_2: 100 steps of 16 images on 2 ranks" in done.stdout
     )
     assert not chain.out.exists()
 

@@ -120,7 +120,7 @@ def test_plan_dry_runs_every_phase_and_writes_nothing(tmp_path, capsys, no_slurm
     shown = capsys.readouterr().out
     for name in ("data", "teacher", "meta", "distill_0", "distill_1", "distill_2", "train", "disk"):
         assert f"  ok       {name}: " in shown
-    assert "160 steps of 16 images on 2 ranks" in shown and "PROBLEM" not in shown
+    assert "100 steps of 16 images on 2 ranks" in shown and "PROBLEM" not in shown
     assert not settings.run.exists()
 
 
