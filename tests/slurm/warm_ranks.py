@@ -1,7 +1,7 @@
 """Forks the ranks of a chain on the test cluster, so that a rank starts in a second instead of ten.
 
-The same code runs as in a rank that python starts, and in the same place: with the environment, the folder, the open files,
-the network and the host name of its node. Only the imports are shared. Ranks that python itself starts are in
+The same code runs as in a rank that python starts, and in the same place: with the environment, the folder, the open
+files, the network and the host name of its node. Only the imports are shared. Ranks that python itself starts are in
 test_submission.py; tests/slurm/warm_rank is the other end.
 
     python tests/slurm/warm_ranks.py SOCKET         # in the namespaces of the cluster
