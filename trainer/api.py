@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ from trainer.config.ds_config import read_ds_config
 from trainer.config.recipe import Recipe
 from trainer.distributed import interrupt
 from trainer.request.graph import ALL, in_one_job, row_of
-from trainer.request.job import Job
+from trainer.request.job import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Job
+from trainer.tracking.console import say_error
 
 
 def run_phase(
@@ -75,6 +77,39 @@ def run_phase(
     if phase == ALL:
         return results
     return {name: results[name] for name in job.artifacts} if job.several else results[job.artifacts[0]]
+
+
+def ended(work: Callable[[], None], rank: int) -> int:
+    """Carry out what a process is there for, say how it ended, and return the exit code (trainer/request/job.py).
+
+    Args:
+        work: calls `execute`, once or several times.
+        rank: of this process; rank 0 speaks for all where they end alike.
+    """
+    from trainer.distributed import ranks
+    from trainer.tracking.health import NonFiniteLoss
+
+    code = EXIT_FAILED
+    try:
+        work()
+        interrupt.stop_listening()
+        code = 0
+    except interrupt.Interrupted as stop:
+        interrupt.stop_listening()
+        if rank == 0:
+            print(stop, file=sys.stderr, flush=True)
+        code = EXIT_INTERRUPTED
+    except (ValueError, OSError, RuntimeError) as error:
+        if not isinstance(error, ValueError | OSError | NonFiniteLoss):
+            logging.getLogger(__name__).exception("failed")
+        if rank == 0:
+            say_error(error)
+        elif not isinstance(error, ranks.Agreed | NonFiniteLoss):  # those rank 0 says for all
+            say_error(error, f"[rank {rank}] ")
+        code = EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
+    if code in (0, EXIT_INTERRUPTED):
+        ranks.stop()
+    return code
 
 
 def load_results(out: str | Path) -> dict[str, dict[str, Any]]:

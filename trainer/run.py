@@ -8,7 +8,6 @@ The same under torchrun, srun and plain python. Nothing imports this file; scrip
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
@@ -21,13 +20,12 @@ if not __package__:  # started as a file: put the repository, not trainer/, on t
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from trainer.cli import flags as cli
-from trainer.config.load import one_line
-from trainer.config.redaction import redact, refuse_secrets
+from trainer.config.redaction import refuse_secrets
 from trainer.distributed import interrupt
 from trainer.distributed.launchers import ranks_from_environment, spokesman_rank
-from trainer.request.job import EXIT_BAD_INPUT, EXIT_FAILED, EXIT_INTERRUPTED, Job
+from trainer.request.job import EXIT_BAD_INPUT, EXIT_FAILED, Job
 from trainer.request.plan import PlanRequest
-from trainer.tracking.console import quieten, set_up_logging
+from trainer.tracking.console import quieten, say_error, set_up_logging
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         work = _work(sys.argv[1:] if arguments is None else arguments, rank, begun)
     except (ValueError, OSError) as error:
         if rank == 0:
-            _say(error)  # the same on every rank: said once
+            say_error(error)  # the same on every rank: said once
         return EXIT_BAD_INPUT
     return work()
 
@@ -67,7 +65,7 @@ def _work(arguments: list[str], rank: int, begun: float) -> Callable[[], int]:
 
 
 def _refuse(error: Exception) -> int:
-    _say(error)
+    say_error(error)
     return EXIT_BAD_INPUT
 
 
@@ -81,31 +79,9 @@ def _train(rank: int, job: Job, begun: float) -> int:
     quieten()
     set_up_logging(rank == 0)
     import models  # noqa: F401  first: it mends torchvision beside a CPU torch
-    from trainer.api import execute
-    from trainer.distributed import ranks
-    from trainer.tracking.health import NonFiniteLoss
+    from trainer.api import ended, execute
 
-    code = EXIT_FAILED
-    try:
-        execute(job, begun)
-        interrupt.stop_listening()
-        code = 0
-    except interrupt.Interrupted as stop:
-        interrupt.stop_listening()
-        if rank == 0:
-            print(stop, file=sys.stderr, flush=True)
-        code = EXIT_INTERRUPTED
-    except (ValueError, OSError, RuntimeError) as error:
-        if not isinstance(error, ValueError | OSError | NonFiniteLoss):
-            logging.getLogger(__name__).exception("phase %s failed", job.phase)
-        if rank == 0:
-            _say(error)
-        elif not isinstance(error, ranks.Agreed | NonFiniteLoss):  # those rank 0 says for all
-            _say(error, f"[rank {rank}] ")
-        code = EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
-    if code in (0, EXIT_INTERRUPTED):
-        ranks.stop()
-    return code
+    return ended(partial(execute, job, begun), rank)
 
 
 def _alone(rank: int, work: Callable[..., int | None], *arguments: Any) -> int:
@@ -120,7 +96,7 @@ def _alone(rank: int, work: Callable[..., int | None], *arguments: Any) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # python flushes once more at its end
         return 0
     except (ValueError, OSError) as error:
-        _say(error)
+        say_error(error)
         return EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
 
 
@@ -167,10 +143,6 @@ def _plan(request: PlanRequest) -> int:
     from trainer.plan.plan_page import show
 
     return show(request)
-
-
-def _say(error: Exception, prefix: str = "") -> None:
-    print(f"{prefix}error: {redact(one_line(error))}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ import os
 import sys
 import warnings
 
+from trainer.config.load import one_line
+from trainer.config.redaction import redact
+
 
 def quieten() -> None:
     """Keep what is not about this run out of its log; before the heavy imports."""
@@ -20,6 +23,11 @@ def set_up_logging(main: bool) -> None:
     logging.basicConfig(level=logging.INFO if main else logging.ERROR, format="%(levelname)s %(message)s", force=True)
     for name in ("DeepSpeed", "deepspeed", "httpx", "httpx2", "huggingface_hub", "transformers", "timm"):
         logging.getLogger(name).setLevel(logging.WARNING if main else logging.ERROR)
+
+
+def say_error(error: BaseException, prefix: str = "") -> None:
+    """What an error says, as a line of standard error without secrets."""
+    print(f"{prefix}error: {redact(one_line(error))}", file=sys.stderr, flush=True)
 
 
 def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
