@@ -36,7 +36,10 @@ fail() {
     exit "$1"
 }
 
-can_write() { mkdir -p "$RUN/slurm/events" "$RUN/logs/$name" && echo >"$RUN/logs/$name/writable"; }
+can_write() {
+    local notes=$RUN/slurm/events/$artifact # of a study's cell a/b/seed0
+    mkdir -p "${notes%/*}" "$RUN/logs/$name" && echo >"$RUN/logs/$name/writable"
+}
 
 # Until the run's folder can be written to, or a signal comes. Fails after a while.
 wait_for_room() {
@@ -50,13 +53,28 @@ wait_for_room() {
 
 # Step of the newest complete checkpoint of this stage; "none", or "done" with a result.
 saved_step() {
-    local latest=$RUN/$artifact/checkpoints/latest.json
     [[ -s $RUN/$artifact/result.json ]] && { echo done; return; }
-    [[ -s $latest ]] && sed -n 's/.*"tag": *"step_0*\([0-9]\+\)".*/\1/p' "$latest" | grep . || echo none
+    [[ $PHASE == cell ]] && { saved_in_cell; return; }
+    step_in "$RUN/$artifact/checkpoints/latest.json" || echo none
+}
+
+# The step that a latest.json names. Fails without one.
+step_in() { [[ -s $1 ]] && sed -n 's/.*"tag": *"step_0*\([0-9]\+\)".*/\1/p' "$1" | grep .; }
+
+# Of a study's cell, which makes one result after another: how many it has, and the step of each that is begun, as
+# "results:3,train:20".
+saved_in_cell() {
+    local folder=${RUN%/*}/$artifact result latest step count=0 begun=""
+    for result in "$folder"/*/result.json; do [[ -s $result ]] && ((count++)); done
+    for latest in "$folder"/*/checkpoints/latest.json; do
+        result=${latest%/checkpoints/*}
+        [[ ! -s $result/result.json ]] && step=$(step_in "$latest") && begun+=,${result##*/}:$step
+    done
+    echo "results:$count$begun"
 }
 
 # Whether the result of this stage is there. push and download look by themselves whether theirs is still right, and an
-# evaluation is not when its training is younger.
+# evaluation is not when its training is younger. Of a study RUN is the folder of its jobs, where a cell leaves a mark.
 is_complete() {
     local input
     [[ $PHASE != push && $PHASE != download && -s $RUN/$artifact/result.json ]] || return

@@ -2,6 +2,9 @@
 
 say() { printf '[%(%H:%M:%S)T %s] %s\n' -1 "${STAGE:-chain}${element:+ $element}" "$*"; }
 
+# Compute nodes have no internet: what is wanted of the hub is in the caches.
+offline() { export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1; }
+
 # Sources ENV_FILE and makes sure that there is a python.
 activate_environment() {
     if [[ -n ${ENV_FILE:-} ]]; then

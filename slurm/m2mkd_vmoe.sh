@@ -75,4 +75,4 @@ for ((i = 1; i <= $#; i++)); do
 done
 source "$root/slurm/common.sh"
 activate_environment || exit 2
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m trainer.chain "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$PYTHON" -m "${M2MKD_DRIVER:-trainer.chain}" "$@"

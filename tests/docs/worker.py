@@ -17,7 +17,7 @@ def main(folder: str, url: str, kind: str, words: list[str], variables: dict[str
     Args:
         url: of the stand-in.
         kind: "run" (trainer/run.py with these words), "module" (python -m), "code" (python of a block, its place) or
-            "chain" (slurm/m2mkd_vmoe.sh).
+            "chain" (slurm/m2mkd_vmoe.sh) or "study" (slurm/study.sh).
         variables: of the environment, added to it.
     """
     os.chdir(folder)
@@ -29,6 +29,13 @@ def main(folder: str, url: str, kind: str, words: list[str], variables: dict[str
         return run.main(words)
     if kind == "chain":
         return _chain(words)
+    if kind == "study":
+        from trainer.chain import plan
+        from trainer.study import jobs
+
+        plan.ask_scheduler = lambda *asked: False  # tests/slurm asks a real one
+        sys.argv = ["study.sh", *words]
+        return jobs.main()
     if kind == "code":
         code, place = words
         sys.path.insert(0, folder)  # where the package m2mkd is as if installed
@@ -60,6 +67,6 @@ def _chain(words: list[str]) -> int:
         return Done
 
     plan.subprocess.run = run
-    plan._ask_scheduler = lambda *asked: False  # tests/slurm asks a real one
+    plan.ask_scheduler = lambda *asked: False  # tests/slurm asks a real one
     sys.argv = ["m2mkd_vmoe.sh", *words]
     return driver.main()

@@ -56,11 +56,24 @@ def test_more_experts_than_an_array_may_have(tmp_path, stand_in, capsys):  # noq
 
     # element 7 is task 2 of the second array: module 1, expert 3 of 4, as the body has it
     script = (settings.run / "slurm/1/expert-2.sbatch").read_text().splitlines()
-    wanted = ("OFFSET=", "EXPERTS=", "ARTIFACTS=", "task=", "element=", "artifact=", "part=", "((EXPERTS))")
+    wanted = (
+        "STAGE=",
+        "OFFSET=",
+        "EXPERTS=",
+        "ARTIFACTS=",
+        "task=",
+        "element=",
+        "artifact=",
+        "name=",
+        "part=",
+        "((EXPERTS))",
+    )
     lines = [line for line in script if line.startswith(wanted)]
-    command = "\n".join(["SLURM_ARRAY_TASK_ID=2", *lines, 'echo "$artifact ${part[@]}"'])
+    command = "\n".join(["SLURM_ARRAY_TASK_ID=2 SLURM_ARRAY_JOB_ID=102", *lines, 'echo "$artifact ${part[@]} $name"'])
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
-    assert done.stdout == "expert_1_3 --module 1 --expert 3\n"
+    assert (
+        done.stdout == "expert_1_3 --module 1 --expert 3 expert-102_2\n"
+    )  # the last: its logs, as status looks for them
 
     # and status finds it there
     stand_in.says("queue/102", "102_2|102|2|RUNNING|None|node1|0:42|x\n")

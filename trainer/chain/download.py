@@ -2,7 +2,7 @@
 
 It fills the Hugging Face caches, so that compute nodes can work offline, and asks whether the push at the end may be.
 
-python -m trainer.chain.download --recipe RUN/slurm/1/recipe.yaml --out RUN
+python -m trainer.chain.download --recipe RUN/slurm/1/recipe.yaml [MORE ...] --out RUN
 """
 
 from __future__ import annotations
@@ -23,24 +23,26 @@ from trainer.request.stages import hub_names
 def main() -> int:
     """Open models and data once, as the phases will, check the hub, and leave RUN/download/result.json."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--recipe", required=True, nargs="+")
     parser.add_argument("--out", required=True)
     options = parser.parse_args()
-    recipe = load_recipe(options.recipe)
+    recipes = [load_recipe(path) for path in options.recipe]
     started = time.monotonic()
     from trainer.hub.push import check_hub
 
     try:
-        if recipe.hub.repo:
-            check_hub(recipe.hub)
-        _open_all(recipe)
+        for recipe in recipes:
+            if recipe.hub.repo:
+                check_hub(recipe.hub)
+            _open_all(recipe)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     folder = Path(options.out) / "download"
     folder.mkdir(parents=True, exist_ok=True)
     seconds = time.monotonic() - started
-    write_json(folder / "result.json", {"names": hub_names(recipe), "seconds": seconds, "versions": versions()})
+    names = list(dict.fromkeys(name for recipe in recipes for name in hub_names(recipe)))
+    write_json(folder / "result.json", {"names": names, "seconds": seconds, "versions": versions()})
     return 0
 
 

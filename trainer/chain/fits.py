@@ -17,13 +17,17 @@ def check(settings: Settings, recipe: Recipe, ds_values: dict[str, Any]) -> None
     for stage in chain(recipe):
         section = "" if stage.phase == DOWNLOAD else section_of_batch(recipe, stage.phase)
         if section:
-            _check_stage(settings, recipe, ds_values, stage, section)
+            check_stage(settings, recipe, ds_values, stage, section)
 
 
 def with_fewer_workers(settings: Settings, recipe: Recipe) -> tuple[Recipe, str]:
     """The recipe with no more loading processes per rank than it has CPU cores, and a line that says so, or nothing."""
     stages = [stage.setting for stage in chain(recipe) if stage.phase not in ONLINE]
-    cores = min(settings.cpus_of(stage) for stage in stages)
+    return with_workers_for(min(settings.cpus_of(stage) for stage in stages), recipe)
+
+
+def with_workers_for(cores: int, recipe: Recipe) -> tuple[Recipe, str]:
+    """The same for ranks of so many cores."""
     wanted = recipe.data.workers
     if wanted is None or wanted <= cores:
         return recipe, ""
@@ -31,7 +35,12 @@ def with_fewer_workers(settings: Settings, recipe: Recipe) -> tuple[Recipe, str]
     return replace(recipe, data=replace(recipe.data, workers=cores)), said
 
 
-def _check_stage(settings: Settings, recipe: Recipe, ds_values: dict[str, Any], stage: Stage, section: str) -> None:
+def check_stage(settings: Settings, recipe: Recipe, ds_values: dict[str, Any], stage: Stage, section: str) -> None:
+    """The same of one stage.
+
+    Args:
+        section: of the recipe, whose batch is to fit the ranks.
+    """
     local = settings.ranks_of(stage.setting)
     nodes = settings.nodes_of(stage.setting)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,24 @@ def refuse_other_code(root: Path, run: Path, recipe: Recipe, stages: Sequence[tu
     Raises:
         ValueError: a result or a begun one of other code; both commits are named, and `run.accept=[code]`.
     """
-    now = {"code": {"sha256": made_of.code_digest(root), "commit": origin.commit(root)}}
     names: list[str] = []
     for stage, elements in stages:
         if stage.phase not in ONLINE:
             names += [*stage.inputs, *(stage.artifacts[element] for element in elements)]
-    for name in dict.fromkeys(names):
-        then = made_of.read(run / name)
+    refuse_folders_of_other_code(root, [(run / name, recipe) for name in dict.fromkeys(names)])
+
+
+def refuse_folders_of_other_code(root: Path, folders: Iterable[tuple[Path, Recipe]]) -> None:
+    """The same of results, complete or begun, each with the recipe that goes on with it.
+
+    Raises:
+        ValueError: as above.
+    """
+    now = {"code": {"sha256": made_of.code_digest(root), "commit": origin.commit(root)}}
+    for folder, recipe in folders:
+        then = made_of.read(folder)
         if "code" in then:
-            made_of.compare({"code": then["code"]}, now, run / name, recipe.run.accept)
+            made_of.compare({"code": then["code"]}, now, folder, recipe.run.accept)
 
 
 def _files(root: Path) -> list[str]:

@@ -60,7 +60,7 @@ def show(settings: Settings) -> int:
         mixed = _other_code(settings, recipe, orders)
         if mixed:
             print(f"  PROBLEM  {mixed}")
-        refused = _ask_scheduler(settings, orders, silence)
+        refused = ask_scheduler(settings, orders, silence)
     return 1 if report["problems"] or mixed or refused else 0
 
 
@@ -177,7 +177,7 @@ def _watched(command: Sequence[str], environ: Mapping[str, str], now: Path) -> t
             process.wait()
 
 
-def _ask_scheduler(settings: Settings, orders: Sequence[Order], silence: str) -> bool:
+def ask_scheduler(settings: Settings, orders: Sequence[Order], silence: str) -> bool:
     """The partitions, and sbatch --test-only of every job; True when one is refused, or nothing answered.
 
     Args:

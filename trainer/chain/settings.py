@@ -16,15 +16,29 @@ from trainer.chain.following.options import HELP as FOLLOWING_HELP
 from trainer.config import gpus
 from trainer.config.knobs import knob, require
 from trainer.request.graph import stage_names
-from trainer.request.stages import DOWNLOAD
+from trainer.request.stages import CELL, DOWNLOAD, GATHER
 
 COMMANDS = ("submit", "plan", "status", "logs", "wait", "cancel")
-STAGES = (DOWNLOAD, *stage_names())
-ONLINE = (DOWNLOAD, "push")  # one task without GPU on a node with internet
+STAGES = (DOWNLOAD, *stage_names(), CELL, GATHER)
+ONLINE = (DOWNLOAD, "push", GATHER)  # one task without GPU; the first two on a node with internet
+JOBS = "jobs"  # folder of a study's jobs, below its own
 ONLINE_CPUS = "4"  # of such a task, unless cpus_per_task names one for it
 TIME = re.compile(r"(\d+-)?\d+(:\d\d){0,2}")
 SIGNAL_EARLY = 60  # seconds that Slurm may send --signal before its time (man sbatch)
 GPU_REQUESTS = ("gres", "gpus-per-node", "gpus-per-task")
+# settings that take values per stage
+PER_STAGE = (
+    "nodes",
+    "gpus_per_node",
+    "gpu_type",
+    "cpus_per_task",
+    "mem",
+    "time",
+    "partition",
+    "qos",
+    "constraint",
+    "reservation",
+)
 # what is refused unless it is asked for by name -> in words
 ACCEPT = {
     "across": "expert groups that straddle nodes",
@@ -134,6 +148,11 @@ class Settings:
         return Path(self.out).absolute()
 
     @property
+    def title(self) -> str:
+        """What the names of its jobs begin with."""
+        return self.run.parent.name if self.run.name == JOBS else self.run.name
+
+    @property
     def held(self) -> bool:
         """Whether the user wants the jobs held: they release them by themselves."""
         return not {"-H", "--hold"}.isdisjoint(shlex.split(self.sbatch_args))
@@ -202,16 +221,26 @@ def hours(text: str) -> float:
     return int(days or 0) * 24 + whole + minutes / 60 + seconds / 3600
 
 
-def read(arguments: Sequence[str], environ: Mapping[str, str] = os.environ) -> tuple[str, Settings]:
+def read(
+    arguments: Sequence[str],
+    environ: Mapping[str, str] = os.environ,
+    program: str = "slurm/m2mkd_vmoe.sh",
+    more_help: str = "",
+) -> tuple[str, Settings]:
     """The command and the settings: a flag beats the environment, which beats the default.
+
+    Args:
+        program: what --help calls it.
+        more_help: the end of its text.
 
     Raises:
         ValueError: a setting without a meaning; the message names it.
     """
     fields = [field for field in dataclasses.fields(Settings) if field.name != "overrides"]
     parser = argparse.ArgumentParser(
-        prog="slurm/m2mkd_vmoe.sh",
-        epilog=f"section.key=value overrides the recipe, ds.section.key=value the DeepSpeed JSON.\n\n{FOLLOWING_HELP}",
+        prog=program,
+        epilog=f"section.key=value overrides the recipe, ds.section.key=value the DeepSpeed JSON.\n\n{FOLLOWING_HELP}"
+        + more_help,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -245,6 +274,16 @@ def _per_stage(name: str, text: str, stage: str) -> str:
     """
     values = _by_stage(name, text)
     return values.get(stage, values[""])
+
+
+def stages_named(settings: Settings) -> dict[str, list[str]]:
+    """Stages that have a value of their own, each with the settings that give it."""
+    named: dict[str, list[str]] = {}
+    for name in PER_STAGE:
+        for stage in _by_stage(name, str(getattr(settings, name))):
+            if stage:
+                named.setdefault(stage, []).append(name)
+    return named
 
 
 def _names(text: str, stage: str) -> bool:

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -28,12 +28,14 @@ from trainer.config.ds_config import read_ds_config
 from trainer.config.load import load_recipe, to_dict
 from trainer.config.recipe import Recipe
 from trainer.disk import lock, write_json
-from trainer.request.stages import FOLLOWING, Stage, chain
+from trainer.request.stages import DOWNLOAD, FOLLOWING, GATHER, Stage, chain
 from trainer.writer_lock import WriterLock
 
 ROOT = Path(__file__).resolve().parents[2]
 COLUMNS = ("submitted", "stage", "array", "job", "depends", "script", "offset")
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
+STAGES_FILE = "stages.json"  # of a submission that is no chain of one recipe
+NAMED = 6  # of what a job waits for
 OLDER = 6  # columns that a line of an older version has
 
 
@@ -64,6 +66,8 @@ class Order:
     flags: list[str]
     offset: int  # elements less this are the task ids of its array
     after: list[str]  # stages of the same submission
+    after_elements: tuple[int, ...] = ()  # elements of its own stage, in orders before it
+    even_if_failed: bool = False  # whether it starts when those it waits for have ended in any way
 
 
 def submit(settings: Settings) -> int:
@@ -75,31 +79,69 @@ def submit(settings: Settings) -> int:
     """
     recipe, ds_values = load(settings)
     slurm.require_sbatch()
-    with _locked(settings.run):
-        together.take_back_unfinished(settings.run)
-        refuse_live(settings.run)
-        submissions_before = list(settings.run.glob("slurm/[0-9]*"))
-        folder = settings.run / "slurm" / str(len(submissions_before) + 1)
+    with new_submission(settings.run) as folder:
         orders = plan_orders(settings, recipe, folder, cluster.max_array_size())
         if not orders:
             say(f"{settings.run}: every stage is complete, nothing to submit")
             return 0
-        for job in settings.waits_for:
-            slurm.refuse_as_parent(job)
-        refuse_impossible(settings, orders)
         frozen.refuse_other_code(ROOT, settings.run, recipe, [(order.stage, order.elements) for order in orders])
-        write_folder(settings, recipe, ds_values, folder, orders)
-        (settings.run / "logs").mkdir(exist_ok=True)  # Slurm starts no job whose log folder is absent, and says nothing
-        try:
-            ask_scheduler(settings, orders)
-            about = {"settings": asdict(settings), "versions": artifacts.versions()} | frozen.freeze(ROOT, folder)
-            write_json(folder / "submission.json", about)
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
-        _submit_all(settings, folder, orders)
+        hand_in(settings, folder, orders, lambda: write_folder(settings, recipe, ds_values, folder, orders))
     say(f"\nstate and progress: bash slurm/m2mkd_vmoe.sh status --out {shlex.quote(settings.out)}")
     return 0
+
+
+@contextmanager
+def new_submission(run: Path, besides: Sequence[str] = ()) -> Iterator[Path]:
+    """In the block nobody else submits for this run, and nothing of it is live; gives the folder RUN/slurm/<n>.
+
+    Args:
+        besides: ids of jobs that may be live: the one that submits.
+
+    Raises:
+        ValueError: another submission is under way, or jobs of this run are live.
+    """
+    with _locked(run):
+        together.take_back_unfinished(run)
+        refuse_live(run, besides)
+        submissions_before = list(run.glob("slurm/[0-9]*"))
+        yield run / "slurm" / str(len(submissions_before) + 1)
+
+
+def hand_in(settings: Settings, folder: Path, orders: Sequence[Order], write: Callable[[], None]) -> None:
+    """Submit what is planned: ask the cluster, write the folder, freeze the code, and then all jobs or none.
+
+    Args:
+        write: writes what the jobs read beside the code, the job scripts among it.
+
+    Raises:
+        ValueError: the cluster does not allow it; nothing is written.
+        SlurmError: a submission failed; what had been submitted before it is cancelled.
+    """
+    for job in settings.waits_for:
+        slurm.refuse_as_parent(job)
+    refuse_impossible(settings, orders)
+    write()
+    (settings.run / "logs").mkdir(exist_ok=True)  # Slurm starts no job whose log folder is absent, and says nothing
+    try:
+        ask_scheduler(settings, orders)
+        about = {"settings": asdict(settings), "versions": artifacts.versions()} | frozen.freeze(ROOT, folder)
+        write_json(folder / "submission.json", about)
+    except BaseException:
+        shutil.rmtree(folder)
+        raise
+    _submit_all(settings, folder, orders)
+
+
+def stages_of(folder: Path) -> list[Stage]:
+    """The stages of a submission RUN/slurm/<n>: those of its recipe, or those that it lists itself (a study)."""
+    listed = folder / STAGES_FILE
+    if not listed.is_file():
+        return chain(load_recipe(folder / "recipe.yaml"))
+    stages = []
+    for values in json.loads(listed.read_text()):
+        plain = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        stages.append(Stage(**plain))
+    return stages
 
 
 def refuse_impossible(settings: Settings, orders: Sequence[Order]) -> None:
@@ -159,32 +201,34 @@ def write_folder(settings: Settings, recipe: Recipe, ds_values: dict, folder: Pa
         order.script.write_text(render(settings, order.stage, folder, order.offset, order.script))
 
 
-def render(settings: Settings, stage: Stage, folder: Path, offset: int = 0, script: Path | None = None) -> str:
+def render(
+    settings: Settings, stage: Stage, folder: Path, offset: int = 0, script: Path | None = None, work: Path = ROOT
+) -> str:
     """The job script: header, settings, and the one body slurm/phase.sbatch.
 
     Args:
         offset: element of task id 0, for an array.
         script: where it is written, for a job that submits it once more; None = FOLDER/STAGE.sbatch.
+        work: the checkout: what is named relative to it still is (pictures, env.sh, .venv).
     """
     _, _, body = (ROOT / "slurm/phase.sbatch").read_text().partition("\n")  # behind its own #!/bin/bash
-    arguments = ["--recipe", str(folder / "recipe.yaml"), "--out", str(settings.run)]
-    if stage.phase != "download":
-        arguments += ["--ds_config", str(folder / "ds_config.json"), "--phase", stage.phase, *stage.arguments]
+    if stage.phase == GATHER:
+        settings = replace(settings, container="")  # it submits jobs, which no image can
     variables = {
         "ROOT": folder / "code",
-        "WORK": ROOT,  # what is named relative to the checkout still is: pictures, env.sh, .venv
+        "WORK": work,
         "RUN": settings.run,
         "STAGE": stage.name,
         "PHASE": stage.phase,
         "ARTIFACTS": stage.artifacts,
         "INPUTS": stage.inputs,
-        "TRAINER_ARGS": arguments,
+        "TRAINER_ARGS": _arguments(settings, stage, folder),
         "EXPERTS": stage.experts,
         "OFFSET": offset,
         "PYTHON": settings.python,
         "ENV_FILE": settings.env_file,
-        "SRUN_ARGS": [*shlex.split(settings.srun_args), *containers.srun_flags(settings, ROOT)],
-        "CONTAINER": containers.command(settings, ROOT, gpus=settings.gpus_of(stage.setting) > 0),
+        "SRUN_ARGS": [*shlex.split(settings.srun_args), *containers.srun_flags(settings, work)],
+        "CONTAINER": containers.command(settings, work, gpus=settings.gpus_of(stage.setting) > 0),
         "HAS_CONTAINER": int(bool(settings.container)),
         "GPUS": settings.gpus_of(stage.setting),
         "HOOK": settings.hook,
@@ -209,12 +253,22 @@ def render(settings: Settings, stage: Stage, folder: Path, offset: int = 0, scri
     return "\n".join([*lines, body])
 
 
+def _arguments(settings: Settings, stage: Stage, folder: Path) -> list[str]:
+    """What the program of a stage is called with, but for what tells an array's elements apart."""
+    if stage.of_study or (stage.phase == DOWNLOAD and stage.arguments):
+        return list(stage.arguments)
+    arguments = ["--recipe", str(folder / "recipe.yaml"), "--out", str(settings.run)]
+    if stage.phase != DOWNLOAD:
+        arguments += ["--ds_config", str(folder / "ds_config.json"), "--phase", stage.phase, *stage.arguments]
+    return arguments
+
+
 def header(settings: Settings, stage: Stage) -> list[str]:
     """The sbatch flags of a stage that do not depend on what is missing."""
     job = "%A_%a" if stage.array else "%j"  # its id, as Slurm fills it in
     name = stage.setting
     flags = {
-        "job-name": f"{settings.run.name}-{stage.name}",
+        "job-name": f"{settings.title}-{stage.name}",
         "output": str(settings.run / "logs" / f"{stage.name}-{job}.out"),
         "nodes": settings.nodes_of(name),
         "ntasks-per-node": settings.ranks_of(name),
@@ -261,9 +315,13 @@ def rows(run: Path) -> list[Row]:
     return [Row(*row) for row in cells if OLDER <= len(row) <= len(COLUMNS)]  # not a line that a crash cut off
 
 
-def refuse_live(run: Path) -> None:
-    """Raise ValueError when jobs of this run still wait or run: two chains would write the same folders."""
-    live = live_jobs(run)
+def refuse_live(run: Path, besides: Sequence[str] = ()) -> None:
+    """Raise ValueError when jobs of this run still wait or run: two chains would write the same folders.
+
+    Args:
+        besides: ids of jobs that may.
+    """
+    live = [job for job in live_jobs(run) if job.id not in besides]
     if live:
         shown = ", ".join(f"{job.id} {job.state}" for job in live[:6])
         if len(live) > 6:
@@ -299,14 +357,18 @@ def _arrays_of(
 
 def _submit_all(settings: Settings, folder: Path, orders: Sequence[Order]) -> None:
     ids: dict[str, list[str]] = {}  # a stage may be several arrays
+    tasks: dict[tuple[str, int], str] = {}  # (stage, element) -> as Slurm calls it
     with together.all_or_nothing(folder, release=not settings.held) as tell:
         for order in orders:
             name = order.stage.name
             parents = [job for parent in order.after for job in ids[parent]]
+            parents += [tasks[name, element] for element in order.after_elements]
             hold = [] if parents else ["--hold"]
+            waits = dependency(parents, order.even_if_failed) or dependency(settings.waits_for)
             parents = parents or settings.waits_for
-            job = slurm.submit([*order.flags, *dependency(parents), *hold], str(order.script))
+            job = slurm.submit([*order.flags, *waits, *hold], str(order.script))
             ids.setdefault(name, []).append(job)
+            tasks |= {(name, element): f"{job}_{element - order.offset}" for element in order.elements}
             elements = ",".join(map(str, order.elements))
             row = Row(
                 submitted=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -320,14 +382,22 @@ def _submit_all(settings: Settings, folder: Path, orders: Sequence[Order]) -> No
             _record(settings.run, row)
             tell(job)
             array = f" [{arrays.ranges(order.elements)}]" if order.stage.array else ""
-            after = f" after {', '.join(order.after)}" if order.after else ""
+            waits_for = [*order.after, *(order.stage.artifacts[element] for element in order.after_elements)]
+            more = ", ..." if len(waits_for) > NAMED else ""
+            after = f" after {', '.join(waits_for[:NAMED])}{more}" if waits_for else ""
             say(f"{name}{array}: job {job}{after}")
 
 
-def dependency(parents: Sequence[str]) -> list[str]:
-    """Flags that let a job start only when all parents ended well, and end it when one cannot."""
+def dependency(parents: Sequence[str], even_if_failed: bool = False) -> list[str]:
+    """Flags that let a job start only when all parents ended well, and end it when one cannot.
+
+    Args:
+        even_if_failed: it starts however they ended, and looks itself at what they left.
+    """
     if not parents:
         return []
+    if even_if_failed:
+        return [f"--dependency=afterany:{':'.join(parents)}"]
     return [f"--dependency=afterok:{':'.join(parents)}", "--kill-on-invalid-dep=yes"]
 
 

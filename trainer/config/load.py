@@ -58,6 +58,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), **sections: Any
     return build(Recipe, _merge(merged, _epochs_spread(sections, merged)))
 
 
+def plain_values(path: str | Path) -> dict[str, Any]:
+    """What a recipe and all it extends say, in one: as a file of its own it is the same recipe under any overrides.
+
+    Raises:
+        ValueError: the files cannot be read.
+    """
+    return functools.reduce(_merge, [values for _, values in _layers(Path(path))], {})
+
+
 def origins(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, str]:
     """Where each key of a recipe gets its value: "default", a file of the `extends` chain, or "command line".
 

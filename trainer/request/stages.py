@@ -10,6 +10,8 @@ from trainer.config.recipe import Recipe
 from trainer.request.graph import TABLE, Phase, artifact_name, artifacts_of, row_of, taking_part
 
 DOWNLOAD = "download"  # the chain's own stage: fills the caches where there is internet
+CELL = "cell"  # of a study: all of one variant with one seed (trainer/study/element.py)
+GATHER = "gather"  # of a study: its tables, and what tuning chose (trainer/study/gather.py)
 FOLLOWING = ("evaluate", "push")  # done again when what they look at was made anew
 
 
@@ -18,20 +20,25 @@ class Stage:
     """One submission: a job, or an array with one element per artifact."""
 
     name: str  # of the job and its logs
-    phase: str  # --phase of trainer/run.py; download is the chain's own
+    phase: str  # --phase of trainer/run.py, or one of the three above
     needs: tuple[str, ...]  # stages that must end well before
     inputs: tuple[str, ...]  # artifacts that must lie complete on disk before
     artifacts: tuple[str, ...]  # what it makes, one per array element; a plain job's first one tells how far it is
-    arguments: tuple[str, ...] = ()  # more of trainer/run.py
+    arguments: tuple[str, ...] = ()  # more of trainer/run.py; of a study's stages all that their program gets
     array: bool = False
     experts: int = 0  # of an array over modules x experts: element e is expert e % experts of module e // experts
 
     @property
     def setting(self) -> str:
         """What `nodes` and `time` per stage call it."""
-        if self.phase != DOWNLOAD and row_of(self.phase).repeated:
+        if self.of_study or (self.phase != DOWNLOAD and row_of(self.phase).repeated):
             return self.phase
         return self.name
+
+    @property
+    def of_study(self) -> bool:
+        """Whether a program of trainer/study runs in place of trainer/run.py."""
+        return self.phase in (CELL, GATHER)
 
 
 def chain(recipe: Recipe) -> list[Stage]:

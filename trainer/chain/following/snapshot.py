@@ -11,9 +11,8 @@ from trainer.chain.following import events, progress, spent
 from trainer.chain.following.progress import Progress, tail
 from trainer.chain.following.reasons import Never, never
 from trainer.chain.following.spent import Spent
-from trainer.chain.submit import Row, rows
-from trainer.config.load import load_recipe
-from trainer.request.stages import Stage, chain
+from trainer.chain.submit import Row, rows, stages_of
+from trainer.request.stages import Stage
 
 DONE = "done"
 RUNNING = "running"
@@ -79,7 +78,6 @@ def read(run: Path) -> Snapshot:
     submitted = rows(run)
     if not submitted:
         raise ValueError(f"nothing was submitted for {run} yet: there is no {run / 'jobs.tsv'}")
-    recipe = load_recipe(Path(submitted[-1].script).parent / "recipe.yaml")
     jobs: list[slurm.Job] = []
     no_answer = ""
     try:  # before the disk is read: a job that ends in between is then seen with its result
@@ -87,8 +85,10 @@ def read(run: Path) -> Snapshot:
     except slurm.SlurmError as error:
         no_answer = str(error)
     elements = []
-    for stage in chain(recipe):
+    for stage in stages_of(Path(submitted[-1].script).parent):
         for i, result in enumerate(stage.artifacts):
+            if not result:  # of a study that has no longer a cell of this number
+                continue
             of_stage = _rows_of(submitted, stage.name, i if stage.array else None)
             job = _job_of(jobs, of_stage, i if stage.array else None)
             elements.append(_element(run, stage, i, result, of_stage, job, answered=not no_answer))
