@@ -26,6 +26,7 @@ from tests.warm_python import WarmPython
 from trainer.chain import settings as chain_settings
 from trainer.chain.following import options as chain_options
 from trainer.config.load import load_recipe
+from trainer.study import jobs as study_jobs
 from trainer.study.plan import cells, read_study
 
 TEACHER, OWN_TEACHER = "timm/deit3_large_patch16_224.fb_in1k", "timm/vit_small_patch14_dinov2.lvd142m"
@@ -116,8 +117,10 @@ class Shell:
     def _slurm(self, words: list[str], variables: dict[str, str]) -> None:
         """`plan` runs. What needs a cluster (tests/slurm runs it) must be understood: command, flags and recipe."""
         script, *words = words
-        assert script == "slurm/m2mkd_vmoe.sh"
-        words = [*words, *_quick(self._recipe(words, variables), words)]
+        of_study = script == "slurm/study.sh"
+        assert of_study or script == "slurm/m2mkd_vmoe.sh"
+        if not of_study:
+            words = [*words, *_quick(self._recipe(words, variables), words)]
         seen = self.folder.parent / "chain.json"
         dump = "import json, os, sys; json.dump([sys.argv[3:], dict(os.environ)], open(os.environ['SEEN'], 'w'))"
         stub = self.folder.parent / "python"  # stands for the interpreter the script starts
@@ -127,6 +130,9 @@ class Shell:
         subprocess.run(["bash", script, *words], cwd=self.folder, env=environ, check=True)
         words, environ = json.loads(seen.read_text())
         _, rest = chain_options.take(words)
+        if of_study:
+            self._study(rest, environ)
+            return
         command, settings = chain_settings.read(rest, environ)
         if command != "plan":
             changes = [word for word in settings.recipe_overrides if "=" in word]  # not the stage of `logs`
@@ -135,6 +141,16 @@ class Shell:
         names = [field.upper() for field in chain_settings.Settings.__dataclass_fields__]
         kept = {name: environ[name] for name in names if name in environ}
         self._expect(self._work("chain", words, kept | {"PYTHON": sys.executable}), "plan")
+
+    def _study(self, words: list[str], environ: dict[str, str]) -> None:
+        """Command, settings and study are understood, and `plan` runs."""
+        command, settings = study_jobs.read([word for word in words if word != "--only"], environ)
+        changes = [word for word in settings.recipe_overrides if "=" in word]
+        assert cells(read_study(self.folder / settings.recipe, changes), self.folder / "runs/study")
+        if command == "plan":
+            names = [field.upper() for field in chain_settings.Settings.__dataclass_fields__]
+            kept = {name: environ[name] for name in names if name in environ}
+            self._expect(self._work("study", words, kept | {"PYTHON": sys.executable}), "plan")
 
     def _recipe(self, words: list[str], variables: dict[str, str]) -> str:
         found = dict(itertools.pairwise(words)).get("--recipe") or variables.get("RECIPE")

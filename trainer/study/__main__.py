@@ -2,6 +2,7 @@
 
     python -m trainer.study recipes/study_ablation.yaml --out runs/study [--jobs 2] [section.key=value ...]
 
+As jobs of Slurm: slurm/study.sh (trainer/study/jobs.py).
 Writes OUT/<variant>/seed<k>/ (a run folder each; before it, for what is tuned, OUT/tuning/<variant>/<choice>/seed<k>/)
 and OUT/study.json, study.md and study.html.
 """
@@ -9,16 +10,18 @@ and OUT/study.json, study.md and study.html.
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import os
+import shutil
 import sys
 from pathlib import Path
 
+from trainer.chain.settings import JOBS
+from trainer.chain.slurm import SlurmError
+from trainer.chain.submit import refuse_live
 from trainer.config.redaction import refuse_secrets
 from trainer.request.job import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from trainer.study.figures import collect
-from trainer.study.plan import TEACHERS, Cell, Study, cells, read_study, trials
-from trainer.study.report import write_report
+from trainer.study.plan import Cell, Study, cells, only, read_study, trials
+from trainer.study.report import report
 from trainer.study.runner import Runner
 from trainer.study.tuning import chosen, edge_warnings, tuned
 
@@ -33,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--jobs is {options.jobs}, expected 1 or more")
         study = read_study(Path(options.study), options.overrides)
         out = Path(options.out)
+        if not options.report:
+            _refuse_live_jobs(out)
         trial_cells = trials(study, out)
         # first the trials, then what they chose; what is known of the choices stands in both reports
         plan = cells(study, out, chosen(tuned(study, trial_cells)))
@@ -46,9 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
             plan = cells(study, out, chosen(grids))
             if not options.report:
                 code = _run(study, plan, [*trial_cells, *plan], options) or code
-        print(*_report(study, [*trial_cells, *plan], out), sep="\n")
+        print(*report(study, [*trial_cells, *plan], out), sep="\n")
         return code
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SlurmError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
 
@@ -56,27 +61,18 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(study: Study, todo: list[Cell], shown: list[Cell], options: argparse.Namespace) -> int:
     """Make what is missing of `todo`, or of the part of it that --only names; the report is of the cells in `shown`."""
     out = Path(options.out)
-    if options.only:
-        todo = _only(todo, study, options.only)
-    runner = Runner(todo, study.ds_config, out, options.jobs, after=lambda: _report(study, shown, out))
+    runner = Runner(
+        only(todo, study, options.only), study.ds_config, out, options.jobs, after=lambda: report(study, shown, out)
+    )
     code = runner.run()
     runner.lock.close()  # trials and the final runs follow each other in one process
     return code
 
 
-def _only(plan: list[Cell], study: Study, patterns: list[str]) -> list[Cell]:
-    """The cells of the variants that a pattern matches, and the teachers they share."""
-    names = [variant.name for variant in study.variants]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"--only {pattern} matches no variant. Variants: {', '.join(names)}")
-    kept = [cell for cell in plan if any(fnmatch.fnmatch(cell.tunes or cell.variant, one) for one in patterns)]
-    teachers = {cell.teacher for cell in kept}
-    return [cell for cell in plan if cell in kept or (cell.teacher in teachers and cell.variant.startswith(TEACHERS))]
-
-
-def _report(study: Study, shown: list[Cell], out: Path) -> list[Path]:
-    return write_report(collect(study, shown), out, tuned(study, shown))
+def _refuse_live_jobs(out: Path) -> None:
+    """Raises ValueError where the study is at work as jobs of Slurm, which write the same folders."""
+    if (out / JOBS / "jobs.tsv").is_file() and shutil.which("squeue"):
+        refuse_live(out / JOBS)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,7 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     flags.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at once; default: cores")
     flags.add_argument("--report", action="store_true", help="only write table and plots of what is there")
     flags.add_argument(
-        "--only", action="append", metavar="VARIANT", help="run these alone (m2mkd, or 'm2mkd*'); may be repeated"
+        "--only",
+        action="append",
+        default=[],
+        metavar="VARIANT",
+        help="run these alone (m2mkd, or 'm2mkd*'); may be repeated",
     )
     flags.add_argument("overrides", nargs="*", metavar="section.key=value", help="for every cell")
     return flags

@@ -19,6 +19,7 @@ variants:
 
 from __future__ import annotations
 
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from trainer.chain.settings import JOBS
 from trainer.config.data import BUILT_IN
 from trainer.config.knobs import close
 from trainer.config.load import load_recipe, read_yaml, shown, to_dict
@@ -207,6 +209,25 @@ def trials(study: Study, out: Path) -> list[Cell]:
     return [*teachers.values(), *planned]
 
 
+def only(planned: Sequence[Cell], study: Study, patterns: Sequence[str]) -> list[Cell]:
+    """The cells of the variants that a pattern matches, and the teachers they share; all without a pattern.
+
+    Raises:
+        ValueError: a pattern that matches no variant.
+    """
+    if not patterns:
+        return list(planned)
+    names = [variant.name for variant in study.variants]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"--only {pattern} matches no variant. Variants: {', '.join(names)}")
+    kept = [cell for cell in planned if any(fnmatch.fnmatch(cell.tunes or cell.variant, one) for one in patterns)]
+    teachers = {cell.teacher for cell in kept}
+    return [
+        cell for cell in planned if cell in kept or (cell.teacher in teachers and cell.variant.startswith(TEACHERS))
+    ]
+
+
 def _check_trial(variant: Variant, cell: Cell) -> None:
     """Raises ValueError where nothing is trained to choose by, or no images of training can be held out."""
     if not any(step.phase == "train" for step in cell.steps):
@@ -375,7 +396,7 @@ def _at(variant: Variant, names: Sequence[str], points: Mapping[str, tuple[str, 
 
 
 def _check_folder(name: str, where: str) -> None:
-    reserved = (TEACHERS, TUNING)
+    reserved = (TEACHERS, TUNING, JOBS)
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name in reserved or name[0] == ".":
         raise ValueError(
             f"{where} names a folder: use letters, digits, - and _, and another name than {' or '.join(reserved)}"

@@ -10,12 +10,18 @@ from typing import Any
 from trainer.disk import write_json, write_text
 from trainer.report.charts import Line, LineChart, in_flop_units
 from trainer.report.page import figure, figures, load_drawing, page, percent_tick, table
-from trainer.study.figures import FIGURES, Comparison, Results
+from trainer.study.figures import FIGURES, Comparison, Results, collect
+from trainer.study.plan import Cell, Study
 from trainer.study.statistics import Summary
 from trainer.study.tables import Table, tables
-from trainer.study.tuning import Tuned
+from trainer.study.tuning import Tuned, tuned
 
 BAND = 2  # standard errors
+
+
+def report(study: Study, cells: Sequence[Cell], out: Path) -> list[Path]:
+    """Write the files from what these cells have left, trials of tuning among them; returns the paths."""
+    return write_report(collect(study, cells), out, tuned(study, cells))
 
 
 def write_report(results: Results, out: Path, grids: Sequence[Tuned] = ()) -> list[Path]:

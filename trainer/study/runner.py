@@ -75,7 +75,7 @@ class Runner:
             out / ".lock",
             f"another start of a study, or a process it left behind, works in {out}: wait for its end or end it",
         )
-        self.makers = self._makers()
+        self.makers = makers(self.cells, out)
 
     def run(self) -> int:
         """Everything that is missing; 0 when all is complete, 1 when a cell failed, 75 after a signal."""
@@ -104,35 +104,11 @@ class Runner:
 
     def _prepare(self, cell: Cell) -> None:
         """Write CELL/recipe.yaml, unless artifacts there were made with another recipe."""
-        path = cell.folder / "recipe.yaml"
-        recipe = to_dict(cell.recipe)
-        if path.is_file():
-            earlier = build(Recipe, read_yaml(path.read_text(), str(path)))
-            for step in cell.steps:
-                artifact = cell.folder / step.name
-                if artifact.is_dir() and key_of(earlier, step.name) != cell.keys[step.name]:
-                    why = first_difference(to_dict(earlier), recipe)
-                    self.failed[cell.name] = f"{artifact} is of another recipe ({why}): delete it, or use another --out"
-                    return
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, yaml.safe_dump(recipe, sort_keys=False))
-
-    def _makers(self) -> dict[str, list[Path]]:
-        """Key -> folders where the artifact is or will be, in this study and in others in the same OUT."""
-        makers: dict[str, list[Path]] = {}
-        for cell in self.cells:
-            for step in cell.steps:
-                makers.setdefault(cell.keys[step.name], []).append(cell.folder / step.name)
-        planned = {cell.folder for cell in self.cells}
-        for path in sorted(self.out.glob("*/seed*/recipe.yaml")):
-            if path.parent in planned:
-                continue
-            recipe = build(Recipe, read_yaml(path.read_text(), str(path)))
-            for folder in path.parent.iterdir():
-                # others, such as upcycle, are made with those that need them
-                if phase_of(folder.name) in phase_help() and (folder / "result.json").is_file():
-                    makers.setdefault(key_of(recipe, folder.name), []).append(folder)
-        return makers
+        why = other_recipe(cell)
+        if why:
+            self.failed[cell.name] = why
+        else:
+            write_recipe(cell)
 
     def _start(self) -> None:
         """Fill the free places."""
@@ -228,6 +204,44 @@ class Runner:
     def _say(self, text: str, stream=None) -> None:
         done = sum(cell.complete for cell in self.cells)
         print(f"[{done}/{len(self.cells)}] {text}", file=stream or sys.stdout, flush=True)
+
+
+def makers(cells: Sequence[Cell], out: Path) -> dict[str, list[Path]]:
+    """Key -> folders where the artifact is or will be, in these cells and in those of other studies in the same OUT."""
+    folders: dict[str, list[Path]] = {}
+    for cell in cells:
+        for step in cell.steps:
+            folders.setdefault(cell.keys[step.name], []).append(cell.folder / step.name)
+    planned = {cell.folder for cell in cells}
+    for path in sorted(out.glob("*/seed*/recipe.yaml")):
+        if path.parent in planned:
+            continue
+        recipe = build(Recipe, read_yaml(path.read_text(), str(path)))
+        for folder in path.parent.iterdir():
+            # others, such as upcycle, are made with those that need them
+            if phase_of(folder.name) in phase_help() and (folder / "result.json").is_file():
+                folders.setdefault(key_of(recipe, folder.name), []).append(folder)
+    return folders
+
+
+def other_recipe(cell: Cell) -> str:
+    """Why a cell cannot go on with what lies in its folder: it was made with another recipe; empty when it can."""
+    path = cell.folder / "recipe.yaml"
+    if not path.is_file():
+        return ""
+    earlier = build(Recipe, read_yaml(path.read_text(), str(path)))
+    for step in cell.steps:
+        artifact = cell.folder / step.name
+        if artifact.is_dir() and key_of(earlier, step.name) != cell.keys[step.name]:
+            why = first_difference(to_dict(earlier), to_dict(cell.recipe))
+            return f"{artifact} is of another recipe ({why}): delete it, or use another --out"
+    return ""
+
+
+def write_recipe(cell: Cell) -> None:
+    """Write CELL/recipe.yaml, which its process reads."""
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    write_text(cell.folder / "recipe.yaml", yaml.safe_dump(to_dict(cell.recipe), sort_keys=False))
 
 
 def link_artifact(source: Path, target: Path) -> None:
