@@ -29,6 +29,22 @@ def put(folder: Path, metrics=None, evaluations=None, flops=0.0, seconds=0.0, ep
         (folder / "result.json").write_text(json.dumps(result))
 
 
+def put_detector(folder: Path, evaluations: dict[int, dict[str, float]], detect: dict[str, Any], done=True) -> None:
+    """Write one detector: what was measured after which epoch, the last of it in its result; `detect` of its recipe."""
+    folder.mkdir(parents=True)
+    rows = [{"kind": "train", "phase": "detect", "epoch": 0, "step": 1, "loss": 9.0, "lr": 0.1,
+             "load/backbone.vit.blocks.1.mlp": [0.25, 0.75]}]  # fmt: skip
+    for epoch, measured in evaluations.items():
+        rows.append({"kind": "eval", "phase": "detect", "epoch": epoch, "step": 5 * epoch, **measured})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = RECIPE | {"detect": {"epochs": 2, "backbone": "", "freeze": False, "scratch": False} | detect}
+    (folder / "config.yaml").write_text(json.dumps({"phase": "detect", "recipe": recipe, "ds_config": {}}))
+    if done:
+        last = max(evaluations)
+        result = {"phase": "detect", "module": None, "metrics": evaluations[last], "epochs": last, "flops": 6e12}
+        (folder / "result.json").write_text(json.dumps(result))
+
+
 def complete_run(out: Path) -> Path:
     """A complete run of two modules."""
     put(out / "teacher", {"accuracy": 0.9616}, flops=9e15, seconds=900.0)

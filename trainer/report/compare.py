@@ -10,6 +10,7 @@ from typing import Any
 
 from trainer.report.charts import BarChart, Line, LineChart, in_flop_units
 from trainer.report.data import (
+    DETECTORS,
     RUNS,
     PhaseRecord,
     cost_curve,
@@ -23,6 +24,7 @@ from trainer.report.data import (
     teacher_accuracy,
     total,
 )
+from trainer.report.detectors import best_detector, detectors_of
 from trainer.report.page import duration, figure, figures, flops, gigabytes, page, percent, reading, table, tick
 from trainer.report.warnings import expected, warnings
 from trainer.tracking.measures import ACCURACY, Measure
@@ -65,7 +67,7 @@ def _verdict(runs: Mapping[str, Phases]) -> str:
     known = [(measure.score(value), name) for name, value in reached.items() if value is not None]
     ranked = sorted(known, reverse=True)
     if not ranked:
-        return "No student is trained to the end yet."
+        return _verdict_on_detectors(runs)
     best, best_name = ranked[0]
     text = f"The best student is that of <b>{escape(best_name)}</b> with {measure.shown(reached[best_name])}"
     if len(ranked) == 1:
@@ -74,6 +76,16 @@ def _verdict(runs: Mapping[str, Phases]) -> str:
     if measure is ACCURACY:
         return f"{text}, {100 * (best - second):.1f} points above the next."
     return f"{text} relative error, {best - second:.3g} below the next."
+
+
+def _verdict_on_detectors(runs: Mapping[str, Phases]) -> str:
+    """Of runs without a finished student."""
+    best = {name: best_detector(detectors_of(phases)) for name, phases in runs.items()}
+    known = [(found[1], name) for name, found in best.items() if found is not None]
+    if not known:
+        return "No student is trained to the end yet."
+    reached, name = max(known)
+    return f"The best detector is that of <b>{escape(name)}</b> with {percent(reached)} AP of boxes."
 
 
 def _common_measure(runs: Mapping[str, Phases]) -> Measure | None:
@@ -95,6 +107,10 @@ def _figures(runs: Mapping[str, Phases]) -> str:
         records = [phases.get(run) for phases in columns]
         if run != "train" and any(records):
             rows.append([f"student from {name}", *map(_record_reading, records)])
+    for name in DETECTORS:
+        records = [phases.get(name) for phases in columns]
+        if any(records):
+            rows.append([f"AP of {name}", *map(_record_reading, records)])
     ends = [phases["train"] for phases in columns]
     rows.append(["epochs end to end", *(_shown(end.value("epochs")) for end in ends)])
     rows.append(["global batch", *(_shown(end.value("global_batch")) for end in ends)])

@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from trainer.request.graph import TABLE
+from trainer.config.phases import STARTS
+from trainer.request.graph import TABLE, artifact_name
 from trainer.tracking.measures import ACCURACY, RELATIVE_ERROR, Measure, measure_of
 from trainer.tracking.metrics import relative_load
 
@@ -24,6 +25,7 @@ RUNS = {
     "train_scratch_equal_cost": "scratch, equal total cost",
     "train_upcycled": "upcycled",
 }
+DETECTORS = tuple(artifact_name("detect", start=start) for start in STARTS)
 FLOP_UNITS = {1e21: "ZFLOP", 1e18: "EFLOP", 1e15: "PFLOP", 1e12: "TFLOP", 1e9: "GFLOP", 1e6: "MFLOP", 1.0: "FLOP"}
 CIRCUIT = ("prior", "links", "mass_before", "mass_after", "use")  # matrices of analysis.json
 CLASS_COUNTS = ("images", "correct", "predicted", "taken_for", "taken_count")  # of analysis.json
@@ -82,12 +84,12 @@ class PhaseRecord:
         logged = ((row["step"], number(row.get(key))) for row in self.rows if row["kind"] == kind)
         return [(step, value) for step, value in logged if value is not None]
 
-    def curve(self) -> dict[float, float]:
-        """Accuracy (or relative error) by epochs; the result stands in where the last epoch has no evaluation row."""
-        key = self.measure.key
+    def curve(self, key: str = "") -> dict[float, float]:
+        """A figure (its measure) by epochs; the result stands in where the last epoch has no evaluation row."""
+        key = key or self.measure.key
         curve = {row["epoch"]: number(row.get(key)) for row in self.rows if row["kind"] == "eval"}
         epochs = self.value("epochs")
-        final = self.reached
+        final = self.metric(key)
         if final is not None and epochs is not None:
             curve.setdefault(epochs, final)
         return {epoch: value for epoch, value in sorted(curve.items()) if value is not None}
@@ -140,6 +142,7 @@ def read_phases(run_dir: Path) -> dict[str, PhaseRecord]:
         *_results_of(after, records),
         *RUNS,
         "evaluate",
+        *_detectors(records),
     ]
     if not any(name in records for name in order):
         raise ValueError(
@@ -155,6 +158,22 @@ def _results_of(phases: Sequence[str], records: Mapping[str, PhaseRecord]) -> li
     """Those of phases that go by module or expert, module 9 before module 10."""
     pattern = re.compile(rf"({'|'.join(phases)})_\d{{1,4}}(_\d{{1,6}})?")
     return sorted(filter(pattern.fullmatch, records), key=natural)
+
+
+def _detectors(records: Mapping[str, PhaseRecord]) -> list[str]:
+    """Those that are there, else the one that the recipe asks for."""
+    found = [name for name in DETECTORS if name in records]
+    for record in records.values():
+        student_has_maps = record.recipe("student", "kind") != "nac"
+        asked_for = record.recipe("detect", "epochs") and (student_has_maps or record.recipe("detect", "backbone"))
+        if asked_for and not found:
+            return [DETECTORS[0]]
+    return found
+
+
+def only_detectors(phases: Mapping[str, PhaseRecord]) -> bool:
+    """Whether a run trained detectors and nothing else, on backbones that were given."""
+    return all(name in DETECTORS for name, record in phases.items() if record.status != "missing")
 
 
 def start_of_student(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, str, float]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -19,6 +19,7 @@ from trainer.report.data import (
     distills,
     hybrids,
     number,
+    only_detectors,
     peak_memory,
     preparation,
     read_analysis,
@@ -33,10 +34,11 @@ from trainer.report.data import (
     teacher_head,
     total,
 )
+from trainer.report.detectors import detector_cards, detector_section, detector_verdict, detectors_of
 from trainer.report.judged import JUDGED, judged_sections
 from trainer.report.page import duration, figure, figures, flops, gigabytes, page, percent, reading, table, tick
 from trainer.report.warnings import block, expected, notes, versions, warnings
-from trainer.tracking.measures import ACCURACY, Measure
+from trainer.tracking.measures import ACCURACY, AP, Measure
 
 CHAIN = (
     "m2mKD teaches a modular student, a vision transformer with mixtures of experts, in four steps: a teacher; a small "
@@ -73,6 +75,7 @@ def run_page(name: str, phases: Mapping[str, PhaseRecord]) -> str:
         "Routing": routing_section(analysis),
         "Circuit": circuit_section(analysis, phases["evaluate"].metric("accuracy")),
         "Classes": classes_section(analysis),
+        "Detectors": detector_section(phases),
         **judged,
         "Environment": _environment(phases),
     }
@@ -152,6 +155,9 @@ def hybrid_chart(phases: Mapping[str, PhaseRecord]) -> BarChart | None:
 
 
 def _summary(phases: Mapping[str, PhaseRecord]) -> str:
+    detectors = detectors_of(phases)
+    if only_detectors(phases):
+        return f'<p class="verdict">{detector_verdict(detectors)}</p>{_cards(detector_cards(detectors))}'
     measure = run_measure(phases)
     student = reading(measure, student_reached(phases))
     if measure is ACCURACY:
@@ -165,6 +171,7 @@ def _summary(phases: Mapping[str, PhaseRecord]) -> str:
         value = phases[run].reached
         if value is not None:
             cards.append((title, reading(measure, value), text))
+    cards += detector_cards(detectors)
     cards.append(("Cost", flops(total(phases, "train", "flops")), "to train meta model, modules and student"))
     seconds = total(phases, "train", "seconds")
     ranks = phases["train"].value("world_size")
@@ -175,11 +182,16 @@ def _summary(phases: Mapping[str, PhaseRecord]) -> str:
             plural = ""
         hours = f"{_hours(seconds * ranks)} {unit} hours"
         cards.append(("Time", duration(seconds), f"for the same on {ranks:g} {unit}{plural}: {hours}"))
+    told = f"{CHAIN} {escape(teacher_head(phases))}".strip()
+    return f'<p class="verdict">{_verdict(phases)}</p>{_cards(cards)}<p class="muted">{told}</p>'
+
+
+def _cards(cards: Sequence[tuple[str, str, str]]) -> str:
+    """(title, figure, what it is) each."""
     shown = "".join(
         f'<div class="card"><span>{title}</span><b>{value}</b><span>{text}</span></div>' for title, value, text in cards
     )
-    told = f"{CHAIN} {escape(teacher_head(phases))}".strip()
-    return f'<p class="verdict">{_verdict(phases)}</p><div class="cards">{shown}</div><p class="muted">{told}</p>'
+    return f'<div class="cards">{shown}</div>'
 
 
 def _of_labels(phases: Mapping[str, PhaseRecord]) -> list[tuple[str, str, str]]:
@@ -286,10 +298,13 @@ def _phases(phases: Mapping[str, PhaseRecord]) -> str:
         if status == "missing" and name not in names:
             continue
         kind = "done" if status == "done" else "open"
+        reached = reading(record.measure, _reached(record))
+        if record.measure is AP:
+            reached = f"AP {reached}"
         cells = [
             escape(name),
             f'<span class="{kind}">{escape(status)}</span>',
-            reading(record.measure, _reached(record)),
+            reached,
             _shown(record.value("epochs")),
             flops(record.value("flops") or None),
             duration(record.value("seconds")),
@@ -302,8 +317,9 @@ def _phases(phases: Mapping[str, PhaseRecord]) -> str:
     head = ["phase", "status", measure.name, "epochs", "FLOPs", "time", "images/s", "peak memory", "ranks"]
     caption = (
         f"{measure.name.capitalize()} is measured on the validation images: of a distill phase, that of the meta model "
-        "with this student module in its place. FLOPs count forward and backward of every image trained on. Images/s "
-        "is the median over training, all ranks together; peak memory is that of the rank that held most."
+        "with this student module in its place; of a detector it is COCO's AP. FLOPs count forward and backward of "
+        "every image trained on. Images/s is the median over training, all ranks together; peak memory is that of the "
+        "rank that held most."
     )
     return table(head, rows, text=(1,)) + f'<p class="muted">{caption}</p>'
 
@@ -369,6 +385,7 @@ def _losses(phases: Mapping[str, PhaseRecord]) -> str:
         "Meta model": {"meta": phases["meta"]},
         "Distillation": {record.folder.name: record for record in distills(phases)},
         "End-to-end training": {name: phases[run] for run, name in runs_of(phases).items()},
+        "Detectors": detectors_of(phases),
     }
     losses = []
     rates = []
@@ -401,7 +418,8 @@ def _lines(members: Mapping[str, PhaseRecord], key: str) -> list[Line]:
 
 def _loads(phases: Mapping[str, PhaseRecord]) -> str:
     text = ""
-    for run, name in runs_of(phases).items():
+    detectors = {name: name for name in detectors_of(phases)}
+    for run, name in (runs_of(phases) | detectors).items():
         maps = _load_maps(phases[run], name)
         if run != "train" and maps:
             maps = f"<details><summary>The same for {escape(name)}</summary>{maps}</details>"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trainer.report.data import PhaseRecord, at_end, hybrids, number, run_measure, teacher_accuracy
+from trainer.report.data import PhaseRecord, at_end, hybrids, number, only_detectors, run_measure, teacher_accuracy
 from trainer.tracking.health import collapse
 from trainer.tracking.measures import RELATIVE_ERROR
 
@@ -38,6 +38,8 @@ def notes(phases: Mapping[str, PhaseRecord]) -> list[str]:
 def expected(phases: Mapping[str, PhaseRecord]) -> list[str]:
     """The phases this run is made of, as far as its recipe is known: baselines only where they are asked for."""
     records = list(phases.values())
+    if only_detectors(phases):
+        return [name for name, record in phases.items() if record.status != "missing"]
     known = next((record for record in records if record.config.get("recipe")), None)
     if known is None:
         return [name for name, record in phases.items() if record.status != "missing"]

@@ -2,8 +2,9 @@
 
 Reads what the phases left in RUN_DIR (result.json, metrics.jsonl, events.jsonl, config.yaml, evaluate/analysis.json),
 also of a run that is unfinished or damaged; needs neither torch nor DeepSpeed. Prints the table and writes
-RUN_DIR/report.html (one file, everything in it) and RUN_DIR/report.md with learning_curves.png, hybrid_accuracy.png and
-expert_load.png. Of several folders it also writes comparison.html into the first.
+RUN_DIR/report.html (one file, everything in it) and RUN_DIR/report.md with learning_curves.png, hybrid_accuracy.png,
+expert_load.png and detector_ap.png, as far as there is something to show. Of several folders it also writes
+comparison.html into the first.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from trainer.report.compare import comparison_page
 from trainer.report.data import (
     PhaseRecord,
     hybrids,
+    only_detectors,
     read_analysis,
     read_phases,
     routing_measures,
@@ -24,6 +26,7 @@ from trainer.report.data import (
     teacher_head,
     total,
 )
+from trainer.report.detectors import detector_charts, detector_rows, detectors_of
 from trainer.report.page import NO_PICTURES, load_drawing
 from trainer.report.run_page import accuracy_charts, hybrid_chart, run_page
 from trainer.report.warnings import expected, experts, told, versions
@@ -59,7 +62,10 @@ def write_report(run_dir: Path) -> str:
         _run_table(phases),
         *_routing_table(phases),
         *_start_table(phases),
+        *_detector_table(phases),
     ]
+    if only_detectors(phases):
+        tables = _detector_table(phases)
     table = "\n\n".join([*tables, *_notes(phases)])
     gallery = []
     if load_drawing():
@@ -158,12 +164,19 @@ def _routing_table(phases: dict[str, PhaseRecord]) -> list[str]:
     return [_table(["tokens whose expert changed, in %", "last", "similarity of experts"], rows)]
 
 
+def _detector_table(phases: dict[str, PhaseRecord]) -> list[str]:
+    """One table, or none without a detector that was evaluated."""
+    head, rows = detector_rows(detectors_of(phases))
+    return [_table(head, rows)] if rows else []
+
+
 def _notes(phases: dict[str, PhaseRecord]) -> list[str]:
-    notes = [
+    of_chain = [
         "Percentages are of each run's own end-to-end epochs. Total = with the preparation (meta, distill and what "
         "goes with them: clusters, experts, second round; summed as if run one after the other); the "
         "teacher is not counted."
     ]
+    notes = [] if only_detectors(phases) else of_chain
     head = teacher_head(phases)
     if head:
         notes.append(head)
@@ -214,6 +227,10 @@ def _draw(run_dir: Path, phases: dict[str, PhaseRecord]) -> dict[str, str]:
     if loads:
         (run_dir / "expert_load.png").write_bytes(drawing.expert_load_png(loads))
         captions["expert_load.png"] = "Load of the experts as share of uniform"
+    charts = detector_charts(detectors_of(phases))
+    if charts:
+        (run_dir / "detector_ap.png").write_bytes(drawing.png(charts))
+        captions["detector_ap.png"] = "COCO's AP of the detectors by epochs of their training"
     return captions
 
 
