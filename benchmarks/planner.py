@@ -39,11 +39,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from models.detection.detector import Target
 from models.moe.grouped import LOOP
 from trainer.config.ds_config import Settings, read_ds_config
 from trainer.config.gpus import Gpu
 from trainer.config.load import load_recipe
 from trainer.context import Run
+from trainer.data.boxes import BoxBatch, Pictures, Targets
 from trainer.data.loader import Batch
 from trainer.distributed.engine import build_engine
 from trainer.distributed.ranks import Dist, start, stop
@@ -83,6 +85,12 @@ MEMORY = (
     ("refine", sized(128, *TOGETHER), 32),
     ("meta", sized(128), 32),
     ("teacher", sized(128), 32),
+)
+DETECT = ["detect.epochs=1", "detect.width=64", "detect.mlp_dim=128", "detect.heads=4", "detect.queries=50"]
+DETECT += ["detect.groups=4", "detect.shorter_side=96", "detect.longest_side=128", "detect.jitter=[1.0,1.0]"]
+MEMORY += (
+    ("detect", sized(128, *DETECT, "detect.masks=true"), 8),
+    ("detect", sized(128, *DETECT, "detect.window=6", "detect.global_blocks=1"), 8),
 )
 CALIBRATION = (("train", sized(96), 16), ("train", sized(192, experts=16), 16), ("teacher", sized(192), 16))
 DEMO = ["student.moe.capacity_factor=1.05"]
@@ -229,10 +237,7 @@ class RealStep:
         _materialise([objective.module, *objective.frozen])
         size = run.teacher.preprocessing
         torch.manual_seed(dist.rank)
-        shape = (settings.micro_batch, size.in_chans, size.image_size, size.image_size)
-        labels = torch.randint(len(run.labels), (settings.micro_batch,))
-        everyone = torch.ones(len(labels), dtype=torch.bool)
-        batch = Batch(torch.randn(shape), labels, everyone, torch.arange(len(labels)))
+        batch = _boxed_batch(run, settings) if work.by_itself else _labelled_batch(run, settings)
         self.batches = [batch] * settings.accumulation
         self.engine = build_engine(
             objective.module,
@@ -250,6 +255,24 @@ class RealStep:
     def __call__(self) -> None:
         self.step.run(self.done, self.batches, total=1_000, row_due=False)
         self.done += 1
+
+
+def _labelled_batch(run: Run, settings: Settings) -> Batch:
+    size = run.teacher.preprocessing
+    shape = (settings.micro_batch, size.in_chans, size.image_size, size.image_size)
+    labels = torch.randint(len(run.labels), (settings.micro_batch,))
+    everyone = torch.ones(len(labels), dtype=torch.bool)
+    return Batch(torch.randn(shape), labels, everyone, torch.arange(len(labels)))
+
+
+def _boxed_batch(run: Run, settings: Settings) -> BoxBatch:
+    """Images of the largest size, an object on each."""
+    detect = run.recipe.detect
+    shape = (3, detect.shorter_side, detect.longest_side)
+    masks = torch.ones(1, *shape[1:], dtype=torch.uint8) if detect.masks else None
+    target = Target(torch.zeros(1, dtype=torch.int64), torch.full((1, 4), 0.5), masks)
+    images = settings.micro_batch * (torch.randint(256, shape, dtype=torch.uint8),)
+    return BoxBatch(Pictures(images, run.teacher.preprocessing), Targets(settings.micro_batch * (target,)))
 
 
 def _materialise(modules: list[nn.Module]) -> None:

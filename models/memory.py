@@ -52,9 +52,16 @@ def kept_bytes(
         busiest: rows of the busiest of those ranks over the mean, see expert_rows.
         form: of the experts' products, see models/moe/grouped.py; LOOP means a CPU.
     """
+    if hasattr(module, "count_kept"):
+        # types of layers do not tell: it knows what it is run on
+        return module.count_kept(images, tokens, bytes_per_number)
     if isinstance(module, MoE):
         return _moe_bytes(module, images, tokens, bytes_per_number, learns, ep_size, busiest, form)
     own = images * bytes_per_number * _own_numbers(module, tokens, learns)
+    if hasattr(module, "tokens_of_windows"):
+        # blocks whose attention looks at windows: what goes into it, q, k, v and what they come to twice
+        further = module.tokens_of_windows(tokens) - tokens
+        own += images * bytes_per_number * 6 * further * module.width * module.blocks_in_windows(tokens)
     on_cpu_in_bfloat16 = form == LOOP and bytes_per_number != FLOAT32
     if on_cpu_in_bfloat16 and hasattr(module, "routes") and tokens <= MOST_SCORED_TOKENS:
         # attention of a V-MoE's block, made of products, keeps its scores

@@ -149,6 +149,7 @@ class Heads(nn.Module):
         self.patch_size = backbone.patch_size
         self.map_channels = [backbone.width] * len(backbone.read)
         self.rf_detr = _rf_detr(config, backbone, seed)
+        self._counted: dict[tuple[int, int], tuple[int, ...]] = {}  # by count_kept, which takes a second
 
     def forward(
         self,
@@ -182,13 +183,55 @@ class Heads(nn.Module):
         """
         from torch.utils.flop_counter import FlopCounterMode
 
-        side = max(1, round(patches**0.5))
-        shapes_alone = copy.deepcopy(self).to("meta").train()  # nothing is computed
-        maps = [[torch.zeros(channels, side, side, device="meta") for channels in self.map_channels]]
-        with torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            shapes_alone(maps, [(side * self.patch_size, side * self.patch_size)])
+        with FlopCounterMode(display=False) as counter:
+            self._shapes_alone(1, patches, torch.float32)
         forward = counter.get_total_flops()
         return Flops(forward, forward, forward)
+
+    def count_kept(self, images: int, patches: int, bytes_per_number: int) -> int:
+        """Bytes that a forward of so many square images keeps for the backward pass, as torch's autograd tells.
+
+        With masks, the logits of every query's mask are among them, or in backward their gradients: of each decoder
+        layer and of the proposals. What the losses keep of matched objects is left out.
+
+        Args:
+            bytes_per_number: of the weights; the heads compute in float32 anyway.
+        """
+        key = (patches, bytes_per_number)
+        if key not in self._counted:
+            self._counted[key] = tuple(self._count_kept(count, *key) for count in (1, 2))
+        of_one, of_two = self._counted[key]
+        return of_one + (images - 1) * (of_two - of_one)  # what is kept of weights is kept once
+
+    def _count_kept(self, images: int, patches: int, bytes_per_number: int) -> int:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if not isinstance(tensor, nn.Parameter):
+                kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        dtype = torch.float32 if bytes_per_number == torch.float32.itemsize else torch.bfloat16
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = self._shapes_alone(images, patches, dtype)
+        logits = 0
+        if self.masks:
+            masks = outputs.pred_masks
+            logits = (self.rf_detr.config.decoder_layers + 1) * masks.numel() * masks.itemsize
+        return sum(kept.values()) + logits
+
+    def _shapes_alone(self, images: int, patches: int, dtype: torch.dtype) -> Any:
+        """What the heads tell in training of square images, on the meta device: nothing is computed."""
+        side = max(1, round(patches**0.5))
+        heads = copy.deepcopy(self).to("meta", dtype).train()
+        maps = []
+        for _ in range(images):
+            maps.append(
+                [torch.zeros(channels, side, side, device="meta", dtype=dtype) for channels in self.map_channels]
+            )
+        with torch.enable_grad():
+            return heads(maps, images * [(side * self.patch_size, side * self.patch_size)])
 
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         if next(self.parameters()).dtype == torch.float32:

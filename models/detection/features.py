@@ -89,18 +89,32 @@ class FeatureMaps(nn.Module):
 
     def count_flops(self, tokens: int) -> Flops:
         """FLOPs of one square image of so many tokens, prefix tokens included; see models/flops.py."""
-        vit = self.vit
-        total = flops(vit, tokens)
-        side = max(1, round((tokens - vit.num_prefix_tokens) ** 0.5))
-        if not self.window or side <= self.window:
-            return total
-        # models/flops.py counts attention as global: T^2 D multiply-adds, twice; in windows it is W times (P + S^2)^2 D
-        windows = (-(-side // self.window)) ** 2
-        in_window = vit.num_prefix_tokens + self.window**2
-        difference = of_states(2 * self.width * (windows * in_window**2 - tokens**2))
-        for _ in range(len(vit.blocks) - len(self.global_numbers)):
+        return flops(self.vit, tokens) + self.count_windows(tokens)
+
+    def count_windows(self, tokens: int) -> Flops:
+        """What the windows change of the FLOPs of its blocks, which models/flops.py counts with global attention."""
+        total = Flops()
+        # T^2 D multiply-adds, twice; in windows it is W times (P + S^2)^2 D
+        in_windows = self.tokens_of_windows(tokens) * (self.vit.num_prefix_tokens + self.window**2)
+        difference = of_states(2 * self.width * (in_windows - tokens**2))
+        for _ in range(self.blocks_in_windows(tokens)):
             total = total + difference
         return total
+
+    def blocks_in_windows(self, tokens: int) -> int:
+        """Blocks whose attention is cut into windows in a square image of so many tokens."""
+        inside = not self.window or self._side(tokens) <= self.window
+        return 0 if inside else len(self.vit.blocks) - len(self.global_numbers)
+
+    def tokens_of_windows(self, tokens: int) -> int:
+        """Tokens of all windows of a square image, each with its copy of the prefix; `tokens` without windows."""
+        if not self.blocks_in_windows(tokens):
+            return tokens
+        windows = (-(-self._side(tokens) // self.window)) ** 2
+        return windows * (self.vit.num_prefix_tokens + self.window**2)
+
+    def _side(self, tokens: int) -> int:
+        return max(1, round((tokens - self.vit.num_prefix_tokens) ** 0.5))
 
     def _passes(self, padded: Sequence[Tensor]) -> list[list[int]]:
         """Numbers of the pictures that go through the backbone together: those of one size.

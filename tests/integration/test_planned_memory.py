@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.planner import DETECT
+
 ZERO_2 = ["ds.bf16.enabled=true", "ds.zero_optimization.stage=2", "ds.trainer.activation_checkpointing=true"]
 # ranks, result, words, images of a rank
 CASES = {
     "2 ranks, ZeRO-2 in bf16, blocks recomputed": (2, "train", ZERO_2, 16),
     "a module between the teacher's, in the meta model": (1, "distill_1", [], 16),
+    "a detector with masks": (1, "detect", [*DETECT, "detect.masks=true"], 8),
 }
 
 

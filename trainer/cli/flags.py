@@ -20,7 +20,7 @@ from trainer.request.plan import DEFAULTS, PLAN, PlanRequest, over_the_mean, who
 
 # flags that a command needs; others have no meaning for it
 COMMAND_FLAGS = {"inspect": (), "export": ("out",), "import": ("layout", "out")}
-PLAN_FLAGS = ("nodes", "gpus", "gpu", "images", "classes", "busiest")
+PLAN_FLAGS = ("nodes", "gpus", "gpu", "images", "classes", "box_images", "categories", "busiest")
 IMPORT_SETTINGS = ("heads", "k")  # whole numbers behind the path
 NEEDED = "--recipe is needed (or --config OUT/PHASE/config.yaml, or OUT, to repeat a run)"
 PROFILED_STEPS = 10  # by --profile
@@ -62,6 +62,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--gpu", help=gpu_help)
     flags.add_argument("--images", help="--phase plan: training images, where the data is not to be opened")
     flags.add_argument("--classes", help=f"--phase plan: of --images (default {DEFAULTS['classes']})")
+    flags.add_argument("--box-images", metavar="N", help="--phase plan: training images of phase detect")
+    of_boxes = f"--phase plan: of --box-images (default {DEFAULTS['categories']})"
+    flags.add_argument("--categories", metavar="N", help=of_boxes)
     busiest_help = f"--phase plan: rows of the busiest rank over the mean (default {DEFAULTS['busiest']})"
     flags.add_argument("--busiest", help=busiest_help)
     flags.add_argument("--layout", help="import: what SOURCE is, e.g. google_vmoe")
@@ -111,7 +114,9 @@ def read_plan(options: argparse.Namespace, arguments: Sequence[str]) -> PlanRequ
     if options.phase != PLAN:
         for flag in PLAN_FLAGS:
             if given[flag] is not None:
-                raise ValueError(f"--{flag} has a meaning with --phase {PLAN} alone: ranks are the launcher's")
+                raise ValueError(
+                    f"--{flag.replace('_', '-')} has a meaning with --phase {PLAN} alone: ranks are the launcher's"
+                )
         return None
     for flag in ("module", "expert", "config", "dry_run", "layout"):
         if given[flag]:
@@ -131,6 +136,8 @@ def read_plan(options: argparse.Namespace, arguments: Sequence[str]) -> PlanRequ
         gpu=values["gpu"],
         images=whole("images", values.get("images")),
         classes=whole("classes", values["classes"]),
+        box_images=whole("box-images", values.get("box_images")),
+        categories=whole("categories", values["categories"]),
         busiest=over_the_mean(values["busiest"]),
         out=Path(options.out) if options.out else None,
         command=shlex.join(["trainer/run.py", *arguments]),

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,6 +112,10 @@ class BoxSource(ABC):
     def annotated(self, index: int) -> Annotated:
         """What is known of image `index`."""
 
+    @abstractmethod
+    def sizes(self) -> Counter[tuple[int, int]]:
+        """How many images there are of each height and width."""
+
     @property
     def has_masks(self) -> bool:
         """Whether every object has an outline."""
@@ -189,6 +194,10 @@ class CocoSource(BoxSource):
     def annotated(self, index: int) -> Annotated:
         """See BoxSource.annotated."""
         return self.images[index]
+
+    def sizes(self) -> Counter[tuple[int, int]]:
+        """See BoxSource.sizes."""
+        return Counter((known.height, known.width) for known in self.images)
 
     def _categories(self, listed: Any) -> tuple[list[str], list[int]]:
         names = [str(entry["name"]) for entry in listed]
@@ -336,6 +345,10 @@ class ShapesSource(BoxSource):
             outlines=outlines,
         )
 
+    def sizes(self) -> Counter[tuple[int, int]]:
+        """See BoxSource.sizes."""
+        return Counter(shapes.size_of(index, self.data.size) for index in range(self.count))
+
     def _drawn(self, index: int) -> shapes.Drawn:
         data = self.data
         return shapes.draw(data.seed, self.kind, index, data.size, data.shapes, data.objects)
@@ -456,6 +469,21 @@ class BoxData:
         )
         return load_requests(_TrainBoxes(self), requests, self.train, workers)
 
+    def mean_patches(self, side: int) -> int:
+        """Patches of `side` pixels of a training image, resized without jitter, in the mean."""
+        patches = 0
+        for (height, width), count in self.train.sizes().items():
+            resized = resized_size(height, width, self.config.shorter_side, self.config.longest_side)
+            patches += count * _patches(resized, side)
+        return round(patches / len(self.train))
+
+    def most_patches(self, side: int) -> int:
+        """Patches of the largest image that there can be in training, whatever its shape."""
+        shorter, longest = (
+            math.ceil(length * self.jitter[1]) for length in (self.config.shorter_side, self.config.longest_side)
+        )
+        return _patches((shorter, longest), side)
+
     def picture(self, index: int) -> tuple[Tensor, tuple[int, int]]:
         """Validation image `index` as bytes (C, H, W) of the size the detector wants, and its own height and width."""
         image = self.val.image(index)
@@ -503,6 +531,10 @@ class _TrainBoxes(Dataset):
         box_N4 = target.box_N4.clone()
         box_N4[:, 0] = 1 - box_N4[:, 0]
         return picture.flip(-1), Target(target.category_N, box_N4, None if masks is None else masks.flip(-1))
+
+
+def _patches(size: tuple[int, int], side: int) -> int:
+    return math.ceil(size[0] / side) * math.ceil(size[1] / side)
 
 
 def record_of(source: BoxSource) -> dict[str, Any]:

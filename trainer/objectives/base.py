@@ -27,12 +27,16 @@ class Objective(ABC):
         module: all that is trained.
         frozen: what runs beside it.
         tokens: length of the token sequence T, which the cost depends on.
+        most_tokens: the same of the largest image; 0 = all are of one size.
+        most_numbers: pixels of the largest image, all channels; 0 = all are of one size.
         classifies: whether `predict` gives logits, which are evaluated; else it is evaluated by `compare`.
     """
 
     module: nn.Module
     frozen: list[nn.Module]
     tokens: int
+    most_tokens: int = 0
+    most_numbers: int = 0
     classifies: bool = True
 
     def __call__(

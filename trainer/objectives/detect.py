@@ -17,14 +17,17 @@ class Detect(Objective):
     """loss = class + box + GIoU (+ mask + dice) terms of every decoder layer and of the proposals + balance losses.
 
     Args:
-        patches: of an image of the size the detector wants, which its cost is counted for.
+        patches: of the mean image, which its cost is counted for.
         freeze: train the heads alone; the backbone stands beside them.
+        most_patches: of the largest image, which memory is planned for.
     """
 
-    def __init__(self, detector: Detector, patches: int, freeze: bool = False):
+    def __init__(self, detector: Detector, patches: int, freeze: bool = False, most_patches: int = 0):
         self.detector = detector
         self.patches = patches
         self.tokens = patches + detector.backbone.vit.num_prefix_tokens
+        self.most_tokens = most_patches + detector.backbone.vit.num_prefix_tokens
+        self.most_numbers = 3 * most_patches * detector.backbone.patch_size**2
         self.module = detector.heads if freeze else detector
         self.frozen = [detector.backbone] if freeze else []
 

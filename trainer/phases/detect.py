@@ -6,7 +6,6 @@ models.detection.load_detector loads.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -68,8 +67,14 @@ def objective(run: Run, backbone: Backbone, data: BoxData) -> Detect:
         vit = backbone.made.build(run.recipe.seed)
     set_drop_path(vit, detect.drop_path)
     detector = Detector(data.config, vit, backbone.made, run.recipe.seed)
-    patches = math.ceil(detect.shorter_side / detector.backbone.patch_size) ** 2
-    return Detect(detector, patches, detect.freeze)
+    side = detector.backbone.patch_size
+    return Detect(detector, data.mean_patches(side), detect.freeze, data.most_patches(side))
+
+
+def taught(run: Run, module: int | None) -> Detect:
+    """What the phase trains, before any training; of a student that is not trained yet, its shapes."""
+    backbone = run.opened.once("backbone to plan with", lambda: _planned_backbone(run))
+    return objective(run, backbone, data_of(run, backbone))
 
 
 def check(run: Run) -> None:
@@ -86,17 +91,20 @@ def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
     """What training it will cost, where the backbone is there already."""
     train, val = run.boxes
     images = f"{len(train):,} training and {len(val):,} validation images, {len(train.categories)} categories"
-    if run.recipe.detect.backbone:
-        backbone = backbone_of(run, "distilled")
-    else:  # the student, which is not trained yet
-        with torch.device("meta"):
-            vit = new_student(run, run.recipe.train.drop_path)
-        backbone = Backbone(vit, run.teacher.preprocessing, Made("vmoe", {}), "the student")
-    whole = objective(run, backbone, data_of(run, backbone))
+    whole = taught(run, module)
     parameters = sum(p.numel() for p in whole.module.parameters())
     found = of_training(run, "detect", "detect", whole.flops_per_image, images=len(train))
     text = f"{images}; detector of {parameters / 1e6:.3g} M parameters; {found.text}"
     return Rehearsed(text, found.costs, parameters)
+
+
+def _planned_backbone(run: Run) -> Backbone:
+    if run.recipe.detect.backbone:
+        with torch.device("cpu"):
+            return backbone_of(run, "distilled")
+    with torch.device("meta"):
+        vit = new_student(run, run.recipe.train.drop_path)
+    return Backbone(vit, run.teacher.preprocessing, Made("vmoe", {}), "the student")
 
 
 def backbone_of(run: Run, start: str) -> Backbone:

@@ -74,7 +74,7 @@ def footprint(work: Work, settings: Settings, layout: Layout, busiest: float = 1
     on_gpu = 0 if offloaded else sum(own) * FLOAT32
     bucket = zero.get("reduce_bucket_size", BUCKET)
     buffers = 2 if zero.get("overlap_comm", False) else 1
-    states = _states(work, settings, layout, busiest, form)
+    states = _states(work, settings, layout, busiest, form, largest=True)
     gradients = held if zero["stage"] == 1 else min(held, sum(own) + bucket)
     return Footprint(
         weights=held * number,
@@ -110,8 +110,8 @@ def own_elements(work: Work, layout: Layout) -> int:
     return sum(padded_numel(numel, ranks) // ranks for numel, ranks in _flats_with_ranks(work, layout))
 
 
-def _states(work: Work, settings: Settings, layout: Layout, busiest: float, form: str) -> States:
-    return work.states(settings.micro_batch, bytes_per_number(settings), layout.ep_size, busiest, form)
+def _states(work: Work, settings: Settings, layout: Layout, busiest: float, form: str, largest: bool = False) -> States:
+    return work.states(settings.micro_batch, bytes_per_number(settings), layout.ep_size, busiest, form, largest)
 
 
 def _flats_with_ranks(work: Work, layout: Layout) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from trainer.config.gpus import GPUS, Gpu, parse
 from trainer.config.recipe import Recipe
 from trainer.plan.estimate import EXCHANGED, GRADIENTS, WEIGHTS, Estimate
 from trainer.plan.planner import Plan, plan, problems, propose
-from trainer.plan.stand_ins import planned_run
+from trainer.plan.stand_ins import BoxedImages, planned_run
 from trainer.plan.traffic import Layout
 from trainer.plan.work import Work, works
 from trainer.request.job import EXIT_BAD_INPUT
@@ -29,7 +29,14 @@ def show(request: PlanRequest) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         out = request.out or Path(scratch)
         run = planned_run(
-            request.recipe, request.ds_values or {}, out, request.nodes, request.gpus, request.images, request.classes
+            request.recipe,
+            request.ds_values or {},
+            out,
+            request.nodes,
+            request.gpus,
+            request.images,
+            request.classes,
+            boxed=BoxedImages(request.box_images, request.categories) if request.box_images else None,
         )
         found = works(run)
     layout = Layout(request.nodes, request.gpus)
@@ -49,6 +56,8 @@ def page(
 ) -> tuple[str, list[str]]:
     """The plan under a DeepSpeed JSON, or under the one it proposes; and what of it cannot be.
 
+    A phase of images of its own is planned by itself: its batches are others, and so is the JSON that suits it.
+
     Args:
         ds_values: None = take the proposal.
 
@@ -57,6 +66,28 @@ def page(
     """
     if not found:
         return "nothing is trained: every phase of this recipe is given or turned off", []
+    texts, wrong = [], []
+    together = [work for work in found if not work.by_itself]
+    for group in (together, *([work] for work in found if work.by_itself)):
+        if not group:
+            continue
+        text, problems_of_group = _page_of(recipe, group, ds_values, layouts, gpu, busiest)
+        if together and group is not together:
+            text = f"phase {group[0].phase}, planned by itself\n\n{text}"
+        texts.append(text)
+        wrong += problems_of_group
+    return "\n\n".join([f"{gpu}", *texts]), wrong
+
+
+def _page_of(
+    recipe: Recipe,
+    found: Sequence[Work],
+    ds_values: dict | None,
+    layouts: Mapping[str, Layout],
+    gpu: Gpu,
+    busiest: float,
+) -> tuple[str, list[str]]:
+    """See page; of what one DeepSpeed JSON is for."""
     wrong: list[str] = []
     proposed, refused = None, ""
     try:
@@ -67,7 +98,7 @@ def page(
         refused = str(error)
     chosen = proposed if ds_values is None else plan(recipe, found, ds_values, layouts, gpu, busiest)
     wrong = problems(chosen, gpu)
-    parts = [f"{gpu}", tables(chosen, busiest, gpu)]
+    parts = [tables(chosen, busiest, gpu)]
     parts += [f"PROBLEM  {line}" for line in wrong]
     if refused and wrong:
         parts.append(refused)
@@ -93,12 +124,32 @@ def tables(chosen: Plan, busiest: float, gpu: Gpu) -> str:
         f"gradients are reduced beside {gpu.overlap:.0%} of the backward pass where overlap_comm is on, all else one "
         "after another; input, evaluation, saves and start-up come on top"
     )
+    notes += [text for each in chosen.estimates for text in _of_sizes(each.work)]
     parts = (
         f"memory per GPU, GB\n{memory}",
         f"sent by each GPU in a step, MB: inside the node + between nodes\n{traffic}",
         f"time, ms of a step\n{time}",
     )
     return "\n\n".join(parts) + "\n" + "\n".join(notes)
+
+
+def _of_sizes(work: Work) -> list[str]:
+    """What a plan of images of different sizes rests on."""
+    if not work.by_itself:
+        return []
+    prefix = work.tokens - work.objective.patches
+    text = (
+        f"{work.name}: time is that of the mean image, {work.objective.patches:,} patches; memory that of "
+        f"micro-batches of the largest, {work.objective.most_tokens - prefix:,} patches"
+    )
+    if work.assumed:
+        text += f"; {work.assumed}"
+    return [
+        text,
+        f"{work.name}: not derived, and on top: matching objects to queries (on the CPU, while the GPU waits), the "
+        "losses of matched objects in time and memory, that the heads compute in float32 and on padding to the largest "
+        "image of a micro-batch, and waiting for the rank with the largest images",
+    ]
 
 
 MEMORY = (

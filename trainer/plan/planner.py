@@ -25,6 +25,7 @@ from trainer.distributed.ranks import Dist
 from trainer.plan.estimate import Estimate, estimate
 from trainer.plan.traffic import Layout
 from trainer.plan.work import Work
+from trainer.request.graph import experts_in
 from trainer.request.plan import DEFAULTS
 
 BUSIEST: float = DEFAULTS["busiest"]  # rows of the busiest rank over the mean, where ranks share experts
@@ -185,17 +186,21 @@ def _micro_batches(recipe: Recipe, works: Sequence[Work], layouts: Mapping[str, 
 
 def _together(recipe: Recipe, works: Sequence[Work]) -> int:
     """Images that a micro-batch must be a multiple of."""
-    mixes = recipe.augment.mixup or recipe.augment.cutmix
+    works = [work for work in works if not work.by_itself]  # whose images are routed alone and never mixed
+    mixes = works and (recipe.augment.mixup or recipe.augment.cutmix)
     group = max(1, recipe.student.moe.images_per_group) if any(work.moe_layers for work in works) else 1
     return math.lcm(group, 2 if mixes else 1)
 
 
 def _ep_sizes(recipe: Recipe, works: Sequence[Work], layouts: Mapping[str, Layout]) -> list[int]:
     """Ranks that may share the experts: inside a node first, none first."""
-    routed = [layouts[work.phase].world for work in works if work.moe_layers]
+    routed = [work for work in works if work.moe_layers]
     if not routed:
         return [1]
-    most = math.gcd(recipe.student.moe.num_experts, *routed)
+    experts = [experts_in(recipe, work.section) for work in routed]
+    if not all(experts):  # of a model that was given: each rank keeps all of them
+        return [1]
+    most = math.gcd(*experts, *(layouts[work.phase].world for work in routed))
     return [size for size in range(1, most + 1) if most % size == 0]
 
 

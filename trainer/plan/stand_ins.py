@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from torch import nn
 
+from models.detection.backbone import Backbone, Made
+from models.files.places import expanded
 from models.preprocessing import Preprocessing
 from models.teacher.classes import without_head
 from models.teacher.load import Teacher
@@ -17,6 +21,7 @@ from trainer.context import Opened, Run
 from trainer.data.sources import open_source
 from trainer.distributed.ranks import Dist
 from trainer.plan.preflight import STAND_IN
+from trainer.request.graph import row_of
 from trainer.teaching.teachers import planned_teacher
 
 TIMM = "timm/"
@@ -36,14 +41,48 @@ class CountedImages:
         return self.count
 
 
+@dataclass(frozen=True)
+class BoxedImages:
+    """The images of a detector, of which only the numbers are known."""
+
+    count: int
+    num_categories: int
+    assumed: str = "images are taken to be of 640 x 480 pixels, as most of COCO's are"
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def categories(self) -> list[str]:
+        """Names that stand for those of the data."""
+        return [str(number) for number in self.category_ids]
+
+    @property
+    def category_ids(self) -> list[int]:
+        """Counted from 1."""
+        return list(range(1, self.num_categories + 1))
+
+    def sizes(self) -> Counter[tuple[int, int]]:
+        """See trainer.data.boxes.BoxSource.sizes."""
+        return Counter({(480, 640): self.count})
+
+
 def planned_run(
-    recipe: Recipe, ds_values: dict[str, Any], out: Path, nodes: int, per_node: int, images: int | None, classes: int
+    recipe: Recipe,
+    ds_values: dict[str, Any],
+    out: Path,
+    nodes: int,
+    per_node: int,
+    images: int | None,
+    classes: int,
+    boxed: BoxedImages | None = None,
 ) -> Run:
     """The run of a recipe on some ranks; nothing is downloaded where the teacher is one of timm's.
 
     Args:
         images: training images, where the data is not to be opened.
         classes: of the data, in that case.
+        boxed: the images of a detector, where theirs are not to be opened.
 
     Raises:
         ValueError: data that only a download could count, and `images` is not given; a teacher that is not known.
@@ -55,9 +94,11 @@ def planned_run(
     teacher = _teacher(run)
     if not run.classifies:
         teacher = without_head(teacher)
-    things = {"sources": (sources, sources), "teacher": teacher}
+    things: dict[str, Any] = {"sources": (sources, sources), "teacher": teacher}
     if recipe.student.init == "teacher":
         things["dense start"] = teacher
+    if not row_of("detect").refused(recipe):
+        things |= _of_detector(recipe, boxed)
     return Run(recipe, ds_values, out, dist, "plan", opened=Opened(things))
 
 
@@ -74,19 +115,43 @@ def _sources(recipe: Recipe, images: int | None, classes: int) -> Any:
     return open_source(data, "train", labels_needed=False)
 
 
+def _of_detector(recipe: Recipe, boxed: BoxedImages | None) -> dict[str, Any]:
+    """What phase detect opens, as far as a plan does not."""
+    things: dict[str, Any] = {}
+    detect = recipe.detect
+    if boxed is not None:
+        things["boxes"] = (boxed, boxed)
+    elif detect.data.path and not Path(expanded(detect.data.path)).is_dir():
+        raise ValueError(
+            f"detect.data.path={detect.data.path} is not there: say how many training images it has, and of how many "
+            "categories, e.g. --box-images 118287 --categories 80"
+        )
+    if detect.backbone.startswith(TIMM):
+        vit = _of_timm("detect.backbone", detect.backbone, num_classes=0)
+        things["backbone to plan with"] = Backbone(vit, _preprocessing(vit), Made("timm", {}), detect.backbone)
+    return things
+
+
 def _teacher(run: Run) -> Teacher:
     t, labels = run.recipe.teacher, run.labels
     if not t.source:
         return planned_teacher(t, labels)
     if not t.source.startswith(TIMM):
         return run.teacher
-    architecture = t.source.removeprefix(TIMM).split("@")[0]
     arguments = {"img_size": t.image_size} if t.image_size else {}
+    model = _of_timm("teacher.source", t.source, num_classes=len(labels), **arguments)
+    return Teacher(model.eval().requires_grad_(False), _preprocessing(model), t.source, labels, len(labels))
+
+
+def _of_timm(key: str, source: str, **arguments: Any) -> nn.Module:
+    """The shapes of a model of timm's, `source` as the recipe names it under `key`."""
+    architecture = source.removeprefix(TIMM).split("@")[0]
     try:
         with torch.device("meta"):
-            model = timm.create_model(architecture, pretrained=False, num_classes=len(labels), **arguments)
+            return timm.create_model(architecture, pretrained=False, **arguments)
     except RuntimeError as error:
-        raise ValueError(f"teacher.source={t.source}: timm {timm.__version__} cannot build it: {error}") from None
-    size = model.patch_embed.img_size[0]
-    preprocessing = Preprocessing(size, STAND_IN.mean, STAND_IN.std)
-    return Teacher(model.eval().requires_grad_(False), preprocessing, t.source, labels, len(labels))
+        raise ValueError(f"{key}={source}: timm {timm.__version__} cannot build it: {error}") from None
+
+
+def _preprocessing(model: nn.Module) -> Preprocessing:
+    return Preprocessing(model.patch_embed.img_size[0], STAND_IN.mean, STAND_IN.std)

@@ -97,6 +97,9 @@ def collectives(work: Work, settings: Settings, layout: Layout, busiest: float =
             buckets = max(1, math.ceil(elements / zero.get("reduce_bucket_size", 5e8)))
             what = "gradients of experts" if group == "replicas" else "gradients"
             found.append(Collective(what, kind, group, size, times * buckets, times * elements * number))
+    if work.by_itself:  # how many objects there are on all ranks, which the loss is divided by
+        times = settings.accumulation
+        found.append(Collective("objects", "all_reduce", "world", layout.world, times, FLOAT32 * times))
     if settings.bf16:  # whether a gradient is not finite
         found.append(Collective("overflow", "all_reduce", "world", layout.world, 1, 1))
     # the norm of each flat group, and the mean of an expert's norm over its replicas
@@ -172,9 +175,13 @@ def _exchanges(work: Work, settings: Settings, layout: Layout, busiest: float) -
         moved += exchanged_bytes(layer, settings.micro_batch, work.tokens, number, busiest, recomputed)
     calls = (EXCHANGES + RECOMPUTED_EXCHANGES * recomputed) * len(layers)
     times = settings.accumulation
+    if work.by_itself:  # images of any sizes pass alone
+        calls *= settings.micro_batch
     found = [Collective("tokens to experts and back", "all_to_all", "experts", size, times * calls, times * moved)]
     # how many rows that will be, and what dropout draws
     forwards = (1 + recomputed) * times
+    if work.by_itself:
+        forwards *= settings.micro_batch
     experts = sum(layer.config.num_experts for layer in layers)
     found.append(Collective("rows", "all_to_all", "experts", size, forwards * len(layers), INT64 * forwards * experts))
     drawing = forwards * sum(layer.config.dropout > 0 for layer in layers)

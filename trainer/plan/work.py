@@ -20,6 +20,7 @@ from trainer.config.phases import ScheduleConfig
 from trainer.context import Run
 from trainer.distributed.engine import parameter_groups
 from trainer.objectives.base import Objective
+from trainer.objectives.cost import Pass, trained
 from trainer.phases import code_of
 from trainer.request.graph import TABLE, Phase, artifact_name, in_one_job, taking_part
 
@@ -68,10 +69,12 @@ class Work:
     objective: Objective
     epochs: int
     images: int  # an epoch's
-    image_numbers: int  # pixels of an image, all channels
+    image_numbers: int  # pixels of an image, all channels; of the largest where they differ
     layer_decay: float = 1.0
     ema: bool = False
     jobs: int = 1  # trainings of these sizes: the experts of a module, each taught alone
+    by_itself: bool = False  # of images of its own: planned apart from the other phases
+    assumed: str = ""  # of its images, where they were not opened
 
     @property
     def tokens(self) -> int:
@@ -90,15 +93,15 @@ class Work:
         return sum(tensor.numel() for tensor in _tensors(self.objective.frozen) if id(tensor) not in trained)
 
     @functools.cached_property
-    def trained_parts(self) -> list[nn.Module]:
+    def trained_parts(self) -> list[Pass]:
         """What images pass through and learns; a part stands there as often as it is run."""
-        learning = [each.part for each in self.objective.passes() if each.learns]
-        return learning or [self.objective.module]  # module replacing counts its cost another way
+        learning = [each for each in self.objective.passes() if each.learns]
+        return learning or trained(self.objective.module)  # module replacing counts its cost another way
 
     @functools.cached_property
-    def relaying_parts(self) -> list[nn.Module]:
+    def relaying_parts(self) -> list[Pass]:
         """What is frozen and hands the gradient on."""
-        return [each.part for each in self.objective.passes() if each.relays and not each.learns]
+        return [each for each in self.objective.passes() if each.relays and not each.learns]
 
     @functools.cached_property
     def parameters(self) -> int:
@@ -118,45 +121,59 @@ class Work:
     @functools.cached_property
     def recomputed_flops(self) -> int:
         """FLOPs of an image that activation checkpointing computes again: a forward of the blocks that learn."""
-        return sum(forward_flops(block, self.tokens) for block in self.blocks)
+        in_blocks = sum(forward_flops(block, self.tokens) for block in self.blocks)
+        windowed = [each.part for each in self.trained_parts if hasattr(each.part, "count_windows")]
+        return in_blocks + sum(part.count_windows(self.tokens).forward for part in windowed)
 
     @functools.cached_property
     def blocks(self) -> list[nn.Module]:
         """The blocks of the trained parts, which activation checkpointing recomputes."""
-        return [block for part in self.trained_parts for block in blocks_of(part)]
+        return [block for each in self.trained_parts for block in blocks_of(each.part)]
 
-    def block_numbers(self) -> int:
+    def block_numbers(self, tokens: int) -> int:
         """Numbers that all blocks are given for one image: what is kept where they are computed again."""
-        return sum(self.tokens * block.norm1.normalized_shape[-1] for block in self.blocks)
+        return sum(tokens * block.norm1.normalized_shape[-1] for block in self.blocks)
 
-    def states(self, images: int, number: int, ep_size: int, busiest: float, form: str) -> States:
-        """Of a micro-batch of so many images in numbers of so many bytes; computed once."""
-        key = (images, number, ep_size, busiest, form)
+    def states(
+        self, images: int, number: int, ep_size: int, busiest: float, form: str, largest: bool = False
+    ) -> States:
+        """Of a micro-batch of so many images in numbers of so many bytes; computed once.
+
+        Args:
+            largest: all of them are as large as the largest, where they differ; else as the mean.
+        """
+        key = (images, number, ep_size, busiest, form, largest)
         if key not in self._states:
             self._states[key] = self._counted(*key)
         return self._states[key]
 
-    def _counted(self, images: int, number: int, ep_size: int, busiest: float, form: str) -> States:
-        def kept(part: nn.Module, learns: bool = True) -> int:
-            return kept_bytes(
-                part, images, self.tokens, number, learns=learns, ep_size=ep_size, busiest=busiest, form=form
-            )
+    def _counted(self, images: int, number: int, ep_size: int, busiest: float, form: str, largest: bool) -> States:
+        tokens = self.tokens
+        if largest and self.objective.most_tokens:
+            tokens = self.objective.most_tokens
+
+        def kept_of(part: nn.Module, length: int, learns: bool = True) -> int:
+            return kept_bytes(part, images, length, number, learns=learns, ep_size=ep_size, busiest=busiest, form=form)
+
+        def kept(each: Pass, learns: bool = True) -> int:
+            length = each.tokens + tokens - self.tokens if each.tokens else tokens
+            return kept_of(each.part, length, learns)
 
         def widest(block: nn.Module) -> int:
-            return widest_bytes(block, images, self.tokens, number, ep_size=ep_size, busiest=busiest, form=form)
+            return widest_bytes(block, images, tokens, number, ep_size=ep_size, busiest=busiest, form=form)
 
         everything = sum(map(kept, self.trained_parts))
-        blocks = [kept(block) for block in self.blocks]
-        inputs = self.block_numbers() * images * number
+        blocks = [kept_of(block, tokens) for block in self.blocks]
+        inputs = self.block_numbers(tokens) * images * number
         passes = self.objective.passes()
         forward_only = [each for each in passes if not each.learns and not each.relays]
         return States(
             kept=everything,
             kept_recomputing=everything - sum(blocks) + inputs + max(blocks, default=0),
-            relayed=sum(kept(part, learns=False) for part in self.relaying_parts),
+            relayed=sum(kept(each, learns=False) for each in self.relaying_parts),
             widest=max(map(widest, self.blocks), default=0),
             both_ways=everything + sum(map(kept, self.relaying_parts)),
-            forward_only=sum(each.share * kept(each.part) for each in forward_only),
+            forward_only=sum(each.share * kept(each) for each in forward_only),
             of_blocks=sum(blocks),
         )
 
@@ -177,7 +194,7 @@ class Work:
         return found
 
     @functools.cached_property
-    def _states(self) -> dict[tuple[int, int, int, float, str], States]:
+    def _states(self) -> dict[tuple[int, int, int, float, str, bool], States]:
         return {}
 
     @functools.cached_property
@@ -255,10 +272,12 @@ def _works_of(run: Run, row: Phase) -> list[Work]:
             schedule,
             objective,
             epochs,
-            len(run.sources[0]),
-            seen.in_chans * seen.image_size**2,
+            len(run.boxes[0]) if row.own_images else len(run.sources[0]),
+            objective.most_numbers or seen.in_chans * seen.image_size**2,
             layer_decay=getattr(schedule, "layer_decay", 1.0),
             ema=bool(getattr(schedule, "ema", 0.0)),
+            by_itself=row.own_images,
+            assumed=getattr(run.boxes[0], "assumed", "") if row.own_images else "",
         )
         if row.repeated == "expert":
             count = run.recipe.student.moe.num_experts

@@ -10,8 +10,9 @@ from trainer.config.recipe import Recipe
 
 PLAN = "plan"  # the word --phase takes
 PLAN_HELP = "say what each phase needs and takes on --nodes of --gpus, with settings that fit; starts nothing"
-DEFAULTS = {"nodes": 1, "gpus": 8, "gpu": "h200", "classes": 1000, "busiest": 1.5}  # busiest: an assumption
-MOST = {"nodes": 100_000, "gpus": 256, "images": 10**12, "classes": 10**7}
+# categories: COCO's; busiest: an assumption
+DEFAULTS = {"nodes": 1, "gpus": 8, "gpu": "h200", "classes": 1000, "categories": 80, "busiest": 1.5}
+MOST = {"nodes": 100_000, "gpus": 256, "images": 10**12, "classes": 10**7, "box-images": 10**12, "categories": 10**7}
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class PlanRequest:
         ds_values: the DeepSpeed JSON as read; None = propose one.
         gpu: as trainer.config.gpus.parse takes it.
         images: training images, where the data is not to be opened.
+        box_images: training images of phase detect, where theirs are not to be opened.
         busiest: rows of the busiest rank over the mean, where ranks share experts.
         out: a run folder whose finished teacher is looked at; None = none.
     """
@@ -33,6 +35,8 @@ class PlanRequest:
     gpu: str
     images: int | None
     classes: int
+    box_images: int | None
+    categories: int
     busiest: float
     out: Path | None
     command: str

@@ -36,8 +36,7 @@ def draw(seed: int, kind: int, index: int, size: int, shapes: int, objects: int)
         objects: in a picture at most; each has at least one.
     """
     bits = stream(seed, kind, 0, index)
-    shorter = size * 3 // 4
-    height, width = ((size, size), (shorter, size), (size, shorter))[index % 3]
+    height, width = size_of(index, size)
     # of the picture: number of shapes, ground and its gradient; of each shape: class, place, radius, rotation, colour
     u = fractions(bits, 8 + 9 * objects)
     count = 1 + int(u[0] * objects)
@@ -67,6 +66,12 @@ def draw(seed: int, kind: int, index: int, size: int, shapes: int, objects: int)
     seen = [number for number in range(count) if (label_HW == number).sum() > LEAST_SEEN * whole[number]]
     masks = np.stack([label_HW == number for number in seen])  # the last one is never covered
     return Drawn(image, np.array([chosen[number] for number in seen]), masks)
+
+
+def size_of(index: int, size: int) -> tuple[int, int]:
+    """Height and width of picture `index`, the longer side being `size` pixels."""
+    shorter = size * 3 // 4
+    return ((size, size), (shorter, size), (size, shorter))[index % 3]
 
 
 def _inside(shape: str, v: np.ndarray, height: int, width: int) -> np.ndarray:
