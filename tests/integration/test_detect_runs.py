@@ -8,6 +8,8 @@ import torch
 from models.detection import load_detector
 from models.preprocessing import Preprocessing
 from models.vmoe import VMoE, VMoEConfig
+from tests.hub_server import WRITER, HubServer
+from tests.integration import test_push
 from tests.integration.test_resume import TIMING, latest
 from tests.launch import ROOT
 from trainer.config.load import load_recipe
@@ -104,6 +106,22 @@ def test_a_frozen_backbone_stays_as_it_is(warm, detect, tmp_path):
     before = VMoE.from_pretrained(folder / "student").state_dict()
     after = load_detector(tmp_path / "detect").backbone.vit.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_pushed_by_its_phase(warm, detect, tmp_path, monkeypatch):
+    _, arguments = detect
+    small = ["detect.epochs=1", "detect.masks=false", "hub.repo=alice/shapes", "hub.stages=detector"]
+    finished = run(warm, arguments, tmp_path, *small)
+    assert finished.code == 0, finished.output
+    with HubServer() as server:
+        server.connect(monkeypatch, tmp_path / "home")
+        words = [str(word) for word in [*arguments, *small, "--out", tmp_path]]
+        words[words.index("--phase") + 1] = "push"
+        done = warm.call(f"{test_push.__name__}:main_with_hub", server.url, str(tmp_path / "home"), WRITER, words)
+        assert done.code == 0, done.output
+        pushed, left = load_detector("alice/shapes"), load_detector(tmp_path / "detect")
+    assert all(torch.equal(value, left.state_dict()[name]) for name, value in pushed.state_dict().items())
+    assert json.loads((tmp_path / "push/result.json").read_text())["repo"] == "alice/shapes"
 
 
 def test_refused_before_anything_is_made(warm, detect, tmp_path):

@@ -15,7 +15,8 @@ from tests.run_folder import finish_run, new_recipe, new_student
 from trainer import artifacts
 from trainer.config.load import build
 from trainer.config.recipe import Recipe
-from trainer.hub.card import MAPS, PICTURE, hub_id, trained_with, write_card
+from trainer.hub.card import MAPS, PICTURE, trained_with, write_card
+from trainer.hub.wording import hub_id
 from trainer.report.classes import MAP_GAP, MAP_SIDE
 
 

@@ -66,6 +66,7 @@ class Recipe:
         taught = self.distill.epochs or self.refine.epochs or self.distill.source
         require(taught, "distill.epochs", 0, "1 or more, or refine.epochs above 0: nothing would be taught")
         self._check_borders()
+        self._check_detector()
         if self.teacher.grown:
             self._check_grown()
         if self.teacher.head == "none":
@@ -125,6 +126,14 @@ class Recipe:
             raise ValueError(
                 f"train.border_weight compares states in the basis of tied stitches; distill.stitches is {stitches!r}: "
                 "set distill.stitches=tied, or train.border_weight=0"
+            )
+
+    def _check_detector(self) -> None:
+        """There has to be one where it is what is pushed."""
+        if self.hub.stages == "detector" and not self.detect.epochs:
+            raise ValueError(
+                "hub.stages is 'detector', but detect.epochs is 0, so there is none: set detect.epochs "
+                "(docs/detection.md), or hub.stages=last to push the student"
             )
 
     def _check_nac(self) -> None:

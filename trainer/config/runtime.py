@@ -84,8 +84,9 @@ class HubConfig:
     repo: str = knob("", "owner/name to push to; empty = nothing is pushed")
     revision: str = knob("main", "branch to push to; made when it does not exist")
     private: bool = knob(True, "whether a repo that has to be created is private")
-    stages: Literal["last", "all"] = knob(
-        "last", "push the trained student only, or also meta model and distilled modules"
+    stages: Literal["last", "all", "detector"] = knob(
+        "last",
+        "push the trained student only; all = also meta model and distilled modules; detector = what detect made",
     )
     code: bool = knob(
         False,

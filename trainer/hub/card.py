@@ -16,6 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from trainer.config.data import BUILT_IN, PROCEDURAL, DataConfig
 from trainer.config.recipe import Recipe
 from trainer.hub.usage import published_as, usage
+from trainer.hub.wording import CITED, hub_id, link_to, shown, table_of
 from trainer.report.classes import expert_maps
 from trainer.report.data import RUNS, PhaseRecord
 from trainer.report.page import load_drawing
@@ -33,14 +34,6 @@ MAPS_TEXT = (
 # metrics of the card's table and model-index; those of features stand beside a teacher, or tell of labels
 OF_CLASSES = ("accuracy", "loss")
 OF_FEATURES = ("relative_error", "cosine", "knn_accuracy", "probe_accuracy")
-CITATION = """@misc{m2mkd2024,
-  title  = {m2mKD: Module-to-Module Knowledge Distillation for Modular Transformers},
-  author = {Lo, Ka Man and Liang, Yiming and Du, Wenyu and Fan, Yuantao and Wang, Zili and Huang, Wenhao and Ma, Lei
-            and Fu, Jie},
-  year   = {2024},
-  eprint = {2402.16918},
-  archivePrefix = {arXiv},
-}"""
 
 
 def write_card(
@@ -75,7 +68,7 @@ def write_card(
         f"---\n{_metadata(recipe, name, measured, student, trained_with(run_dir, recipe))}\n---",
         f"# {name}",
         _what(recipe, config, student),
-        f"## Result\n\n{_table(('metric', 'value'), results)}\n\n{where}",
+        f"## Result\n\n{table_of(('metric', 'value'), results)}\n\n{where}",
         *_speed(evaluated),
         f"## How to use it\n\n{_loading(recipe, student, folders, config, address)}",
         f"## Data\n\n{_data(recipe.data, config, student)}",
@@ -90,8 +83,7 @@ def write_card(
         parts.append(f"## Load of the experts\n\n![Load of each expert as share of uniform]({PICTURE})")
     parts += [
         f"## Limits\n\n{_limits(recipe, config, student)}",
-        "## How to cite\n\nThe method is m2mKD ([arXiv 2402.16918](https://arxiv.org/abs/2402.16918)):\n\n"
-        f"```bibtex\n{CITATION}\n```",
+        CITED,
     ]
     text = "\n\n".join(parts) + "\n"
     files = {"README.md": text.encode()}
@@ -100,14 +92,6 @@ def write_card(
     if maps:
         files[MAPS] = maps
     return files
-
-
-def hub_id(source: str) -> tuple[str, str | None] | None:
-    """(owner/name, revision) of a source on the hub; None for a directory or nothing."""
-    name, _, revision = source.removeprefix("hf-hub:").partition("@")
-    if not name or name.startswith((".", "/", "~", "local-dir:")) or Path(name).exists():
-        return None
-    return name, revision or None
 
 
 def trained_with(run_dir: Path, recipe: Recipe) -> str:
@@ -237,7 +221,7 @@ def _what(recipe: Recipe, config: Mapping[str, Any], student: PhaseRecord) -> st
             "then trained together (m2mKD)."
         )
     elif recipe.train.start == "distilled":
-        origin = f"Its training began from the weights of {_link(student.result.get('init', recipe.train.init))}."
+        origin = f"Its training began from the weights of {link_to(student.result.get('init', recipe.train.init))}."
     else:
         origin = "It was trained from scratch, as the rival of a student taught by m2mKD."
     kind = STUDENTS[recipe.student.kind]
@@ -382,9 +366,9 @@ def _teacher(recipe: Recipe, records: Mapping[str, PhaseRecord], teacher_license
     measured = _probe(records) + measured
     source = trained_with(records["meta"].folder.parent, recipe)
     if not hub_id(source):
-        return f"{_link(source)}.{measured}"
+        return f"{link_to(source)}.{measured}"
     terms = f"licence {teacher_license}" if teacher_license else "its licence is on its page"
-    return f"{_link(source)}; {terms}.{measured}"
+    return f"{link_to(source)}; {terms}.{measured}"
 
 
 def _probe(records: Mapping[str, PhaseRecord]) -> str:
@@ -407,16 +391,6 @@ def _of_labels(records: Mapping[str, PhaseRecord], recipe: Recipe) -> str:
     return f" Accuracy on its features: {', '.join(found)}." if found else ""
 
 
-def _link(source: str) -> str:
-    """A model as a link with its revision; of a directory only the name."""
-    repo = hub_id(source)
-    if repo is None:
-        return f"a local directory `{Path(source).name}`"
-    name, revision = repo
-    link = f"[{name}](https://huggingface.co/{name})"
-    return f"{link}, revision `{revision}`" if revision else link
-
-
 def _hybrids(records: Mapping[str, PhaseRecord], recipe: Recipe) -> str:
     """Accuracies (or relative errors) inside the meta model of a student that was taught, module by module."""
     measure = records["meta"].measure
@@ -425,11 +399,11 @@ def _hybrids(records: Mapping[str, PhaseRecord], recipe: Recipe) -> str:
     for module in range(recipe.modules):
         teacher = records[artifact_name("distill", module)].metric(f"teacher_hybrid_{measure.key}")
         student = records[artifact_name(last_round, module)].metric(f"hybrid_{measure.key}")
-        rows.append((str(module), _number(teacher, ".4g"), _number(student, ".4g")))
+        rows.append((str(module), shown(teacher, ".4g"), shown(student, ".4g")))
     text = f"{measure.name.capitalize()} of the meta model with one of its modules replaced"
     if last_round != "distill":
         text += "; the student's with the modules before it replaced as well"
-    table = _table(("module", "the teacher's", "the student's"), rows)
+    table = table_of(("module", "the teacher's", "the student's"), rows)
     return f"{text}.\n\n{table}"
 
 
@@ -439,15 +413,15 @@ def _cost(records: Mapping[str, PhaseRecord], recipe: Recipe) -> str:
     rows = []
     for name, record in spent.items():
         if "source" in record.result:
-            name = f"{name}, from {_link(record.result['source'])}"
-        rows.append((name, *(_number(record.value(key), form) for key, form in keys.items())))
+            name = f"{name}, from {link_to(record.result['source'])}"
+        rows.append((name, *(shown(record.value(key), form) for key, form in keys.items())))
     total = ["total"]
     for key, form in keys.items():
-        total.append(_number(sum(record.value(key) or 0 for record in spent.values()), form))
+        total.append(shown(sum(record.value(key) or 0 for record in spent.values()), form))
     rows.append(total)
     student = records[artifact_name("train", start=recipe.train.start)]
     device = {"cuda": "GPU", "cpu": "CPU"}.get(student.result["device"], student.result["device"])
-    table = _table(("phase", "FLOPs", "seconds", "images seen"), rows)
+    table = table_of(("phase", "FLOPs", "seconds", "images seen"), rows)
     return (
         f"{table}\n\nForward and backward of everything trained; {student.result['world_size']} x {device} "
         f"(expert parallel {student.result['ep_size']}) for `{student.folder.name}`. `recipe.yaml` and "
@@ -463,13 +437,13 @@ def _speed(evaluated: PhaseRecord) -> list[str]:
     rows = []
     for row in measured["rows"]:
         numbers = (
-            _number(row["images_per_second"], ",.1f"),
-            _number(row["accuracy"], ".4g"),
-            _number(row["flops"], ".3g"),
+            shown(row["images_per_second"], ",.1f"),
+            shown(row["accuracy"], ".4g"),
+            shown(row["flops"], ".3g"),
             f"{row['parameters']:,}",
         )
         rows.append((row["name"], *numbers))
-    table = _table(("model", "images/s", "accuracy", "FLOPs per image", "parameters"), rows)
+    table = table_of(("model", "images/s", "accuracy", "FLOPs per image", "parameters"), rows)
     return [
         f"## Inference\n\n{table}\n\nMeasured in one run by phase evaluate: {measured['where']}, batches of "
         f"{measured['batch']}, {measured['dtype']}, the median of {measured['repeats']} forwards. With another k "
@@ -525,12 +499,3 @@ def _picture(student: PhaseRecord) -> bytes | None:
     if not loads or drawing is None:
         return None
     return drawing.expert_load_png({RUNS[student.folder.name]: loads})
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -26,8 +26,10 @@ from trainer.config.recipe import Recipe
 from trainer.config.runtime import HubConfig
 from trainer.hub import code
 from trainer.hub.address import code_address
-from trainer.hub.card import hub_id, taught, trained_with, write_card
+from trainer.hub.card import taught, trained_with, write_card
+from trainer.hub.detector_card import write_detector_card
 from trainer.hub.retry import patiently, reason_of
+from trainer.hub.wording import hub_id
 from trainer.request import graph
 
 log = logging.getLogger(__name__)
@@ -82,7 +84,8 @@ def plan(run_dir: Path, recipe: Recipe, teacher_license: str | None = None) -> P
     """What a push of this run holds. Contacts nothing and writes nothing.
 
     Args:
-        run_dir: the run's folder, with a finished train (and, for hub.stages=all, the stages before it).
+        run_dir: the run's folder, with a finished train (and, for hub.stages=all, the stages before it), or with a
+            finished detect for hub.stages=detector.
         teacher_license: for the card, see find_teacher_license.
 
     Raises:
@@ -90,7 +93,8 @@ def plan(run_dir: Path, recipe: Recipe, teacher_license: str | None = None) -> P
     """
     if not recipe.hub.repo:
         raise ValueError("hub.repo is empty: set hub.repo=OWNER/NAME to push")
-    name = graph.artifact_name("train", start=recipe.train.start)
+    detector = recipe.hub.stages == "detector"
+    name = graph.artifact_name("detect" if detector else "train", start=recipe.train.start)
     folder, result = artifacts.require(run_dir, name, recipe, "--phase push")
     files = _published(folder, result, "")
     stages = _stages(run_dir, recipe)
@@ -110,9 +114,15 @@ def plan(run_dir: Path, recipe: Recipe, teacher_license: str | None = None) -> P
         log.warning(
             "the model card names no address of the code: set hub.code_url, so that others can install what loads it"
         )
-    if recipe.hub.code:
-        files = _with_code(files, result, address)
-    for path, content in write_card(run_dir, recipe, teacher_license, stages, address).items():
+    if detector:
+        if recipe.hub.code:
+            log.warning("hub.code has no effect on a detector: its heads are those of transformers already")
+        card = write_detector_card(run_dir, recipe, folder, address)
+    else:
+        if recipe.hub.code:
+            files = _with_code(files, result, address)
+        card = write_card(run_dir, recipe, teacher_license, stages, address)
+    for path, content in card.items():
         files.append(_in_memory(path, content))
     return Plan(recipe.hub.repo, recipe.hub.revision, tuple(sorted(files, key=lambda file: file.path)))
 
@@ -165,7 +175,7 @@ def push(plan: Plan, hub: HubConfig) -> str:
 
 def find_teacher_license(run_dir: Path, recipe: Recipe) -> str | None:
     """Licence of a teacher from the hub as its page names it; None when there is none or it cannot be asked."""
-    if not recipe.teacher.source:
+    if not recipe.teacher.source or recipe.hub.stages == "detector":
         return None
     teacher_on_hub = hub_id(trained_with(run_dir, recipe))
     if teacher_on_hub is None or constants.HF_HUB_OFFLINE:
@@ -182,7 +192,7 @@ def find_teacher_license(run_dir: Path, recipe: Recipe) -> str | None:
 
 def _stages(run_dir: Path, recipe: Recipe) -> list[str]:
     """Artifacts pushed beside the student."""
-    if recipe.hub.stages == "last":
+    if recipe.hub.stages != "all":
         return []
     if not taught(recipe):
         log.warning("hub.stages=all has no effect: this student was not taught by modules")

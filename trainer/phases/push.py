@@ -1,4 +1,4 @@
-"""Phase push: the trained student and its model card to the hub, as the recipe's section hub says.
+"""Phase push: the trained student, or the detector, and its model card to the hub, as the recipe's section hub says.
 
 OUT/push records what was pushed where. It is complete as long as a push would send just that to just there.
 """
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def run(run: Run) -> None:
-    """Push OUT/train and write OUT/push."""
+    """Push OUT/train (or OUT/detect) and write OUT/push."""
     target, started = run.recipe.hub, time.perf_counter()
     planned = on_main(run.dist, lambda: _plan(run))
     folder, done = run.open("push")

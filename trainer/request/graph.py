@@ -104,6 +104,10 @@ def _of_training(recipe: Recipe, start: str) -> tuple[str, ...]:
     return (*needed, "meta") if recipe.train.border_weight else needed  # borders lie in the bases of the meta model
 
 
+def _pushed(recipe: Recipe, _start: str) -> tuple[str, ...]:
+    return ("detect",) if recipe.hub.stages == "detector" else ("train", "evaluate")
+
+
 def _refuse_teacher(recipe: Recipe) -> str:
     if recipe.teacher.grown:
         return _refuse_growing(recipe, "teacher")
@@ -330,9 +334,9 @@ TABLE = [
     ),
     Phase(
         "push",
-        "push the student (or every stage, see hub.stages) to hub.repo with a model card",
+        "push the student (or every stage, or the detector: hub.stages) to hub.repo with a model card",
         defined_by=OF_TRAINING,
-        needs=lambda recipe, start: ("train", "evaluate"),
+        needs=_pushed,
         trains=lambda recipe: False,
         on_wish=lambda recipe: bool(recipe.hub.repo),
     ),
