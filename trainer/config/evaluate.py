@@ -54,8 +54,8 @@ class AccuracyConfig(ImagesConfig):
 
     map: str = knob(
         "",
-        "file of two columns (.csv, .tsv, .json): class of the data, class of the model; numbers = the data's classes "
-        "are called by the numbers of the model's",
+        "file of columns (.csv, .tsv, .json): class of the data, and one or more of the model that it stands for; "
+        "numbers = the data's classes are called by the numbers of the model's",
     )
     unknown: Literal["refuse", "drop"] = knob(
         "refuse", "classes of the data that the model does not have: refuse them, or leave their images out"

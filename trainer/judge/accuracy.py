@@ -44,22 +44,27 @@ def judged(outputs: Outputs, placed: Placed, bench: Bench, where: str) -> Measur
         ValueError: no image is of a class that the model has.
     """
     all_logits, truth = counted(outputs, placed, where)
-    logits_NK = all_logits[:, placed.rows]
-    told_N = logits_NK.argmax(axis=1)
+    images_N = np.arange(len(truth))
+    logits_NR = all_logits[:, placed.rows]
+    told_N = placed.told(all_logits)
     correct_N = told_N == truth
-    log_probability_NK = log_softmax(logits_NK.astype(np.float64), axis=1)
-    confidence_N = np.exp(log_probability_NK.max(axis=1))
-    own_logit_N = logits_NK[np.arange(len(truth)), truth]
+    # the probability of a class is that of all its logits together
+    log_probability_NR = log_softmax(logits_NR.astype(np.float64), axis=1)
+    log_probability_NK = placed.of_classes(log_probability_NR, np.logaddexp)
+    confidence_N = np.exp(log_probability_NK[images_N, told_N])
+    own_logit_N = placed.of_classes(logits_NR, np.maximum)[images_N, truth]
 
     def mean(values: np.ndarray) -> Figure:
         return mean_with_interval(values.astype(np.float64), bench.resamples, bench.seed)
 
     figures = {"top-1": mean(correct_N)}
     if len(placed.rows) > TOP:
-        # how many classes are surer than the right one
-        figures["top-5"] = mean((logits_NK > own_logit_N[:, None]).sum(axis=1) < TOP)
+        # how many classes of the model are surer than the right one, or the surest of the right ones
+        figures["top-5"] = mean((logits_NR > own_logit_N[:, None]).sum(axis=1) < TOP)
     if len(placed.rows) < all_logits.shape[1]:
-        figures["top-1 of all classes"] = mean(all_logits.argmax(axis=1) == placed.rows[truth])
+        class_of_all = np.full(all_logits.shape[1], -1)
+        class_of_all[placed.rows] = placed.class_of
+        figures["top-1 of all classes"] = mean(class_of_all[all_logits.argmax(axis=1)] == truth)
     per_class = _per_class(truth, correct_N, placed)
     figures["mean of classes"] = Figure(float(np.mean([row["accuracy"] for row in per_class if row["images"]])))
     figures["error of calibration"] = calibration_error(confidence_N, correct_N, bench.resamples, bench.seed)
@@ -69,7 +74,12 @@ def judged(outputs: Outputs, placed: Placed, bench: Bench, where: str) -> Measur
     classes = f"the logits of the {len(placed.rows)} classes of the data, of {all_logits.shape[1]}"
     if len(placed.rows) == all_logits.shape[1]:
         classes = f"the logits of all {len(placed.rows)} classes"
-    cross_entropy = float(-log_probability_NK[np.arange(len(truth)), truth].mean())
+    if not placed.one_to_one:
+        classes = (
+            f"the logits of {len(placed.rows)} classes, of {all_logits.shape[1]}, that stand for the "
+            f"{len(placed.names)} of the data: any of them is right"
+        )
+    cross_entropy = float(-log_probability_NK[images_N, truth].mean())
     details = {
         "over": classes,
         "classes": per_class,
