@@ -45,7 +45,7 @@ from trainer.config.ds_config import Settings, read_ds_config
 from trainer.config.gpus import Gpu
 from trainer.config.load import load_recipe
 from trainer.context import Run
-from trainer.data.boxes import BoxBatch, Pictures, Targets
+from trainer.data.boxes.batches import BoxBatch, Pictures, Targets
 from trainer.data.loader import Batch
 from trainer.distributed.engine import build_engine
 from trainer.distributed.ranks import Dist, start, stop

@@ -27,7 +27,9 @@ from trainer.config.load import module_depths
 from trainer.config.phases import ScheduleConfig
 from trainer.config.recipe import Recipe
 from trainer.data.base import ImageSource
-from trainer.data.boxes import BoxData, BoxSource, open_boxes, record_of
+from trainer.data.boxes.base import BoxSource, record_of
+from trainer.data.boxes.batches import BoxData
+from trainer.data.boxes.sources import open_boxes
 from trainer.data.classes import doubts
 from trainer.data.fingerprint import fingerprint as images_fingerprint
 from trainer.data.sampler import phase_seed

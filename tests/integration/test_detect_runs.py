@@ -13,7 +13,7 @@ from tests.integration import test_push
 from tests.integration.test_resume import TIMING, latest
 from tests.launch import ROOT
 from trainer.config.load import load_recipe
-from trainer.data.boxes import open_boxes
+from trainer.data.boxes.sources import open_boxes
 from trainer.tracking.metrics import read_metrics
 
 MOE = {"num_experts": 4, "k": 2, "noise_std": 1.0, "capacity_factor": 1.0, "importance_weight": 0.01}

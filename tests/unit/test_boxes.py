@@ -13,7 +13,10 @@ from torch.testing import assert_close
 from models.detection import DetectorConfig
 from models.preprocessing import Preprocessing
 from trainer.config.detect import BoxDataConfig, DetectConfig
-from trainer.data.boxes import BoxData, CocoSource, ShapesSource, open_boxes, record_of, shares
+from trainer.data.boxes.base import record_of
+from trainer.data.boxes.batches import BoxData, shares
+from trainer.data.boxes.coco import CocoSource
+from trainer.data.boxes.sources import ShapesSource, open_boxes
 from trainer.data.drawing import shapes
 from trainer.data.drawing.common import TRAIN
 

@@ -18,7 +18,9 @@ from models.detection.detector import Detections
 from models.preprocessing import Preprocessing
 from models.vmoe import VMoE, VMoEConfig
 from trainer.config.detect import BoxDataConfig
-from trainer.data.boxes import BoxData, CocoSource, ShapesSource
+from trainer.data.boxes.batches import BoxData
+from trainer.data.boxes.coco import CocoSource
+from trainer.data.boxes.sources import ShapesSource
 from trainer.distributed.ranks import Dist
 from trainer.evaluation import detection
 from trainer.evaluation.routing import RoutingWatch

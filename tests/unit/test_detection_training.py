@@ -7,7 +7,8 @@ from models.detection.backbone import Made
 from models.preprocessing import Preprocessing
 from models.vmoe import VMoE, VMoEConfig
 from trainer.config.detect import BoxDataConfig, DetectConfig
-from trainer.data.boxes import BoxData, open_boxes
+from trainer.data.boxes.batches import BoxData
+from trainer.data.boxes.sources import open_boxes
 from trainer.objectives.detect import Detect
 
 PICTURES = 4

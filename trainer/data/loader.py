@@ -89,10 +89,7 @@ def train_batches(
         ValueError: fewer images than one global batch, or start_step beyond the epoch. An unreadable image, while
             iterating (see ImageSource).
     """
-    steps = steps_per_epoch(len(source), micro_batch=micro_batch, accumulation=accumulation, world=world)
-    if not 0 <= start_step <= steps:
-        raise ValueError(f"start_step {start_step} is not in 0..{steps}, the steps of an epoch: was the batch changed?")
-    requests = train_requests(
+    requests = checked_requests(
         len(source),
         seed=seed,
         epoch=epoch,
@@ -106,6 +103,21 @@ def train_batches(
     )
     loaded = load_requests(_TrainImages(source, train_transform(pre, aug)), requests, source, workers)
     return _finished(loaded, pre, device)
+
+
+def checked_requests(
+    n: int, *, start_step: int, micro_batch: int, accumulation: int, world: int, **others: int
+) -> Iterator[TrainRequest]:
+    """trainer.data.sampler.train_requests of n images, whose arguments these are.
+
+    Raises:
+        ValueError: fewer images than one global batch, or start_step beyond the epoch.
+    """
+    batch = {"micro_batch": micro_batch, "accumulation": accumulation, "world": world}
+    steps = steps_per_epoch(n, **batch)
+    if not 0 <= start_step <= steps:
+        raise ValueError(f"start_step {start_step} is not in 0..{steps}, the steps of an epoch: was the batch changed?")
+    return train_requests(n, start_step=start_step, **batch, **others)
 
 
 def steps_per_epoch(n: int, *, micro_batch: int, accumulation: int = 1, world: int = 1) -> int:

@@ -19,7 +19,7 @@ from models.detection.detector import Detections
 from models.detection.images import normalised
 from models.moe.layer import routed_layers
 from models.moe.out import Out
-from trainer.data.boxes import BoxData
+from trainer.data.boxes.batches import BoxData
 from trainer.data.loader import Batch
 from trainer.data.sampler import eval_requests
 from trainer.distributed.interrupt import HEARTBEAT

@@ -20,7 +20,7 @@ from models.teacher.load import Teacher, fingerprint
 from trainer import artifacts
 from trainer.config.detect import DetectConfig
 from trainer.context import Run
-from trainer.data.boxes import BoxData
+from trainer.data.boxes.batches import BoxData
 from trainer.evaluation import detection
 from trainer.objectives.detect import Detect
 from trainer.request.graph import artifact_name

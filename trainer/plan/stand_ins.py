@@ -63,7 +63,7 @@ class BoxedImages:
         return list(range(1, self.num_categories + 1))
 
     def sizes(self) -> Counter[tuple[int, int]]:
-        """See trainer.data.boxes.BoxSource.sizes."""
+        """See trainer.data.boxes.base.BoxSource.sizes."""
         return Counter({(480, 640): self.count})
 
 

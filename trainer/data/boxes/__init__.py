@@ -1,0 +1,1 @@
+"""Images with boxes: what phase detect reads."""
