@@ -30,7 +30,7 @@ def circuit(nac: NAC, images: Tensor) -> dict[str, Any]:
     """
     config = nac.config
     start = NAC(config).to(images).eval()
-    adjacency = config.graph_prior().adjacency(config.mediator_latents, config.seed).to(images.device)
+    adjacency = config.adjacency().to(images.device)
     mediators = slice(config.input_latents, None)
     distance_MW = nac.distances("mediator")
     links = torch.stack([propagator.kernel(distance_MW).exp() for propagator in nac.propagators]).mean(0)

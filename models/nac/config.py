@@ -1,8 +1,10 @@
 """What a NAC is built from: presets by name, the configuration, and what a trained one may be changed into."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
+
+from torch import Tensor
 
 from ..modules.tokens import TokenLayout
 from .graphs import Fit, Graph, fitted
@@ -84,6 +86,8 @@ FREE = (
     "graph_p",
     "graph_p_in",
     "graph_p_out",
+    "graph_mediators",
+    "kept",
     "fit_threshold",
     "fit_recall",
     "fit_steps",
@@ -121,6 +125,9 @@ class NACConfig:
     graph_p: float = 0.1
     graph_p_in: float = 0.9
     graph_p_out: float = 0.2
+    # of a pruned circuit: how many mediators its graph is of (0 = as many as it has), and which of those it has
+    graph_mediators: int = 0
+    kept: tuple[int, ...] = ()
     truncation: float = 0.9  # modules whose signatures are farther apart do not hear each other
     # of the fit; None = the kernel's. Published is a fit at 0.8 and a kernel at 0.9, which loses most of the graph
     fit_threshold: float | None = None
@@ -172,6 +179,14 @@ class NACConfig:
                 f"block_model_weight {self.block_model_weight} is for graph 'planted-partition', the graph is "
                 f"{self.graph!r}: set it to 0."
             )
+        object.__setattr__(self, "kept", tuple(self.kept))  # JSON has lists
+        expected = self.mediator_latents if self.graph_mediators else 0
+        known = set(self.kept) & set(range(self.graph_mediators))
+        if not len(self.kept) == len(known) == expected:
+            raise ValueError(
+                f"kept must name each of the {self.mediator_latents} mediators of a pruned circuit among the "
+                f"graph_mediators ({self.graph_mediators}) of its graph, and nothing of another one, got {self.kept}."
+            )
         self.graph_prior()
 
     @property
@@ -211,8 +226,32 @@ class NACConfig:
             self.graph, self.graph_degree, self.graph_clusters, self.graph_p, self.graph_p_in, self.graph_p_out
         )
 
+    def adjacency(self) -> Tensor:
+        """The graph between the mediators, (M, M) of 0 and 1; of a pruned circuit what is left of it.
+
+        Raises:
+            ValueError: see graphs.Graph.adjacency.
+        """
+        places = self.places()
+        return self.graph_prior().adjacency(self.graph_size, self.seed)[places][:, places]
+
+    @property
+    def graph_size(self) -> int:
+        """Mediators that the graph is of."""
+        return self.graph_mediators or self.mediator_latents
+
+    def places(self) -> list[int]:
+        """Which of the graph's mediators these are."""
+        return list(self.kept or range(self.mediator_latents))
+
+    def pruned(self, keep: Sequence[int]) -> "NACConfig":
+        """The configuration of the circuit with these of its mediators only."""
+        places = self.places()
+        kept = tuple(places[number] for number in keep)
+        return replace(self, mediator_latents=len(kept), graph_mediators=self.graph_size, kept=kept)
+
     def fit(self) -> Fit:
-        """Mediator signatures fitted to the graph; made once and cached.
+        """Signatures of the graph's mediators, fitted to it; made once and cached.
 
         Raises:
             ValueError: see graphs.fitted.
@@ -220,7 +259,7 @@ class NACConfig:
         threshold = self.truncation if self.fit_threshold is None else self.fit_threshold
         return fitted(
             self.graph_prior(),
-            self.mediator_latents,
+            self.graph_size,
             self.signature_dim,
             self.seed,
             threshold,

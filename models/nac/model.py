@@ -214,7 +214,8 @@ class NAC(nn.Module, Published):
             losses["hinge"] = config.hinge_weight * hinge_repulsion(signatures, config.hinge_radius)
         if config.block_model_weight:
             signatures = self.latents["mediator"].signatures
-            target = graphon(len(signatures), config.graph_clusters, config.graph_p_in, config.graph_p_out)
+            whole = graphon(config.graph_size, config.graph_clusters, config.graph_p_in, config.graph_p_out)
+            target = whole[config.places()][:, config.places()]
             kernels = [propagator.kernel for propagator in self.propagators]
             loss = block_model_loss(signatures, kernels, target.to(signatures.device))
             losses["block_model"] = config.block_model_weight * loss
@@ -287,7 +288,7 @@ class NAC(nn.Module, Published):
         if not keep or len(set(keep)) < len(keep) or min(keep) < 0 or max(keep) >= count:
             raise ValueError(f"mediators {list(keep)} are not different numbers from 0 to {count - 1}.")
         with torch.device("meta"):
-            result = NAC(replace(self.config, mediator_latents=len(keep)))
+            result = NAC(self.config.pruned(keep))
         state = self.state_dict()
         rows = torch.tensor(list(keep), device=self.latents["mediator"].codes.device)
         for name in ("latents.mediator.signatures", "latents.mediator.codes"):
@@ -372,7 +373,7 @@ def initialise(model: NAC) -> None:
         draw(latents.codes, nn.init.normal_, seed, group, "codes")
         if group != "mediator":
             draw(latents.signatures, nn.init.normal_, seed, group, "signatures")
-    model.latents["mediator"].signatures.copy_(model.config.fit().signatures_NS)
+    model.latents["mediator"].signatures.copy_(model.config.fit().signatures_NS[model.config.places()])
     for name in ("seeder.mu", "seeder.logvar", "confidence", "head"):
         reset_linear(model.get_submodule(name), seed, name)
     model.seeder.logvar.bias.fill_(-5.0)  # states start near their means

@@ -62,7 +62,8 @@ def test_from_a_dense_vit(pictures, tmp_path):
 
 @pytest.mark.parametrize("kind", ["vmoe", "nac"])
 def test_from_a_student_of_ours(pictures, tmp_path, kind):
-    model = judging.student() if kind == "vmoe" else judging.nac()
+    """The NAC with 3 of its 8 mediators, which its graph of two rings could not be drawn for."""
+    model = judging.student() if kind == "vmoe" else judging.nac().pruned(3)
     model.save_pretrained(tmp_path / "model")
     changes = [f"data.path={pictures}", f"train.init={tmp_path / 'model'}", "data.workers=0", f"student.kind={kind}",
                "train.epochs=5", "train.lr=0.3", "train.global_batch=8", "train.layer_decay=1.0"]  # fmt: skip
@@ -75,6 +76,9 @@ def test_from_a_student_of_ours(pictures, tmp_path, kind):
     assert result["init_classes"] == "a new head of the data's classes"
     if kind == "vmoe":
         assert student.config.moe.num_experts == 4  # the model's own, not the recipe's default
+    else:
+        analysis = json.loads((out / "evaluate" / "analysis.json").read_text())
+        assert student.config.kept == model.config.kept and len(analysis["circuit"]["prior"]) == 3
 
 
 def test_a_new_head_needs_a_student():

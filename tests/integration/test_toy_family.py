@@ -47,9 +47,9 @@ class Toy(VisionTransformer):
     def forward(self, x, out=None):
         return super().forward(x)  # has nothing to tell beside
 
-    def save_pretrained(self, folder, *, preprocessing, labels):
+    def save_pretrained(self, folder, *, preprocessing, labels, state=None):
         write_config(folder, self.config, preprocessing, labels)
-        save_file(self.state_dict(), Path(folder, "model.safetensors"))
+        save_file(self.state_dict() if state is None else dict(state), Path(folder, "model.safetensors"))
 
 
 def config(section, *, num_classes, drop_path, image_size, in_chans, tokens, seed):

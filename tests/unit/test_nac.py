@@ -512,6 +512,9 @@ UNFIT = {
         ({"block_model_weight": 1.0}, "block_model_weight"),
         ({"fit_threshold": 0.95}, "at most truncation"),
         ({"num_classes": 0}, "num_classes"),
+        ({"graph_mediators": 20}, "kept must name each of the 12 mediators of a pruned circuit"),
+        ({"kept": tuple(range(12))}, r"graph_mediators \(0\)"),
+        ({"graph_mediators": 12, "kept": (0,) * 11 + (12,)}, "kept must name each"),
     ],
 )
 def test_bad_configurations(changes, message):
@@ -531,6 +534,11 @@ def test_pruned_to_some_mediators(small):
     for block in (*whole.propagators, whole.read_out):
         block.kernel.forward = _deaf(block.kernel, rows)
     torch.testing.assert_close(pruned(images), whole(images))
+    assert torch.equal(pruned.config.adjacency(), small.config.adjacency()[keep][:, keep])
+    # with new weights it starts as what is left of the circuit as it starts, pruned once or twice
+    anew = NAC(pruned.config.pruned([0, 2]))
+    start = NAC(small.config).latents["mediator"].signatures
+    assert torch.equal(anew.latents["mediator"].signatures, start[[0, 5]])
     best = small.connectivity().topk(2).indices.sort().values.tolist()
     assert torch.equal(small.pruned(2).latents["mediator"].codes, small.latents["mediator"].codes[best])
     for wrong in (0, 13, [1, 1], [12]):
@@ -615,7 +623,8 @@ def test_the_recipes_knobs_are_those_of_the_configuration():
         assert knob.name in ours
         assert knob.default in (None, ours[knob.name]), knob.name
     from_data = {"image_size", "in_chans", "num_classes", "drop_path_rate", "seed", "layer_scale"}
-    assert ours.keys() - {knob.name for knob in fields(Knobs)} == from_data
+    of_pruning = {"graph_mediators", "kept"}
+    assert ours.keys() - {knob.name for knob in fields(Knobs)} == from_data | of_pruning
 
 
 def test_the_circuit_in_numbers(small):

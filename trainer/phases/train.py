@@ -81,9 +81,9 @@ def run(run: Run, start: str) -> None:
         evaluate_start=True,
     )
     if run.dist.main:
-        plain = family.build(config)
-        load_full_state_dict(plain, trained.weights)
-        plain.save_pretrained(folder, preprocessing=data.preprocessing, labels=run.classes)
+        with torch.device("meta"):  # nothing is drawn
+            plain = family.build(config)
+        plain.save_pretrained(folder, preprocessing=data.preprocessing, labels=run.classes, state=trained.weights)
     outcome = trained.outcome
     measure = measure_of(outcome.evaluation).key
     run.finish(

@@ -24,10 +24,10 @@ FAMILIES = {
 class Family(Protocol):
     """What a family's module has.
 
-    A student has `config`, `preprocessing`, `source`, `head` and `save_pretrained(folder, preprocessing=, labels=)`.
-    Its config is a frozen dataclass with `depth`, `drop_path_rate`, `image_size`, `in_chans`, `tokens` (a TokenLayout)
-    and `on_weights_of(saved, source)`. One that tells something beside its logits (routing, regularisers) takes `out`
-    as VMoE.forward does.
+    A student has `config`, `preprocessing`, `source`, `head` and `save_pretrained(folder, preprocessing=, labels=,
+    state=)`. Its config is a frozen dataclass with `depth`, `drop_path_rate`, `image_size`, `in_chans`, `tokens` (a
+    TokenLayout) and `on_weights_of(saved, source)`. One that tells something beside its logits (routing, regularisers)
+    takes `out` as VMoE.forward does.
 
     Of an ALIGNED family it is a timm VisionTransformer, or behaves like one (blocks, embed_dim, patch_embed,
     num_prefix_tokens); one whose states are compared at borders takes `states`, and one that is built for 0 classes has
