@@ -179,15 +179,22 @@ class NACConfig:
                 f"block_model_weight {self.block_model_weight} is for graph 'planted-partition', the graph is "
                 f"{self.graph!r}: set it to 0."
             )
-        object.__setattr__(self, "kept", tuple(self.kept))  # JSON has lists
-        expected = self.mediator_latents if self.graph_mediators else 0
-        known = set(self.kept) & set(range(self.graph_mediators))
-        if not len(self.kept) == len(known) == expected:
+        self._check_pruning()
+        self.graph_prior()
+
+    def _check_pruning(self) -> None:
+        """graph_mediators and kept; JSON has `kept` as a list."""
+        count = self.graph_mediators
+        if type(count) is not int or not 0 <= count <= 100_000:
+            raise ValueError(f"graph_mediators must be a whole number from 0 to 100,000, got {count!r}.")
+        kept = tuple(self.kept) if isinstance(self.kept, list | tuple) else (None,)
+        known = {number for number in kept if type(number) is int and 0 <= number < count}
+        if not len(kept) == len(known) == (self.mediator_latents if count else 0):
             raise ValueError(
                 f"kept must name each of the {self.mediator_latents} mediators of a pruned circuit among the "
-                f"graph_mediators ({self.graph_mediators}) of its graph, and nothing of another one, got {self.kept}."
+                f"graph_mediators ({count}) of its graph, and nothing of another one, got {self.kept!r:.100}."
             )
-        self.graph_prior()
+        object.__setattr__(self, "kept", kept)
 
     @property
     def token_pixels(self) -> int:

@@ -515,6 +515,10 @@ UNFIT = {
         ({"graph_mediators": 20}, "kept must name each of the 12 mediators of a pruned circuit"),
         ({"kept": tuple(range(12))}, r"graph_mediators \(0\)"),
         ({"graph_mediators": 12, "kept": (0,) * 11 + (12,)}, "kept must name each"),
+        ({"kept": 5}, "kept must name each"),
+        ({"graph_mediators": 12, "kept": [[0]] * 12}, "kept must name each"),
+        ({"graph_mediators": 10**12}, "graph_mediators must be a whole number from 0 to 100,000"),
+        ({"graph_mediators": "12"}, "graph_mediators must be a whole number"),
     ],
 )
 def test_bad_configurations(changes, message):
