@@ -111,6 +111,13 @@ def expert_rows(config: MoEConfig, images: int, tokens: int, busiest: float = 1.
     return min(choices, images // group * config.num_experts * min(slots, group * tokens))
 
 
+def decided_bytes(moe: MoE, images: int, tokens: int) -> int:
+    """What an MoE layer keeps of where its tokens go while its block is to be computed again in backward."""
+    choices = images * tokens * moe.config.k
+    # Choice: expert and slot; Dispatch: token and choice of each row, row of each choice
+    return INT64 * (3 * choices + 2 * expert_rows(moe.config, images, tokens))
+
+
 def _own_numbers(module: nn.Module, tokens: int, learns: bool) -> int:
     """What a layer keeps itself of one image, without its children."""
     if isinstance(module, nn.Conv2d):  # the patches themselves

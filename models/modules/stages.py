@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..moe.out import Out, inside
+from ..moe.routing import Decided
 from .positions import Positions, block_positions, embed, learned_per_block
 
 # Parts before the blocks; "blocks" is shared out and whatever else a model has comes after them (norm, pooling, heads).
@@ -91,7 +92,7 @@ def run_blocks(
     """Blocks one after another, by their number in the whole model; (B, T, D) in and out.
 
     Args:
-        recompute: each block's activations in backward instead of keeping them.
+        recompute: each block's activations in backward instead of keeping them, but for where its tokens went.
         out: what block n tells is left in out["blocks"]["n"]: "mlp" by an MoE block, and "state".
         states: numbers of the blocks whose output (B, T, D) is left there as "state"; others than these are ignored.
         positions: what single blocks take, by their number.
@@ -102,7 +103,7 @@ def run_blocks(
         arguments = {**masks, **positions.get(number, {})}
         if recompute:
             # a block run on its own never sees timm's checkpointing flag, which lives in forward_features
-            x_BTD, told = checkpoint(_run_block, block, x_BTD, arguments, use_reentrant=False)
+            x_BTD, told = checkpoint(_run_block, block, x_BTD, arguments, {}, use_reentrant=False)
         else:
             x_BTD, told = _run_block(block, x_BTD, arguments)
         if int(number) in states:
@@ -112,10 +113,18 @@ def run_blocks(
     return x_BTD
 
 
-def _run_block(block: nn.Module, x_BTD: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Out]:
-    """Output of a block and what it tells: new at every call, as backward may run the block once more."""
+def _run_block(
+    block: nn.Module, x_BTD: Tensor, arguments: dict[str, Any], decided: Decided | None = None
+) -> tuple[Tensor, Out]:
+    """Output of a block and what it tells: new at every call, as backward may run the block once more.
+
+    Args:
+        decided: what the first call of the two decides, for the second; see models.moe.routing.once.
+    """
     told: Out = {}
     if getattr(block, "routes", False):
+        if decided is not None:
+            inside(told, "mlp")["decided"] = decided
         return block(x_BTD, told, **arguments), told
     return block(x_BTD, **arguments), told
 

@@ -16,11 +16,12 @@ from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 from deepspeed.utils.timer import SynchronizedWallClockTimer
 from torch import Tensor, nn
 
-from .dispatch import by_expert, dispatch, filled_up, kept_choices
+from .dispatch import Dispatch, by_expert, dispatch, filled_up, kept_choices
 from .dropout import ExpertDropout, draw_number
 from .grouped import LOOP, form_of, row_multiple, run_experts
 from .layer import MoE, Routed, mixture
-from .out import Out
+from .out import Out, decided_in
+from .routing import Routing, once
 
 
 class ParallelMoE(DeepSpeedMoE):
@@ -121,15 +122,8 @@ class ExpertParallel(MOELayer):
         number_1 = draw_number(x_BTD) if self.training and config.dropout else None
         if self.ep_size == 1:
             experts = self.experts.deepspeed_experts
-            return mixture(experts, x_BTD, routing, slots, self.act, config.dropout, number_1)
-        P = self.ep_size
-        E = self.num_local_experts
-        # how many rows go from here to each expert, and how many each rank has for each expert held here
-        sent_PE = kept_choices(routing, slots).sum(0).view(P, E)
-        received_PE = torch.empty_like(sent_PE)
-        dist.all_to_all_single(received_PE, sent_PE, group=self.ep_group)
-        sizes = _Sizes(*torch.stack([sent_PE, received_PE]).tolist())  # waits for the device
-        rows = dispatch(routing, slots, rows=sum(sizes.to_ranks))
+            return mixture(experts, x_BTD, routing, slots, self.act, config.dropout, number_1, decided_in(out))
+        received_PE, sizes, rows = once(decided_in(out), "rows", lambda: self._exchange_sizes(routing, slots))
         x_SD = x_BTD.flatten(0, 1).index_select(0, rows.token_R)
         x_SD = _AllToAll.apply(x_SD, sizes.to_ranks, sizes.from_ranks, self.ep_group)
         y_SD = self._held_here(x_SD, received_PE, sizes, number_1)
@@ -139,6 +133,14 @@ class ExpertParallel(MOELayer):
         y_NKD = y_NKD.view(*rows.row_NK.shape, -1)
         y_ND = (y_NKD * routing.weight_GSK.reshape(*rows.row_NK.shape, 1)).sum(1)
         return y_ND.to(x_BTD.dtype).view_as(x_BTD)
+
+    def _exchange_sizes(self, routing: Routing, slots: int | None) -> tuple[Tensor, _Sizes, Dispatch]:
+        """Rows that each rank has for each expert held here, the sizes of both ways, and the rows sent from here."""
+        sent_PE = kept_choices(routing, slots).sum(0).view(self.ep_size, self.num_local_experts)
+        received_PE = torch.empty_like(sent_PE)
+        dist.all_to_all_single(received_PE, sent_PE, group=self.ep_group)
+        sizes = _Sizes(*torch.stack([sent_PE, received_PE]).tolist())  # waits for the device
+        return received_PE, sizes, dispatch(routing, slots, rows=sum(sizes.to_ranks))
 
     def _held_here(self, x_SD: Tensor, received_PE: Tensor, sizes: _Sizes, number_1: Tensor | None) -> Tensor:
         """Rows of all ranks, sorted by rank and then by expert, through the experts held here; (S, D) in and out."""

@@ -18,8 +18,8 @@ from .dispatch import dispatch, most_rows
 from .dropout import ExpertDropout, draw_number
 from .expert import LAYERS, new_expert
 from .grouped import LOOP, form_of, row_multiple, run_experts, without_autocast
-from .out import Out
-from .routing import RouterConfig, Routing, capacity, route
+from .out import Out, decided_in
+from .routing import Decided, RouterConfig, Routing, capacity, once, route
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Routed(nn.Module):
         logits_GSE = self._logits(x_BTD).reshape(len(x_BTD) // images, -1, config.num_experts)
         slots = self._slots(tokens=logits_GSE.shape[1])
         noise_GSE = standard_normal(logits_GSE) if self.training and config.noise_std > 0 else None
-        routing = route(logits_GSE, config, slots, noise_GSE)
+        routing = route(logits_GSE, config, slots, noise_GSE, decided_in(out))
         if out is not None:
             out["routing"] = routing
             out["logits"] = logits_GSE.view(*x_BTD.shape[:2], -1)
@@ -158,7 +158,7 @@ class MoE(Routed):
         number_1 = None
         if self.training and self.config.dropout:
             number_1 = draw_number(x_BTD)
-        return mixture(self.experts, x_BTD, routing, slots, self.act, self.config.dropout, number_1)
+        return mixture(self.experts, x_BTD, routing, slots, self.act, self.config.dropout, number_1, decided_in(out))
 
 
 def mixture(
@@ -169,18 +169,20 @@ def mixture(
     act: str,
     dropout: float = 0.0,
     number_1: Tensor | None = None,
+    decided: Decided | None = None,
 ) -> Tensor:
     """y = sum over the chosen experts k of weight_k x expert_k(x), all experts being here; (B, T, D) in and out.
 
     Args:
         slots: places an expert has for each group, see route_images.
         number_1: that the masks of the experts' dropout are drawn from; None: no dropout.
+        decided: see models.moe.routing.once.
     """
     form = form_of(x_BTD)
     multiple = row_multiple(x_BTD, form, routing.expert_GSK.numel(), len(experts))
     # only the loop, which runs on a CPU, reads from the device how many rows there are
     num_rows = None if form == LOOP else most_rows(routing, slots, multiple)
-    rows = dispatch(routing, slots, multiple, num_rows)
+    rows = once(decided, "rows", lambda: dispatch(routing, slots, multiple, num_rows))
     masks = None
     if number_1 is not None:
         masks = ExpertDropout(dropout, number_1, rows.expert_R, rows.place_R)

@@ -7,7 +7,8 @@
 The keys are the names of the parts on the way down, at every ep size: out["blocks"]["3"]["mlp"] is what layer
 blocks.3.mlp tells, its "routing" and the clean "logits" of its router. out["blocks"]["3"]["state"] is what block 3 put
 out, where the caller asked for it. No module keeps anything of a forward: who drops `out` lets go of all of it, the
-graph of the losses included.
+graph of the losses included. One key goes the other way: into "decided" of an MoE layer goes what it decides, and where
+an earlier forward has filled it, the layer takes that (models.moe.routing.once).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .routing import Routing
+from .routing import Decided, Routing
 
 Out = dict[str, Any]
 
@@ -30,6 +31,11 @@ def inside(out: Out | None, *names: str) -> Out | None:
     for name in names:
         out = out.setdefault(name, {})
     return out
+
+
+def decided_in(out: Out | None) -> Decided | None:
+    """What an MoE layer keeps its decisions in, where its block is computed again in backward; else None."""
+    return None if out is None else out.get("decided")
 
 
 def by_layer(out: Mapping[str, Any], what: str, layer: str = "") -> dict[str, Any]:

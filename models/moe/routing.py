@@ -8,10 +8,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Decided = dict[str, Any]  # by name, what a forward decided without gradients: see `once`
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,15 @@ class Losses(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._makers)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What routing decides, without gradients."""
+
+    expert_GSK: Tensor  # see Routing for all three
+    slot_GSK: Tensor
+    count_GE: Tensor
 
 
 @dataclass(frozen=True)
@@ -134,6 +146,7 @@ def route(
     config: RouterConfig,
     capacity: int | None = None,
     noise_GSE: Tensor | None = None,
+    decided: Decided | None = None,
 ) -> Routing:
     """Send every token to its top K experts; differentiable in the logits.
 
@@ -142,6 +155,7 @@ def route(
         config: see RouterConfig.
         capacity: slots an expert has per group; choices beyond are dropped. None: nothing is dropped.
         noise_GSE: standard normal draws, scaled here; None: no noise (evaluation).
+        decided: of an earlier forward of the same tokens, or where this one's choice is kept; see `once`.
 
     Raises:
         ValueError: logits of another number of experts, a capacity below 1, noise for a config without noise.
@@ -156,23 +170,15 @@ def route(
     sigma = config.noise_std / config.num_experts
     noisy_GSE = logits_GSE if noise_GSE is None else logits_GSE + sigma * noise_GSE.float()
     gates_GSE = noisy_GSE.softmax(-1)
-    expert_GSK = _largest(gates_GSE.detach(), config.k)
+    choice = once(decided, "choice", lambda: _choose(gates_GSE.detach(), noisy_GSE.detach(), config, capacity))
+    expert_GSK = choice.expert_GSK
     gate_GSK = gates_GSE.gather(-1, expert_GSK)
     weight_GSK = gate_GSK
     if config.renormalize:
         # gate / sum of the K gates = softmax over the K chosen logits
         weight_GSK = noisy_GSE.gather(-1, expert_GSK).softmax(-1)
-
-    priority_GS = None
-    if config.batch_priority:
-        # float32 softmax is off by a rounding or two: tokens that are equally sure would not tie
-        priority_GS = noisy_GSE.detach().double().softmax(-1).amax(-1).float()
-    slot_GSK, count_GE = _queue(expert_GSK, config.num_experts, priority_GS)
     if capacity is not None:
-        # who stands behind the last slot is dropped: no slot, weight 0
-        kept_GSK = slot_GSK < capacity
-        slot_GSK = slot_GSK.where(kept_GSK, -1)
-        weight_GSK = weight_GSK.where(kept_GSK, 0.0)
+        weight_GSK = weight_GSK.where(choice.slot_GSK >= 0, 0.0)
 
     def importance() -> Tensor:
         # importance of an expert = sum of its clean gates over the tokens
@@ -190,7 +196,34 @@ def route(
 
     losses = Losses({"importance": importance, "load": load, "gshard": gshard})
     gate_GS = gate_GSK.detach().sum(-1)
-    return Routing(expert_GSK, slot_GSK, weight_GSK, losses, count_GE, gate_GS, config)
+    return Routing(expert_GSK, choice.slot_GSK, weight_GSK, losses, choice.count_GE, gate_GS, config)
+
+
+def once(decided: Decided | None, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` decides without gradients; where a block is computed again in backward, what it decided before.
+
+    A kernel that adds up in another order the second time could send a token elsewhere than its gradient belongs. And
+    neither sorting nor the exchange of sizes between ranks is done again.
+    """
+    if decided is None:
+        return make()
+    if name not in decided:
+        decided[name] = make()
+    return decided[name]
+
+
+def _choose(gates_GSE: Tensor, noisy_GSE: Tensor, config: RouterConfig, capacity: int | None) -> Choice:
+    """The K experts of the largest gates, and each choice's place in its expert's queue; both without gradients."""
+    expert_GSK = _largest(gates_GSE, config.k)
+    priority_GS = None
+    if config.batch_priority:
+        # float32 softmax is off by a rounding or two: tokens that are equally sure would not tie
+        priority_GS = noisy_GSE.double().softmax(-1).amax(-1).float()
+    slot_GSK, count_GE = _queue(expert_GSK, config.num_experts, priority_GS)
+    if capacity is not None:
+        # who stands behind the last slot is dropped: no slot, weight 0
+        slot_GSK = slot_GSK.where(slot_GSK < capacity, -1)
+    return Choice(expert_GSK, slot_GSK, count_GE)
 
 
 def squared_variation(x_GE: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The plain MoE layer against the official MlpMoeBlock (tests/fixtures/vmoe/moe_layer.npz) and a loop over experts."""
 
 import copy
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch.testing import assert_close
 
 from models.modules.stages import run_blocks
 from models.moe import layer as moe
+from models.moe import routing as routing_module
 from models.moe.layer import MoE, MoEConfig, official, paper
 from models.moe.out import auxiliary_loss, inside, routings
 from models.moe.out import routing_metrics as metrics_of
@@ -139,6 +141,32 @@ def test_activation_checkpointing_changes_nothing(capacity_factor):
         results.append([loss, inputs.grad, *(p.grad.clone() for p in layer.parameters())])
     assert_close(results[0], results[1], rtol=0, atol=0)
     assert results[0][2].abs().sum() > 0  # the router learns
+
+
+def test_a_block_that_is_computed_again_sends_its_tokens_where_it_sent_them(monkeypatch):
+    """Also when the second forward rounds otherwise and would choose others; and what it decided is let go of."""
+    layer = MoE(6, 10, MoEConfig(num_experts=4, capacity_factor=1.0))
+    inputs = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    run_blocks({"0": Alone(layer)}, inputs, False)[:, :, 0].sum().backward()
+    expected = [p.grad.clone() for p in (inputs, *layer.parameters())]
+    for p in (inputs, *layer.parameters()):
+        p.grad = None
+
+    made = []
+    choose = routing_module._choose
+
+    def other_each_time(gates_GSE, noisy_GSE, *arguments):
+        made.append(choose(gates_GSE.roll(len(made), -1), noisy_GSE, *arguments))
+        return made[-1]
+
+    monkeypatch.setattr(routing_module, "_choose", other_each_time)
+    outputs = run_blocks({"0": Alone(layer)}, inputs, True)
+    outputs[:, :, 0].sum().backward()
+    assert_close([p.grad for p in (inputs, *layer.parameters())], expected, rtol=0, atol=0)
+    (choice,) = map(weakref.ref, made)
+    del outputs
+    made.clear()
+    assert choice() is None
 
 
 def test_routing_stays_in_float32_under_bfloat16():

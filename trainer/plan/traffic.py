@@ -178,13 +178,11 @@ def _exchanges(work: Work, settings: Settings, layout: Layout, busiest: float) -
     if work.by_itself:  # images of any sizes pass alone
         calls *= settings.micro_batch
     found = [Collective("tokens to experts and back", "all_to_all", "experts", size, times * calls, times * moved)]
-    # how many rows that will be, and what dropout draws
-    forwards = (1 + recomputed) * times
-    if work.by_itself:
-        forwards *= settings.micro_batch
+    # how many rows that will be, which no block asks again, and what dropout draws
+    forwards = times * settings.micro_batch if work.by_itself else times
     experts = sum(layer.config.num_experts for layer in layers)
     found.append(Collective("rows", "all_to_all", "experts", size, forwards * len(layers), INT64 * forwards * experts))
-    drawing = forwards * sum(layer.config.dropout > 0 for layer in layers)
+    drawing = (1 + recomputed) * forwards * sum(layer.config.dropout > 0 for layer in layers)
     if drawing:
         found.append(Collective("draws", "all_gather", "experts", size, drawing, INT64 * size * drawing))
     return found

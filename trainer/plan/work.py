@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from models.flops import flops, forward_flops
-from models.memory import kept_bytes, widest_bytes
+from models.memory import decided_bytes, kept_bytes, widest_bytes
 from models.moe.layer import LAYERS, MoE
 from trainer.config.phases import ScheduleConfig
 from trainer.context import Run
@@ -42,7 +42,8 @@ class States:
 
     Attributes:
         kept: of a forward for the backward pass, by what learns.
-        kept_recomputing: the same with activation checkpointing: the blocks' inputs, and all of the largest block.
+        kept_recomputing: the same with activation checkpointing: the blocks' inputs and where their tokens go, and all
+            of the largest block.
         relayed: by what is frozen and hands the gradient on.
         widest: the largest state inside a block.
         both_ways, forward_only: of all parts that a gradient passes, and of those it does not.
@@ -165,6 +166,7 @@ class Work:
         everything = sum(map(kept, self.trained_parts))
         blocks = [kept_of(block, tokens) for block in self.blocks]
         inputs = self.block_numbers(tokens) * images * number
+        inputs += sum(decided_bytes(layer, images, tokens) for layer in self.moe_layers)
         passes = self.objective.passes()
         forward_only = [each for each in passes if not each.learns and not each.relays]
         return States(
