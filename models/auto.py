@@ -30,19 +30,26 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClass
 from transformers.utils import can_return_tuple
 
 from .moe.out import auxiliary_loss
-from .nac import config as nac_config
+from .nac.config import NACConfig
 from .nac.model import NAC, reset_linear
 from .preprocessing import Preprocessing
 from .teacher.images import to_processor
 from .version import check_needs
-from .vmoe.config import MODEL_TYPE
 from .vmoe.model import VMoE, VMoEConfig, reset_head
 
-# what transformers finds in a modelling file that lies beside weights (trainer/hub/code.py): Auto class -> class here
+# what transformers finds in the modelling file that lies beside weights (trainer/hub/code.py), by the model_type of the
+# student: Auto class -> class here
 REMOTE = {
-    "AutoConfig": "VMoETransformersConfig",
-    "AutoModel": "VMoEModel",
-    "AutoModelForImageClassification": "VMoEForImageClassification",
+    "vmoe": {
+        "AutoConfig": "VMoETransformersConfig",
+        "AutoModel": "VMoEModel",
+        "AutoModelForImageClassification": "VMoEForImageClassification",
+    },
+    "nac": {
+        "AutoConfig": "NACTransformersConfig",
+        "AutoModel": "NACModel",
+        "AutoModelForImageClassification": "NACForImageClassification",
+    },
 }
 
 
@@ -175,14 +182,14 @@ def _save_code(directory: Path, module: str) -> None:
         shutil.copyfile(source, directory / source.name)
     path = directory / "config.json"
     content = json.loads(path.read_text())
-    content["auto_map"] = {auto: f"{source.stem}.{name}" for auto, name in REMOTE.items()}
+    content["auto_map"] = {auto: f"{source.stem}.{name}" for auto, name in REMOTE[content["model_type"]].items()}
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 class VMoETransformersConfig(StudentTransformersConfig):
     """A V-MoE's."""
 
-    model_type = MODEL_TYPE
+    model_type = VMoE.FORMAT.model_type
     student_config = VMoEConfig
     attribute_map = {  # noqa: RUF012  transformers' words
         "hidden_size": "width",
@@ -226,8 +233,8 @@ class VMoEModel(VMoEPreTrainedModel, StudentModel):
 class NACTransformersConfig(StudentTransformersConfig):
     """A NAC's."""
 
-    model_type = nac_config.MODEL_TYPE
-    student_config = nac_config.NACConfig
+    model_type = NAC.FORMAT.model_type
+    student_config = NACConfig
     attribute_map = {  # noqa: RUF012  transformers' words
         "hidden_size": "state_dim",
         "num_hidden_layers": "propagators",

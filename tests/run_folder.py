@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.moe.layer import MoEConfig
+from models.nac import NAC, NACConfig, decode_preset
 from models.preprocessing import Preprocessing
 from models.vmoe.model import VMoE, VMoEConfig
 from trainer import artifacts
@@ -34,13 +35,19 @@ def new_student(seed: int = 0) -> VMoE:
     return model.eval()
 
 
+def new_nac(num_classes: int = 3, image_size: int = 8) -> NAC:
+    """A small NAC, of recipes whose section student is of kind nac."""
+    sizes = decode_preset("small") | {"mediator_latents": 8, "propagators": 2, "fit_recall": 0.0}
+    return NAC(NACConfig(image_size=image_size, num_classes=num_classes, **sizes)).eval()
+
+
 def logits(model: VMoE) -> torch.Tensor:
     """What a model says about IMAGES."""
     with torch.no_grad():
         return model(IMAGES)
 
 
-def finish_run(out: Path, recipe: Recipe, student: VMoE, accuracy: float = 0.8, **save: Any) -> None:
+def finish_run(out: Path, recipe: Recipe, student: VMoE | NAC, accuracy: float = 0.8, **save: Any) -> None:
     """Leave teacher, meta, distill_0, distill_1, train and evaluate, complete. save: options of save_pretrained."""
     for name, metrics in (
         ("teacher", {"accuracy": 0.75}),
@@ -53,7 +60,8 @@ def finish_run(out: Path, recipe: Recipe, student: VMoE, accuracy: float = 0.8, 
         _close(folder, metrics, flops=1e9, seconds=10.0, images_seen=100)
     name = graph.artifact_name("train", start=recipe.train.start)
     folder = _open(out, name, recipe)
-    student.save_pretrained(folder, preprocessing=Preprocessing(8, (0.5,) * 3, (0.25,) * 3), labels=LABELS, **save)
+    save = {"preprocessing": Preprocessing(8, (0.5,) * 3, (0.25,) * 3), "labels": LABELS} | save
+    student.save_pretrained(folder, **save)
     row = {"kind": "train", "phase": "train", "epoch": 0, "step": 1, "loss": 1.0, "load/1": [0.75, 0.25]}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     _close(folder, {"accuracy": 0.8125, "loss": 0.5}, flops=2e9, seconds=20.0, images_seen=200)

@@ -17,7 +17,7 @@ from .layers import ModFC, ModFFN
 from .tokens import Tokenizer
 
 
-def whole(nac: Any) -> Flops:
+def of_whole(nac: Any) -> Flops:
     """Of one image through a NAC."""
     config = nac.config
     senders = config.input_latents + config.mediator_latents

@@ -12,15 +12,14 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import networkx as nx
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .kernel import distance
 
-log = logging.getLogger(__name__)
 LEARNING_RATE = 1e-3  # of Adam, as published
 PUBLISHED_STEPS = 1000
 CHECK_EVERY = 50  # steps between two looks at the recall
@@ -49,9 +48,10 @@ class Graph:
         """The graph as a symmetric matrix (N, N) of 0 and 1 with a zero diagonal, float32.
 
         Raises:
-            ValueError: the kind has no graph of so many modules.
+            ValueError: the kind has no graph of so many modules, or networkx is not installed.
         """
-        graph = KINDS[self.kind](self, num_modules, seed)
+        nx = _networkx()
+        graph = KINDS[self.kind](nx, self, num_modules, seed)
         graph = nx.convert_node_labels_to_integers(graph, ordering="default")
         assert len(graph) == num_modules
         adjacency = torch.zeros(num_modules, num_modules)
@@ -177,7 +177,7 @@ def _fit(adjacency: Tensor, asked: dict) -> Fit:
             continue
         recall, precision = quality(signatures.detach(), adjacency, truncation)
         if not wanted or (recall >= wanted and (precision >= wanted or not one_threshold)):
-            log.info(
+            logging.getLogger(__name__).info(
                 "signatures of %s: recall %.3f, precision %.3f after %d steps", asked["graph"], recall, precision, step
             )
             return Fit(signatures.detach().clone(), recall, precision, step)
@@ -214,52 +214,61 @@ def _cache_file(asked: dict) -> Path:
     return cache / f"signatures-{asked['graph']['kind']}-{digest}.safetensors"
 
 
-def _scale_free(graph: Graph, n: int, seed: int) -> nx.Graph:
+def _networkx() -> Any:
+    """The package networkx, imported when a graph is made: a trained NAC has its signatures among its weights."""
+    try:
+        import networkx
+    except ImportError as error:
+        raise ValueError("the graph that a new NAC starts from needs networkx: pip install networkx.") from error
+    return networkx
+
+
+def _scale_free(nx: Any, graph: Graph, n: int, seed: int) -> Any:
     _need(1 <= graph.degree < n, f"graph_degree {graph.degree} must lie between 1 and {n - 1} for {n} modules.")
     return nx.barabasi_albert_graph(n, graph.degree, seed=seed)
 
 
-def _planted_partition(graph: Graph, n: int, seed: int) -> nx.Graph:
+def _planted_partition(nx: Any, graph: Graph, n: int, seed: int) -> Any:
     return nx.planted_partition_graph(graph.clusters, _share(graph, n), graph.p_in, graph.p_out, seed=seed)
 
 
-def _ring_of_cliques(graph: Graph, n: int, seed: int) -> nx.Graph:
+def _ring_of_cliques(nx: Any, graph: Graph, n: int, seed: int) -> Any:
     size = _share(graph, n)
     _need(graph.clusters >= 2 and size >= 2, f"a ring of {graph.clusters} cliques of {size} needs 2 of 2 at least.")
     return nx.ring_of_cliques(graph.clusters, size)
 
 
-def _erdos_renyi(graph: Graph, n: int, seed: int) -> nx.Graph:
+def _erdos_renyi(nx: Any, graph: Graph, n: int, seed: int) -> Any:
     return nx.erdos_renyi_graph(n, graph.p, seed=seed)
 
 
-def _watts_strogatz(graph: Graph, n: int, seed: int) -> nx.Graph:
+def _watts_strogatz(nx: Any, graph: Graph, n: int, seed: int) -> Any:
     neighbours = graph.degree or round(0.1 * n)
     _need(neighbours < n, f"graph_degree {neighbours} must be below {n} modules.")
     return nx.watts_strogatz_graph(n, neighbours, graph.p, seed=seed)
 
 
-def _grid(graph: Graph, n: int, seed: int) -> nx.Graph:
+def _grid(nx: Any, graph: Graph, n: int, seed: int) -> Any:
     rows = max(row for row in range(1, math.isqrt(n) + 1) if n % row == 0)  # as square as n allows
     return nx.grid_2d_graph(rows, n // rows)
 
 
-def _tree(graph: Graph, n: int, seed: int) -> nx.Graph:
+def _tree(nx: Any, graph: Graph, n: int, seed: int) -> Any:
     return nx.full_rary_tree(2, n)
 
 
-def _barbell(graph: Graph, n: int, seed: int) -> nx.Graph:
+def _barbell(nx: Any, graph: Graph, n: int, seed: int) -> Any:
     clique = max(n // 3, 2)
     _need(n >= 4, f"a barbell needs 4 modules, got {n}.")
     return nx.barbell_graph(clique, n - 2 * clique)
 
 
-def _hypercube(graph: Graph, n: int, seed: int) -> nx.Graph:
+def _hypercube(nx: Any, graph: Graph, n: int, seed: int) -> Any:
     _need(n & (n - 1) == 0, f"a hypercube has a power of two of modules, got {n}.")
     return nx.hypercube_graph(n.bit_length() - 1)
 
 
-def _complete(graph: Graph, n: int, seed: int) -> nx.Graph:
+def _complete(nx: Any, graph: Graph, n: int, seed: int) -> Any:
     return nx.complete_graph(n)
 
 

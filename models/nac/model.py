@@ -18,9 +18,9 @@ from ..flops import Flops
 from ..moe.layer import draw
 from ..moe.out import Out, inside
 from ..preprocessing import Preprocessing
-from . import cost
 from .attention import ModulatedAttention, ReadInAttention
 from .config import POOLING, NACConfig
+from .cost import of_whole
 from .files import FORMAT
 from .kernel import Kernel, distance
 from .layers import NORM_EPS, Draws, ModFC, ModFFN, drawn, noisy_codes
@@ -253,7 +253,7 @@ class NAC(nn.Module, Published):
 
     def count_flops(self, tokens: int) -> Flops:
         """FLOPs of one image (models/flops.py); `tokens` says nothing of a NAC, which makes its own."""
-        return cost.whole(self)
+        return of_whole(self)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each propagator's activations in backward instead of keeping them, or keep them again."""

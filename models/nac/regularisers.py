@@ -41,9 +41,15 @@ def block_model_loss(signatures_MS: Tensor, kernels: Sequence[Kernel], target_MM
 
 @torch.no_grad()
 def matched_rows(link_MM: Tensor, target_MM: Tensor) -> Tensor:
-    """The row of `link` that stands for each row of `target`: least sum of mean squares."""
-    from scipy.optimize import linear_sum_assignment  # only this regulariser needs scipy
+    """The row of `link` that stands for each row of `target`: least sum of mean squares.
 
+    Raises:
+        ValueError: scipy, which only this regulariser needs, is not installed.
+    """
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ValueError("training with block_model_weight needs scipy: pip install scipy, or set it to 0.") from error
     # cost[i, j] = mean_k (target[i, k] - link[j, k])^2
     cost = (target_MM.unsqueeze(1) - link_MM.unsqueeze(0)).square().mean(-1)
     _, columns = linear_sum_assignment(cost.float().cpu().numpy())

@@ -12,13 +12,17 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
+from models.nac import NAC
+from models.preprocessing import Preprocessing
 from models.vmoe import VMoE
 from tests.hub_server import HubServer, connect, environment
 from tests.launch import ROOT, TINY
 from tests.package.environments import FRESH, build_wheel, mend_torchvision, new_environment, run
+from tests.run_folder import finish_run, new_nac, new_recipe
 from trainer.config.data import DataConfig
 from trainer.data.sources import open_source
 from trainer.data.transforms import eval_transform
+from trainer.hub.push import plan, push
 
 REPO = "alice/digits"
 IMAGES = 100  # data.limit of the tiny recipe
@@ -62,21 +66,48 @@ def wheel(tmp_path_factory) -> Path:
 def pushed(warm, chain, wheel, tmp_path_factory):
     """(the stand-in with the tiny run's student and its code, the card, a folder with the validation images)."""
     home = tmp_path_factory.mktemp("pushed")
-    source = open_source(DataConfig(limit=IMAGES), "val")
-    (home / "images").mkdir()
-    for index in range(len(source)):
-        source.image(index).save(home / "images" / f"{index:03}.png")
-    (home / "truth.json").write_text(json.dumps([source.label(index) for index in range(len(source))]))
-    student = VMoE.from_pretrained(chain[0] / "train")
-    images = torch.stack([eval_transform(student.preprocessing)(source.image(index)) for index in range(len(source))])
-    with torch.no_grad():
-        (home / "expected.json").write_text(json.dumps(student(images).argmax(-1).tolist()))
+    _answers(VMoE.from_pretrained(chain[0] / "train"), home)
     knobs = [f"hub.repo={REPO}", "hub.private=false", "hub.code=true", f"hub.code_url={wheel.as_uri()}"]
     with HubServer() as hub:
         words = [*TINY, "--phase", "push", *knobs, "--out", str(chain[0])]
         done = warm.call("tests.package.test_strangers:main_with_hub", hub.url, str(home / "hub"), words)
         assert done.code == 0, done.output
         yield hub, ModelCard(hub.files(REPO)["README.md"].decode()), home
+
+
+@pytest.fixture(scope="module")
+def pushed_nac(wheel, tmp_path_factory):
+    """The same of a NAC whose run was made up: its weights are those it starts with."""
+    home = tmp_path_factory.mktemp("pushed_nac")
+    student = new_nac(num_classes=10, image_size=16)
+    student.preprocessing = Preprocessing(16, (0.5,) * 3, (0.25,) * 3)
+    student.labels = [f"digit {number}" for number in range(10)]
+    accuracy = _answers(student, home)
+    hub_section = {"repo": REPO, "private": False, "code": True, "code_url": wheel.as_uri()}
+    recipe = new_recipe(modules=3, student={"kind": "nac", "nac": {"preset": "small"}}, hub=hub_section)
+    named = {"preprocessing": student.preprocessing, "labels": student.labels}
+    finish_run(home / "run", recipe, student, accuracy, **named)
+    with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
+        hub.connect(patch, home / "hub")
+        push(plan(home / "run", recipe), recipe.hub)
+        yield hub, ModelCard(hub.files(REPO)["README.md"].decode()), home
+
+
+def _answers(student: VMoE | NAC, home: Path) -> float:
+    """Leave the validation images, their classes and the student's answers in `home`; returns its accuracy."""
+    source = open_source(DataConfig(limit=IMAGES), "val")
+    (home / "images").mkdir()
+    images = []
+    for index in range(len(source)):
+        picture = source.image(index)
+        picture.save(home / "images" / f"{index:03}.png")
+        images.append(eval_transform(student.preprocessing)(picture))
+    truth = [source.label(index) for index in range(len(source))]
+    with torch.no_grad():
+        answers = student(torch.stack(images)).argmax(-1).tolist()
+    (home / "truth.json").write_text(json.dumps(truth))
+    (home / "expected.json").write_text(json.dumps(answers))
+    return sum(one == other for one, other in zip(answers, truth)) / len(truth)
 
 
 def blocks(card: ModelCard, heading: str, language: str = "python") -> list[str]:
@@ -132,9 +163,9 @@ def test_torch_and_timm_with_the_wheel(pushed, wheel, tmp_path):
     assert installing == f'pip install "m2mkd @ {wheel.as_uri()}"'
     done = run(bin_folder, installing, home)
     assert done.returncode == 0, done.stderr
+    routes = {"With torch": "torch", "With timm": "timm"}
+    _follow_and_check(pushed, bin_folder, routes, images_off=0, others=("transformers",))
     network = environment(hub.url, tmp_path / "cache", None)
-    script = follow(card, {"With torch": "torch", "With timm": "timm"}, others=("transformers",))
-    check(run(bin_folder, ["python", "-c", script], home, **network), pushed, {"torch", "timm"})
 
     info, predict, export = blocks(card, "On the command line", "bash")[0].strip().splitlines()
     done = run(bin_folder, f"{info} --json && {predict} --json", home, **network)
@@ -152,25 +183,33 @@ def test_torch_and_timm_with_the_wheel(pushed, wheel, tmp_path):
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.3
 
 
-def test_transformers_with_the_wheel(pushed, wheel, tmp_path):
-    hub, card, home = pushed
+def test_transformers_with_the_wheel(pushed, pushed_nac, wheel, tmp_path):
     bin_folder = new_environment(tmp_path / "env", ["torch", "timm", "transformers", "safetensors"])
-    done = run(bin_folder, f"pip install {wheel}", home)
+    done = run(bin_folder, f"pip install {wheel}", tmp_path)
     assert done.returncode == 0, done.stderr
-    script = follow(card, {"With transformers": "transformers"})
-    network = environment(hub.url, tmp_path / "cache", None)
-    check(run(bin_folder, ["python", "-c", script], home, **network), pushed, {"transformers"}, images_off=1)
+    _follow_and_check(pushed, bin_folder, {"With transformers": "transformers"}, images_off=1)
+    routes = {"With torch": "torch", "With timm": "timm", "With transformers": "transformers"}
+    _follow_and_check(pushed_nac, bin_folder, routes, images_off=1)
 
 
-def test_transformers_alone(pushed, tmp_path):
-    hub, card, home = pushed
+def test_transformers_alone(pushed, pushed_nac, tmp_path):
     bin_folder = new_environment(tmp_path / "env", ["torch", "timm", "transformers"])
     mend_torchvision(bin_folder)
-    script = follow(card, {"With transformers, without m2mkd": "alone"}, others=("m2mkd",))
-    network = environment(hub.url, tmp_path / "cache", None)
-    check(run(bin_folder, ["python", "-c", script], home, **network), pushed, {"alone"}, images_off=1)
-    saved = {path.name for path in (home / "tuned_alone").iterdir()}
-    assert saved == {"config.json", "modeling_vmoe.py", "model.safetensors"}
+    routes = {"With transformers, without m2mkd": "alone"}
+    for model, file in ((pushed, "modeling_vmoe.py"), (pushed_nac, "modeling_nac.py")):
+        _follow_and_check(model, bin_folder, routes, images_off=1, others=("m2mkd", "scipy"))
+        saved = {path.name for path in (model[2] / "tuned_alone").iterdir()}
+        assert saved == {"config.json", file, "model.safetensors"}
+
+
+def _follow_and_check(
+    pushed, bin_folder: Path, routes: dict[str, str], images_off: int, others: tuple[str, ...] = ()
+) -> None:
+    """Run the blocks of a card in one process of the environment, and check what came out; see follow and check."""
+    hub, card, home = pushed
+    network = environment(hub.url, home / f"cache of {'_'.join(routes.values())}", None)
+    done = run(bin_folder, ["python", "-c", follow(card, routes, others=others)], home, **network)
+    check(done, pushed, set(routes.values()), images_off)
 
 
 def test_the_card_is_valid_and_true(pushed, wheel, monkeypatch, tmp_path):

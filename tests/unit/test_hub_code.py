@@ -3,20 +3,25 @@
 import ast
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from transformers.dynamic_module_utils import get_imports
 
+from models.students import CLASSES
 from tests.hub_server import HubServer
-from tests.run_folder import finish_run, new_recipe, new_student
+from tests.run_folder import finish_run, new_nac, new_recipe, new_student
 from trainer.config.load import build
 from trainer.config.recipe import Recipe
 from trainer.hub.address import code_address, install_command, public
-from trainer.hub.code import FILE, auto_map, modelling_file
+from trainer.hub.code import auto_map, file_name, modelling_file
 from trainer.hub.push import plan, push
 
+FILE = file_name("vmoe")
+NAC = {"modules": 3, "student": {"kind": "nac", "nac": {"preset": "small"}}}  # of a recipe
 SOURCES = {
-    "auto.py": "from .low import helper\nfrom .pack import twice\n\nREMOTE = {'AutoModel': 'Model'}\n\n\n"
+    "auto.py": "from .low import helper\nfrom .pack import twice\n\nREMOTE = {'vmoe': {'AutoModel': 'Model'}}\n\n\n"
     "def _log(x):\n    return x + 1\n\n\nclass Model:\n    def run(self, x):\n        return twice(helper(_log(x)))\n",
     "low.py": "import math\n\n# what log counts in\nBASE = 2\n\n\ndef _log(x):\n    return math.log(x, BASE)\n\n\n"
     "def helper(x):\n    return _log(x)\n\n\ndef unused():\n    return missing\n",
@@ -34,7 +39,7 @@ def sources(tmp_path) -> Path:
 
 
 def test_what_is_reached_comes_with_its_comments_and_names_stay_apart(sources):
-    text = modelling_file("from here", sources)
+    text = modelling_file("vmoe", "from here", sources)
     assert "from here" in text and "unused" not in text and "import math" in text
     assert "# what log counts in\nBASE = 2" in text
     # two modules have a _log: the first keeps its name, the other one's uses follow
@@ -44,7 +49,7 @@ def test_what_is_reached_comes_with_its_comments_and_names_stay_apart(sources):
     assert sorted(names) == ["Model", "_auto_log", "_log", "helper", "twice"]
     exec(tree, space)
     assert space["Model"]().run(7) == 2 * 3  # log2(7 + 1), twice
-    assert auto_map(sources) == {"AutoModel": "modeling_vmoe.Model"}
+    assert auto_map("vmoe", sources) == {"AutoModel": "modeling_vmoe.Model"}
 
 
 @pytest.mark.parametrize(
@@ -67,18 +72,24 @@ def test_what_does_not_go_into_one_file_is_named(sources, name, old, new, messag
         text = text.replace("helper(", "nothing(")
     (sources / name).write_text(text)
     with pytest.raises(ValueError, match=message):
-        modelling_file("", sources)
+        modelling_file("vmoe", "", sources)
 
 
-def test_the_real_one_is_of_the_sources_and_passes_the_linter(tmp_path):
-    text = modelling_file("Sources: nowhere.")
-    (tmp_path / FILE).write_text(text)
-    linted = ["ruff", "check", "--isolated", "--line-length", "120", "--select", "E,F", str(tmp_path / FILE)]
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_the_real_one_is_of_the_sources_and_passes_the_linter(tmp_path, model_type):
+    text = modelling_file(model_type, "Sources: nowhere.")
+    path = tmp_path / file_name(model_type)
+    path.write_text(text)
+    linted = ["ruff", "check", "--isolated", "--line-length", "120", "--select", "E,F", str(path)]
     done = subprocess.run(linted, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     classes = {node.name for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
-    assert {name.partition(".")[2] for name in auto_map().values()} <= classes
-    assert "import deepspeed" not in text and text == modelling_file("Sources: nowhere.")
+    assert {name.partition(".")[2] for name in auto_map(model_type).values()} <= classes
+    assert classes & {"VMoE", "NAC"} == {CLASSES[model_type].__name__}
+    assert "import deepspeed" not in text and text == modelling_file(model_type, "Sources: nowhere.")
+    # what transformers refuses to load the file without
+    required = {"torch", "timm", "transformers", "safetensors", "huggingface_hub", "packaging", "numpy"}
+    assert set(get_imports(path)) - set(sys.stdlib_module_names) <= required
 
 
 @pytest.mark.parametrize(
@@ -116,23 +127,26 @@ def test_an_address_that_is_none_is_refused():
         build(Recipe, {"hub": {"code_url": "github.com/a/b"}})
 
 
-def test_a_push_with_code_and_one_without_over_it(tmp_path, monkeypatch):
-    student = new_student()
-    finish_run(tmp_path / "run", new_recipe(), student)
+@pytest.mark.parametrize("model_type", CLASSES)
+def test_a_push_with_code_and_one_without_over_it(tmp_path, monkeypatch, model_type):
+    sections, student = ({}, new_student()) if model_type == "vmoe" else (NAC, new_nac())
+    file = file_name(model_type)
+    finish_run(tmp_path / "run", new_recipe(**sections), student)
     with HubServer() as hub:
         hub.connect(monkeypatch, tmp_path / "home")
-        recipe = new_recipe(hub={"code": True, "code_url": "https://host.org/a/b"})
+        recipe = new_recipe(hub={"code": True, "code_url": "https://host.org/a/b"}, **sections)
         push(plan(tmp_path / "run", recipe), recipe.hub)
         files = hub.files("alice/model")
         config = json.loads(files["config.json"])
-        assert config["auto_map"] == auto_map() and config["m2mkd_version"]
-        assert "Sources: https://host.org/a/b, commit " in files[FILE].decode()
+        assert config["auto_map"] == auto_map(model_type) and config["m2mkd_version"]
+        assert "Sources: https://host.org/a/b, commit " in files[file].decode()
         assert json.loads(files["preprocessor_config.json"])["image_processor_type"] == "ViTImageProcessor"
-        assert "trust_remote_code=True" in files["README.md"].decode()
-        without = new_recipe(hub={"code_url": "https://host.org/a/b"})
+        card = files["README.md"].decode()
+        assert "trust_remote_code=True" in card and f"`{file}` is the model in one file" in card
+        without = new_recipe(hub={"code_url": "https://host.org/a/b"}, **sections)
         push(plan(tmp_path / "run", without), without.hub)
         files = hub.files("alice/model")
-        assert FILE not in files and "preprocessor_config.json" not in files
+        assert file not in files and "preprocessor_config.json" not in files
         assert "auto_map" not in json.loads(files["config.json"])
         assert "trust_remote_code" not in files["README.md"].decode()
 

@@ -1,6 +1,8 @@
 """A saved NAC by all its routes: our own, timm's, transformers', and the hub."""
 
 import json
+import sys
+from dataclasses import replace
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 import models.auto
 import models.registry
 from models.nac import NAC, NACConfig
+from models.nac.regularisers import matched_rows
 from models.preprocessing import Preprocessing
 from models.vmoe import VMoE
 from tests.hub_server import HubServer
@@ -127,3 +130,18 @@ def test_pushed_and_pulled(saved, tmp_path, monkeypatch):
         hub.connect(monkeypatch, tmp_path / "home")
         model.push_to_hub("alice/nac")
         assert torch.equal(NAC.from_pretrained("alice/nac")(PICTURES), model(PICTURES))
+
+
+def test_a_trained_one_needs_neither_networkx_nor_scipy(saved, monkeypatch):
+    """They make graphs and match the block model; the signatures of a trained one are among its weights."""
+    folder, model = saved
+    for name in ("networkx", "scipy", "scipy.optimize"):
+        monkeypatch.setitem(sys.modules, name, None)
+    of_timm = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    of_transformers = AutoModelForImageClassification.from_pretrained(folder).student
+    for loaded in (NAC.from_pretrained(folder), of_timm, of_transformers):
+        assert torch.equal(loaded(PICTURES), model(PICTURES))
+    with pytest.raises(ValueError, match="a new NAC starts from needs networkx: pip install networkx"):
+        NAC(replace(model.config, seed=5))
+    with pytest.raises(ValueError, match="block_model_weight needs scipy: pip install scipy"):
+        matched_rows(torch.eye(2), torch.eye(2))

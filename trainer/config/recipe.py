@@ -142,7 +142,6 @@ class Recipe:
         modules = f"3 or more {kind}: read-in, mediators, read-out"
         require(self.modules >= 3, "modules", self.modules, modules)
         require(self.teacher.head != "none", "teacher.head", "none", f"auto, own or probe {kind}: it tells classes")
-        require(not self.hub.code, "hub.code", True, f"false {kind}: the modelling file is that of a V-MoE")
         expected = {
             "distill.stitches": "linear",
             "distill.level": "module",

@@ -13,43 +13,50 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainer.hub.usage import MODELS
+
 ROOT = Path(__file__).resolve().parents[2] / "models"
-MODULE = "modeling_vmoe"
-FILE = f"{MODULE}.py"
 LINE = 120  # characters
-HEAD = '''"""V-MoE for transformers in one file, written by trainer/hub/code.py from models/ of m2mkd.
+HEAD = '''"""{title} for transformers in one file, written by trainer/hub/code.py from models/ of m2mkd.
 
 {origin}
 
 Needs torch, timm, transformers, safetensors and huggingface_hub. Not to be changed by hand.
 """
 '''
-FACE = "auto"  # the module whose REMOTE names the classes, by transformers' Auto classes
+FACE = "auto"  # the module whose REMOTE names the classes of each kind of student, by transformers' Auto classes
 
 
-def auto_map(root: Path = ROOT) -> dict[str, str]:
+def file_name(model_type: str) -> str:
+    """What the file of a kind of student is called."""
+    return f"{MODELS[model_type].remote}.py"
+
+
+def auto_map(model_type: str, root: Path = ROOT) -> dict[str, str]:
     """What config.json says of the file: transformers' Auto class -> module and class."""
-    return {auto: f"{MODULE}.{name}" for auto, name in _remote(_Module(root, FACE)).items()}
+    remote = _remote(_Module(root, FACE), model_type)
+    return {auto: f"{MODELS[model_type].remote}.{name}" for auto, name in remote.items()}
 
 
-def modelling_file(origin: str, root: Path = ROOT) -> str:
+def modelling_file(model_type: str, origin: str, root: Path = ROOT) -> str:
     """The file's text, the same for the same sources.
 
     Args:
+        model_type: the kind of student, as in its config.json.
         origin: address and commit of the sources, for its head.
 
     Raises:
         ValueError: the sources use what cannot be put into one file; the line is named.
     """
-    bundle = _Bundle(root)
-    for name in _remote(bundle.module(FACE)).values():
+    bundle = _Bundle(root, file_name(model_type))
+    for name in _remote(bundle.module(FACE), model_type).values():
         bundle.reach(FACE, name)
-    return bundle.text(origin)
+    return bundle.text(HEAD.format(title=MODELS[model_type].title, origin=origin))
 
 
-def _remote(face: _Module) -> dict[str, str]:
+def _remote(face: _Module, model_type: str) -> dict[str, str]:
     statement = face.defined["REMOTE"]
-    return ast.literal_eval(statement.node.value)
+    return ast.literal_eval(statement.node.value)[model_type]
 
 
 @dataclass(frozen=True)
@@ -110,8 +117,9 @@ class _Module:
 class _Bundle:
     """What has been reached so far."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, file: str) -> None:
         self.root = root
+        self.file = file  # what it becomes, for messages
         self.modules: dict[str, _Module] = {}
         self.reached: dict[str, list[_Statement]] = {}  # module -> its statements, in order of depth first
         self.uses: dict[str, set[str]] = {}  # module -> modules it takes names from
@@ -139,15 +147,17 @@ class _Bundle:
         for node in ast.walk(statement.node):
             if isinstance(node, ast.ImportFrom) and node.level:
                 raise ValueError(
-                    f"models/{module_name} line {node.lineno} imports inside of a function that {FILE} needs: import "
-                    f"at the top, or keep it out of what models/{FACE}.py reaches."
+                    f"models/{module_name} line {node.lineno} imports inside of a function that {self.file} needs: "
+                    f"import at the top, or keep it out of what models/{FACE}.py reaches."
                 )
             if not isinstance(node, ast.Name):
                 continue
             if node.id in module.inner:
                 source, there = module.inner[node.id]
                 if there != node.id:
-                    raise ValueError(f"models/{module_name} calls {there} {node.id}: {FILE} needs it by its own name.")
+                    raise ValueError(
+                        f"models/{module_name} calls {there} {node.id}: {self.file} needs it by its own name."
+                    )
                 home = self.reach(source, there)
                 self.uses[module_name].add(home)
             elif node.id in module.outer:
@@ -157,10 +167,10 @@ class _Bundle:
                 self.reach(module_name, node.id)
         return module_name
 
-    def text(self, origin: str) -> str:
+    def text(self, head: str) -> str:
         """The file."""
         modules = [name for name in self._ordered() if self.reached[name]]
-        parts = [HEAD.format(origin=origin)]
+        parts = [head]
         if any(self.modules[name].annotations for name in modules):
             parts.append("from __future__ import annotations\n")
         parts += self._import_lines()
@@ -177,7 +187,7 @@ class _Bundle:
                 blank = "\n\n" if isinstance(statement.node, ast.FunctionDef | ast.ClassDef) else ""
                 parts.append(blank + self._source(module_name, statement, replaced))
         text = "\n".join(parts) + "\n"
-        _check(text)
+        _check(text, self.file)
         return text
 
     def _import_lines(self) -> list[str]:
@@ -223,7 +233,7 @@ class _Bundle:
 
     def _source(self, module_name: str, statement: _Statement, renamed: Mapping[str, str]) -> str:
         lines = self.modules[module_name].lines[statement.first - 1 : statement.last]
-        places = list(_places(statement.node, renamed, f"models/{module_name}"))
+        places = list(_places(statement.node, renamed, f"models/{module_name}", self.file))
         for line, column, name in sorted(places, reverse=True):
             index = line - statement.first
             old = lines[index].encode()  # ast counts bytes
@@ -232,7 +242,7 @@ class _Bundle:
         return "\n".join(lines)
 
 
-def _places(node: ast.stmt, renamed: Mapping[str, str], where: str) -> Iterator[tuple[int, int, str]]:
+def _places(node: ast.stmt, renamed: Mapping[str, str], where: str, file: str) -> Iterator[tuple[int, int, str]]:
     """Where in the source the names stand that get another one: line, byte, name.
 
     Raises:
@@ -240,18 +250,18 @@ def _places(node: ast.stmt, renamed: Mapping[str, str], where: str) -> Iterator[
     """
     for part in ast.walk(node):
         if isinstance(part, ast.arg) and part.arg in renamed:
-            raise ValueError(f"{where} line {part.lineno}: argument {part.arg} is a name of another module in {FILE}.")
+            raise ValueError(f"{where} line {part.lineno}: argument {part.arg} is a name of another module in {file}.")
         if isinstance(part, ast.Name) and part.id in renamed:
             is_inside = not isinstance(part.ctx, ast.Load) and part.col_offset > 0
             if is_inside:
-                raise ValueError(f"{where} line {part.lineno}: {part.id} is a name of another module in {FILE}.")
+                raise ValueError(f"{where} line {part.lineno}: {part.id} is a name of another module in {file}.")
             yield part.lineno, part.col_offset, part.id
     if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in renamed:
         keyword = "class " if isinstance(node, ast.ClassDef) else "def "
         yield node.lineno, node.col_offset + len(keyword), node.name
 
 
-def _check(text: str) -> None:
+def _check(text: str, file: str) -> None:
     """Every name that the file uses is one it has."""
     tree = ast.parse(text)
     known = set(dir(builtins)) | {"__file__", "__name__"}
@@ -272,7 +282,7 @@ def _check(text: str) -> None:
             known.add(node.name)
     missing = sorted(set(used) - known)
     if missing:
-        raise ValueError(f"{FILE} would use {missing[0]} in line {used[missing[0]]} without having it.")
+        raise ValueError(f"{file} would use {missing[0]} in line {used[missing[0]]} without having it.")
 
 
 def _bound(node: ast.stmt) -> Sequence[str]:

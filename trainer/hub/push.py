@@ -29,6 +29,7 @@ from trainer.hub.address import code_address
 from trainer.hub.card import taught, trained_with, write_card
 from trainer.hub.detector_card import write_detector_card
 from trainer.hub.retry import patiently, reason_of
+from trainer.hub.usage import MODELS
 from trainer.hub.wording import hub_id
 from trainer.request import graph
 
@@ -39,7 +40,7 @@ PUBLISHED = re.compile(  # of an artifact
 # what an earlier push may have left: weights and indexes of the student, whole stages, and what hub.code added
 OURS = re.compile(
     r"[^/]+\.(safetensors|bin)(\.index\.json)?|(teacher|probe|assemble|meta|upcycle|distill_\d+)/.*|"
-    rf"{code.MODULE}\.py|preprocessor_config\.json"
+    rf"({'|'.join(model.remote for model in MODELS.values())})\.py|preprocessor_config\.json"
 )
 
 
@@ -218,11 +219,13 @@ def _with_code(files: list[PlannedFile], result: dict[str, Any], address: str | 
     """The files with what hub.code adds: the modelling file, how config.json names it, and an image processor."""
     (config_file,) = (file for file in files if file.path == "config.json")
     config = json.loads(Path(config_file.content).read_text())
-    config["auto_map"] = code.auto_map()
+    model_type = config["model_type"]
+    config["auto_map"] = code.auto_map(model_type)
     commit = result.get("git_commit") or "not in git"
+    origin = f"Sources: {address or 'not published'}, commit {commit}. MIT licence."
     added = {
         "config.json": json.dumps(config, indent=2) + "\n",
-        code.FILE: code.modelling_file(f"Sources: {address or 'not published'}, commit {commit}. MIT licence."),
+        code.file_name(model_type): code.modelling_file(model_type, origin),
     }
     if config.get("preprocessing"):
         # here, because they import torch and transformers

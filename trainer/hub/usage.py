@@ -34,18 +34,25 @@ PICTURES = """pictures = [Image.open(path).convert("RGB") for path in sorted(Pat
 
 @dataclass(frozen=True)
 class StudentClass:
-    """Where a kind of student is found, and whether its tokens are sent to experts, which all that is written for."""
+    """Where a kind of student is found.
+
+    Attributes:
+        title: for people.
+        remote: the module that hub.code pushes (trainer/hub/code.py), by transformers' way to name them.
+        sparse: whether its tokens are sent to experts.
+    """
 
     name: str
     module: str
     title: str
+    remote: str
     sparse: bool
 
 
 # "model_type" in config.json -> class
 MODELS = {
-    "vmoe": StudentClass("VMoE", "m2mkd.vmoe", "V-MoE", True),
-    "nac": StudentClass("NAC", "m2mkd.nac", "NAC", False),
+    "vmoe": StudentClass("VMoE", "m2mkd.vmoe", "V-MoE", "modeling_vmoe", True),
+    "nac": StudentClass("NAC", "m2mkd.nac", "NAC", "modeling_nac", False),
 }
 
 
@@ -79,7 +86,7 @@ def usage(published: Published) -> str:
         "timm": _timm(published),
         "transformers": _transformers(published, remote=False),
     }
-    if published.code and published.model.sparse:
+    if published.code:
         routes["transformers, without m2mkd"] = _transformers(published, remote=True)
     parts = [_install(published)]
     parts += [f"### With {name}\n\n{text}" for name, text in routes.items()]
@@ -174,7 +181,7 @@ images = processor(pictures, return_tensors="pt").pixel_values
     about = "transformers comes beside it: `pip install transformers`.\n\n"
     if remote:
         about = (
-            "`modeling_vmoe.py` is the model in one file; it needs torch, transformers and timm "
+            f"`{published.model.remote}.py` is the model in one file; it needs torch, transformers and timm "
             "(`pip install torch transformers timm`). `trust_remote_code=True` runs it: read it first, and pin a "
             "`revision`.\n\n"
         )
