@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..files import saved
 from ..files.hub import CheckpointFiles
+from ..forms import StudentForm
 from ..modules.basis import Basis
 from ..modules.tokens import TokenLayout
 from ..preprocessing import Preprocessing
@@ -80,10 +81,19 @@ def assemble(modules: Sequence[NACModule], stitches: str, states: Sequence[Tenso
     return modules[0].whole
 
 
-def smaller(student: NAC) -> dict[str, NAC]:
-    """The student with its best connected mediators only, by the share that is kept."""
+def forms(student: NAC) -> list[StudentForm]:
+    """The student, and the same with its best connected mediators only."""
     count = student.config.mediator_latents
-    return {f"{share:.0%}": student.pruned(max(1, round(share * count))) for share in KEPT}
+    found = [StudentForm("all mediators", student, trained=True)]
+    for share in KEPT:
+        pruned = student.pruned(max(1, round(share * count)))
+        found.append(StudentForm(f"{share:.0%} of the mediators", pruned, kept=f"{share:.0%}"))
+    return found
+
+
+def rivals(student: NAC) -> dict[str, NAC]:
+    """Nobody but its teacher."""
+    return {}
 
 
 def describe(student: NAC, images: Tensor) -> dict[str, Any]:

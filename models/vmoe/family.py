@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from torch import Tensor
 from ..files import saved
 from ..files.hub import CheckpointFiles
 from ..flops import forward_flops, num_tokens
+from ..forms import StudentForm
 from ..modules.basis import Basis
 from ..modules.stitch import STITCHES, StudentModule, assemble_student, build_student_modules
 from ..modules.tokens import Rope, TokenLayout
-from ..moe.layer import MoEConfig
+from ..moe.layer import MoEConfig, routed_layers
 from ..preprocessing import Preprocessing
 from .config import VMoEConfig, decode_variant
 from .files import FORMAT
@@ -30,14 +32,16 @@ __all__ = [
     "build",
     "config",
     "describe",
+    "forms",
     "load",
     "modules",
     "read_config",
-    "smaller",
+    "rivals",
     "write_config",
 ]
 ALIGNED = True
 ENDS = 0
+EXPERTS_PER_TOKEN = (1, 2, 4)  # of the forms that are measured
 SIZES = ("patch_size", "width", "depth", "heads", "mlp_dim")
 
 
@@ -120,9 +124,22 @@ def assemble(modules: Sequence[StudentModule], stitches: str, states: Sequence[T
     return assemble_student(modules, stitches, states)
 
 
-def smaller(student: VMoE) -> dict[str, VMoE]:
-    """A V-MoE is measured as it is."""
-    return {}
+def forms(student: VMoE) -> list[StudentForm]:
+    """A V-MoE with 1, 2 and 4 experts per token, and as many as it was trained with; none where it has no experts."""
+    if not routed_layers(student):
+        return []
+    trained = student.config.moe.k
+    found = []
+    for k in sorted({*EXPERTS_PER_TOKEN, trained}):
+        if k <= student.config.moe.num_experts:
+            prepare = functools.partial(student.set_k, k)
+            found.append(StudentForm(f"k = {k}", student, prepare, trained=k == trained))
+    return found
+
+
+def rivals(student: VMoE) -> dict[str, VMoE]:
+    """A dense ViT that costs as much per image."""
+    return {"dense ViT of equal FLOPs": dense_of_equal_flops(student)}
 
 
 def describe(student: VMoE, images: Tensor) -> dict[str, Any]:

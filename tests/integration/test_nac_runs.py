@@ -47,6 +47,11 @@ def test_the_chain_makes_a_nac_of_its_modules(made):
     assert {"post.weight", "tokenizer.grid", "state"} <= load_file(made / "distill_0" / "model.safetensors").keys()
     analysis = json.loads((made / "evaluate/analysis.json").read_text())
     assert analysis["smaller"].keys() == {"50%", "25%", "10%"} and len(analysis["circuit"]["use"][0]) == 8
+    rows = results["evaluate"]["inference"]["rows"]
+    forms = ["all mediators (trained)", "50% of the mediators", "25% of the mediators", "10% of the mediators"]
+    assert [row["name"] for row in rows] == [*(f"student, {form}" for form in forms), "dense teacher"]
+    measured = [results["evaluate"]["metrics"]["accuracy"], *analysis["smaller"].values()]
+    assert [row["accuracy"] for row in rows[:4]] == measured
     text = (made / "report.html").read_text()
     assert "Accuracy by mediators kept" in text and "ring-of-cliques graph of" in text
     assert "A NAC (circuit started from a ring-of-cliques graph)" in text
@@ -86,8 +91,10 @@ def test_pushed_and_pulled(made, warm, tmp_path, monkeypatch):
         assert done.code == 0, done.output
         images = torch.randn(2, 3, 16, 16)
         assert torch.equal(NAC.from_pretrained("alice/nac")(images), NAC.from_pretrained(out / "train")(images))
-        card = server.files("alice/nac")["README.md"]
-    assert "from m2mkd.nac import NAC" in str(card) and "m2mkd predict images --model alice/nac" in str(card)
+        files = server.files("alice/nac")
+    card = files["README.md"].decode()
+    assert "from m2mkd.nac import NAC" in card and "m2mkd predict images --model alice/nac" in card
+    assert "| student, 50% of the mediators |" in card and files["circuit.png"].startswith(b"\x89PNG")
 
 
 def test_all_modules_at_once_with_borders_under_zero_2_in_bf16(made, warm, tmp_path):

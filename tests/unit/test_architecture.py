@@ -16,7 +16,7 @@ SOURCES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
 PACKAGES = {name for name, path in FILES.items() if path.name == "__init__.py"}
 # Rooms (a package or a single file) from the ground up: each may use those above it in this list, none of its own row.
 LAYERS = (
-    "models._torchvision models.labels models.preprocessing models.version",
+    "models._torchvision models.forms models.labels models.preprocessing models.version",
     "models.files models.moe models.pictures",
     "models.flops models.modules models.teacher",
     "models.memory models.nac models.vmoe",

@@ -9,10 +9,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.flops import forward_flops, num_tokens
 from models.moe.layer import routed_layers
+from models.nac import family as nac_family
+from models.vmoe import family as vmoe_family
 from models.vmoe.family import dense_of_equal_flops
+from tests.run_folder import new_nac
 from trainer.distributed.ranks import Dist
 from trainer.evaluation.accuracy import Predictor, evaluate
-from trainer.evaluation.inference import Candidate, inference, speeds
+from trainer.evaluation.inference import Candidate, inference, measured, speeds
 
 ALONE = Dist(0, 1, 0, 1, torch.device("cpu"))
 
@@ -35,10 +38,11 @@ def test_accuracies_are_those_of_the_same_weights_with_another_k():
     model = student(k=2, eval_capacity_factor=None).eval()
     data = digits(40)
     accuracy = evaluate(Predictor(model, model), data, torch.float32, 8, ALONE)["accuracy"]
-    dense = [Candidate("dense", dense_of_equal_flops(model))]
-    table = inference(model, dense, accuracy, data, torch.float32, 8, ALONE)
+    forms = measured(vmoe_family.forms(model), accuracy, data, torch.float32, 8, ALONE)
+    rivals = [Candidate(name, rival) for name, rival in vmoe_family.rivals(model).items()]
+    table = inference(forms, rivals, data, torch.float32, 8, ALONE)
     names = [row["name"] for row in table["rows"]]
-    assert names == ["student, k = 1", "student, k = 2 (trained)", "student, k = 4", "dense"]
+    assert names == ["student, k = 1", "student, k = 2 (trained)", "student, k = 4", "dense ViT of equal FLOPs"]
     assert (table["batch"], table["dtype"], table["where"]) == (8, "float32", "1 thread of a CPU")
     for row, k in zip(table["rows"], (1, 2, 4)):
         again = student(k=k, eval_capacity_factor=None).eval()
@@ -48,6 +52,29 @@ def test_accuracies_are_those_of_the_same_weights_with_another_k():
     assert table["rows"][-1]["accuracy"] is None
     assert all(row["images_per_second"] > 0 for row in table["rows"])
     assert model.config.moe.k == 2 and {layer.config.k for layer in routed_layers(model).values()} == {2}
+
+
+def test_a_nac_is_measured_whole_and_with_its_best_connected_mediators():
+    model = new_nac(num_classes=10)  # 8 mediators
+    data = digits(20)
+    accuracy = evaluate(Predictor(model, model), data, torch.float32, 8, ALONE)["accuracy"]
+    forms = nac_family.forms(model)
+    candidates = measured(forms, accuracy, data, torch.float32, 8, ALONE)
+    table = inference(candidates, [Candidate("dense", student())], data, torch.float32, 8, ALONE)
+    names = ["all mediators (trained)", "50% of the mediators", "25% of the mediators", "10% of the mediators"]
+    assert [row["name"] for row in table["rows"]] == [*(f"student, {name}" for name in names), "dense"]
+    for row, form, kept in zip(table["rows"], forms, (8, 4, 2, 1)):
+        pruned = model.pruned(kept)
+        assert form.kept == ("" if kept == 8 else row["name"].split()[1])
+        assert row["accuracy"] == evaluate(Predictor(pruned, pruned), data, torch.float32, 20, ALONE)["accuracy"]
+        assert row["flops"] == pruned.count_flops(0).forward
+    flops = [row["flops"] for row in table["rows"][:4]]
+    assert flops == sorted(flops, reverse=True) and len(set(flops)) == 4
+    assert nac_family.rivals(model) == {} and model.config.mediator_latents == 8
+
+
+def test_a_student_without_experts_has_one_form():
+    assert vmoe_family.forms(dense_of_equal_flops(student())) == []
 
 
 def test_speed_is_images_by_the_median_second():

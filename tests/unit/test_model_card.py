@@ -8,15 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from tests.run_folder import finish_run, new_recipe, new_student
+from models.nac import family as nac_family
+from tests.run_folder import finish_run, new_nac, new_recipe, new_student
 from trainer import artifacts
 from trainer.config.load import build
 from trainer.config.recipe import Recipe
-from trainer.hub.card import MAPS, PICTURE, trained_with, write_card
+from trainer.hub.card import CIRCUIT, MAPS, PICTURE, trained_with, write_card
 from trainer.hub.wording import hub_id
+from trainer.report.circuit import DARK, GAP, SIDE
 from trainer.report.classes import MAP_GAP, MAP_SIDE
 
 
@@ -75,6 +78,41 @@ def test_what_a_stranger_reads(tmp_path, student):
     ):
         assert line in card.text, line
     assert "None" not in card.content and "license" not in card.data.to_dict()
+
+
+def test_the_card_of_a_nac(tmp_path):
+    """Its circuit from analysis.json, its forms from the table of phase evaluate; nothing of experts."""
+    recipe = new_recipe(modules=3, student={"kind": "nac", "nac": {"preset": "small"}})
+    student = new_nac()
+    finish_run(tmp_path, recipe, student)
+    assert set(write_card(tmp_path, recipe, None, ())) == {"README.md"}
+    analysis = nac_family.describe(student, torch.zeros(2, 3, 8, 8))
+    (tmp_path / "evaluate/analysis.json").write_text(json.dumps(analysis))
+    path = tmp_path / "evaluate/result.json"
+    row = {"images_per_second": 99.0, "accuracy": 0.7, "flops": 2e6, "parameters": 12}
+    rows = [row | {"name": name} for name in ("student, all mediators (trained)", "student, 10% of the mediators")]
+    table = {"rows": rows, "batch": 32, "dtype": "float32", "repeats": 7, "where": "1 thread of a CPU"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inference": table}))
+    files = write_card(tmp_path, recipe, None, ())
+    text = files["README.md"].decode()
+    assert files.keys() == {"README.md", CIRCUIT} and "## What the circuit looks like\n\n![" in text
+    with Image.open(io.BytesIO(files[CIRCUIT])) as sheet:
+        # the scale-free graph of 8 mediators: white where there is no edge, as on the diagonal, dark where there is one
+        prior = student.config.adjacency()
+        assert sheet.size == (5 * (SIDE + GAP) - GAP, SIDE)
+        cell = SIDE // 8
+        seen = [[sheet.getpixel((b * cell + cell // 2, a * cell + cell // 2)) for b in range(8)] for a in range(8)]
+    assert seen == [[DARK if prior[a, b] else (255, 255, 255) for b in range(8)] for a in range(8)]
+    for line in (
+        "8 make up the circuit (started from a scale-free graph)",
+        f"scale-free graph of {int(prior.sum()) // 2} edges",
+        "| student, 10% of the mediators | 99.0 | 0.7 | 2e+06 | 12 |",
+        "With fewer mediators, the best connected ones, the accuracy is that of the same weights",
+        '`NAC.from_pretrained("alice/model").pruned(n)` keeps its n best connected mediators',
+        "from m2mkd.nac import NAC",
+    ):
+        assert line in text, line
+    assert "experts" not in text and "dense ViT" not in text
 
 
 def test_what_the_model_comes_from_and_where_its_code_lies(tmp_path, student):

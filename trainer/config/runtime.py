@@ -33,8 +33,9 @@ class RunConfig:
     )
     inference: bool = knob(
         True,
-        "phase evaluate also measures, for the model card, images per second and accuracy with 1, 2 and 4 experts per "
-        "token, beside the teacher and a dense ViT of equal FLOPs",
+        "phase evaluate also measures, for the model card, images per second and accuracy in each form of the student "
+        "(a V-MoE with 1, 2 and 4 experts per token; a NAC with all, 50, 25 and 10% of its mediators) beside the "
+        "teacher and, of a V-MoE, a dense ViT of equal FLOPs",
     )
     deterministic: bool = knob(False, "deterministic GPU kernels, slower in MoE dispatch; the CPU always has them")
     trackers: tuple[str, ...] = knob(

@@ -1,5 +1,5 @@
-"""What a sparse student is worth in use: images per second and accuracy with 1, 2 and 4 experts per token, in one run
-with its dense teacher and with a dense ViT of as many FLOPs per image.
+"""What a student is worth in use: images per second and accuracy of the forms it can be used in (of a V-MoE numbers of
+experts per token, of a NAC shares of its mediators), in one run with its dense teacher and its family's rivals.
 
 The models take turns, so that a machine that slows down slows down all of them. A row whose accuracy nobody has
 measured says None: the dense ViT of equal FLOPs is not trained.
@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from models.flops import forward_flops, num_tokens
-from models.moe.layer import routed_layers
+from models.forms import StudentForm
 from trainer.data.loader import Data, eval_batches
 from trainer.distributed.interrupt import HEARTBEAT
 from trainer.distributed.main_rank import on_main
 from trainer.distributed.ranks import Dist
 from trainer.evaluation.accuracy import Predictor, evaluate
 
-EXPERTS_PER_TOKEN = (1, 2, 4)
 REPEATS = 7  # timed forwards of every model, after one that is not; their median counts
 
 
@@ -33,63 +32,76 @@ class Candidate:
     """A model of the table.
 
     Attributes:
-        k: experts per token, set before each of its forwards; 0 = it has none.
+        form: of the student; None = another model.
         accuracy: None = not measured.
     """
 
     name: str
     model: nn.Module
-    k: int = 0
+    form: StudentForm | None = None
     accuracy: float | None = None
+
+    def prepare(self) -> None:
+        """Before its forwards, where those of another candidate may have come between."""
+        if self.form:
+            self.form.prepare()
+
+
+def measured(
+    forms: Sequence[StudentForm], accuracy: float, data: Data, dtype: torch.dtype, batch: int, dist: Dist
+) -> list[Candidate]:
+    """The student's forms with their accuracies (collective). It is left in the one it was trained in.
+
+    Args:
+        forms: on the device and in `dtype`, in evaluation mode.
+        accuracy: of the trained one.
+        batch: images per rank and forward.
+    """
+    candidates = []
+    for form in forms:
+        name = f"student, {form.name}"
+        if form.trained:
+            candidates.append(Candidate(f"{name} (trained)", form.model, form, accuracy))
+            continue
+        form.prepare()
+        found = evaluate(Predictor(form.model, form.model), data, dtype, batch, dist)
+        candidates.append(Candidate(name, form.model, form, found["accuracy"]))
+    _as_trained(candidates)
+    return candidates
 
 
 def inference(
-    student: nn.Module,
-    dense: Sequence[Candidate],
-    accuracy: float,
-    data: Data,
-    dtype: torch.dtype,
-    batch: int,
-    dist: Dist,
+    forms: Sequence[Candidate], others: Sequence[Candidate], data: Data, dtype: torch.dtype, batch: int, dist: Dist
 ) -> dict[str, Any] | None:
-    """The table, on rank 0; None on the others (collective). The student is left as it was.
+    """The table, on rank 0; None on the others (collective). The student is left as it was trained.
 
     Args:
-        student: with MoE layers and `set_k`; on the device and in `dtype`, in evaluation mode.
-        dense: models to time beside it, on rank 0; they are moved.
-        accuracy: the student's as it was trained.
-        batch: images per rank and forward.
+        forms: what `measured` gave.
+        others: models to time beside it, on rank 0; they are moved.
+        batch: images per forward.
     """
-    config = next(iter(routed_layers(student).values())).config
-    candidates = []
-    for k in sorted({*EXPERTS_PER_TOKEN, config.k}):
-        if k > config.num_experts:
-            continue
-        name = f"student, k = {k}"
-        measured = accuracy
-        if k == config.k:
-            name += " (trained)"
-        else:
-            student.set_k(k)
-            measured = evaluate(Predictor(student, student), data, dtype, batch, dist)["accuracy"]
-        candidates.append(Candidate(name, student, k, measured))
-    student.set_k(config.k)
 
     def timed() -> dict[str, Any]:
-        for candidate in dense:
+        for candidate in others:
             candidate.model.to(dist.device, dtype).eval()
         images = _images(data, batch).to(dist.device, dtype)
-        return _table([*candidates, *dense], images)
+        return _table([*forms, *others], images)
 
     table = on_main(dist, timed)
-    student.set_k(config.k)
+    _as_trained(forms)
     return table
+
+
+def _as_trained(forms: Sequence[Candidate]) -> None:
+    for candidate in forms:
+        if candidate.form and candidate.form.trained:
+            candidate.prepare()
 
 
 def _table(candidates: Sequence[Candidate], images: Tensor) -> dict[str, Any]:
     rows = []
     for candidate, rate in zip(candidates, speeds(candidates, images)):
-        _prepare(candidate)
+        candidate.prepare()
         row = {
             "name": candidate.name,
             "images_per_second": rate,
@@ -113,17 +125,12 @@ def speeds(candidates: Sequence[Candidate], images: Tensor) -> list[float]:
     for _ in range(1 + REPEATS):
         for candidate, of_candidate in zip(candidates, seconds):
             HEARTBEAT.beat()
-            _prepare(candidate)
+            candidate.prepare()
             started = time.perf_counter()
             candidate.model(images).float().cpu()  # waits for the device
             of_candidate.append(time.perf_counter() - started)
     # the first one of each chooses kernels and takes memory
     return [len(images) / statistics.median(of_candidate[1:]) for of_candidate in seconds]
-
-
-def _prepare(candidate: Candidate) -> None:
-    if candidate.k:
-        candidate.model.set_k(candidate.k)
 
 
 def _images(data: Data, batch: int) -> Tensor:

@@ -17,6 +17,7 @@ from trainer.config.data import BUILT_IN, PROCEDURAL, DataConfig
 from trainer.config.recipe import Recipe
 from trainer.hub.usage import published_as, usage
 from trainer.hub.wording import CITED, hub_id, link_to, shown, table_of
+from trainer.report.circuit import circuit_picture
 from trainer.report.classes import expert_maps
 from trainer.report.data import RUNS, PhaseRecord
 from trainer.report.page import load_drawing
@@ -26,6 +27,7 @@ from trainer.tracking.metrics import read_metrics
 
 PICTURE = "expert_load.png"
 MAPS = "experts.png"
+CIRCUIT = "circuit.png"
 MAPS_TEXT = (
     "One validation image per row, then one column per MoE block from the input to the output: each square is a patch "
     "in the colour of the expert it went to first, black where it found no place. The same colour in two blocks means "
@@ -52,24 +54,24 @@ def write_card(
         address: of the code, see trainer/hub/address.py; None = not known.
 
     Returns:
-        README.md; experts.png where phase evaluate has looked at the routing; expert_load.png where the student has
-        logged expert loads and matplotlib is installed.
+        README.md; experts.png or circuit.png where phase evaluate has looked at the routing or the circuit;
+        expert_load.png where the student has logged expert loads and matplotlib is installed.
     """
     records = _records(run_dir, recipe)
     student = records[artifact_name("train", start=recipe.train.start)]
     config = json.loads((student.folder / "config.json").read_text())
     measured, where = _measured(records, recipe)
     name = recipe.hub.repo.split("/")[-1] or run_dir.resolve().name
-    picture = _picture(student)
     evaluated = records[artifact_name("evaluate", start=recipe.train.start)]
-    maps = expert_maps(_analysis(evaluated))
+    kind = STUDENTS[recipe.student.kind]
+    pictures = kind.pictures(_analysis(evaluated), student)
     results = [(metric, f"{value:.4g}") for metric, value in measured.items()]
     parts = [
         f"---\n{_metadata(recipe, name, measured, student, trained_with(run_dir, recipe))}\n---",
         f"# {name}",
         _what(recipe, config, student),
         f"## Result\n\n{table_of(('metric', 'value'), results)}\n\n{where}",
-        *_speed(evaluated),
+        *_speed(evaluated, kind),
         f"## How to use it\n\n{_loading(recipe, student, folders, config, address)}",
         f"## Data\n\n{_data(recipe.data, config, student)}",
         f"## Teacher\n\n{_teacher(recipe, records, teacher_license)}",
@@ -77,21 +79,13 @@ def write_card(
     if taught(recipe):
         parts.append(f"## Modules inside the meta model\n\n{_hybrids(records, recipe)}")
     parts.append(f"## Cost of training\n\n{_cost(records, recipe)}")
-    if maps:
-        parts.append(f"## What the experts see\n\n![Which expert took which patch of an image]({MAPS})\n\n{MAPS_TEXT}")
-    if picture:
-        parts.append(f"## Load of the experts\n\n![Load of each expert as share of uniform]({PICTURE})")
+    parts += [f"## {picture.heading}\n\n{picture.markdown}" for picture in pictures]
     parts += [
         f"## Limits\n\n{_limits(recipe, config, student)}",
         CITED,
     ]
     text = "\n\n".join(parts) + "\n"
-    files = {"README.md": text.encode()}
-    if picture:
-        files[PICTURE] = picture
-    if maps:
-        files[MAPS] = maps
-    return files
+    return {"README.md": text.encode()} | {picture.file: picture.png for picture in pictures}
 
 
 def trained_with(run_dir: Path, recipe: Recipe) -> str:
@@ -282,13 +276,58 @@ def _limits_of_nac(config: Mapping[str, Any]) -> list[str]:
 
 
 @dataclass(frozen=True)
+class CardPicture:
+    """A picture beside the card, and the section it is shown in."""
+
+    file: str
+    heading: str
+    title: str  # in its place where it is not shown
+    png: bytes
+    text: str = ""  # below it
+
+    @property
+    def markdown(self) -> str:
+        """The section without its heading."""
+        return f"![{self.title}]({self.file})\n\n{self.text}".rstrip()
+
+
+def _pictures_of_vmoe(analysis: Mapping[str, Any] | None, student: PhaseRecord) -> list[CardPicture]:
+    found = []
+    maps = expert_maps(analysis)
+    if maps:
+        title = "Which expert took which patch of an image"
+        found.append(CardPicture(MAPS, "What the experts see", title, maps, MAPS_TEXT))
+    loads = student.loads()
+    drawing = load_drawing()
+    if loads and drawing is not None:
+        png = drawing.expert_load_png({RUNS[student.folder.name]: loads})
+        found.append(CardPicture(PICTURE, "Load of the experts", "Load of each expert as share of uniform", png))
+    return found
+
+
+def _pictures_of_nac(analysis: Mapping[str, Any] | None, student: PhaseRecord) -> list[CardPicture]:
+    found = circuit_picture(analysis)
+    if found is None:
+        return []
+    png, text = found
+    return [CardPicture(CIRCUIT, "What the circuit looks like", "The circuit as matrices", png, text)]
+
+
+@dataclass(frozen=True)
 class StudentCard:
-    """What a card says of one kind of student."""
+    """What a card says of one kind of student.
+
+    Attributes:
+        pictures: from analysis.json of its evaluation, None where there is none, and the record of its training.
+        speed: what is to be known of the table of its speeds.
+    """
 
     tags: tuple[str, ...]
     what: str
     sizes: Callable[[Mapping[str, Any]], str]
     limits: Callable[[Mapping[str, Any]], list[str]]
+    pictures: Callable[[Mapping[str, Any] | None, PhaseRecord], list[CardPicture]]
+    speed: str
 
 
 STUDENTS = {
@@ -297,12 +336,18 @@ STUDENTS = {
         "A V-MoE, a vision transformer whose MLPs are mixtures of experts",
         _sizes_of_vmoe,
         _limits_of_vmoe,
+        _pictures_of_vmoe,
+        "With another k than in training the accuracy is that of the same weights. The dense ViT of equal FLOPs has "
+        "new weights: it was timed, not trained.",
     ),
     "nac": StudentCard(
         ("nac", "neural-attentive-circuits"),
         "A NAC (Neural Attentive Circuits), modules that hear each other as far as their signatures are close",
         _sizes_of_nac,
         _limits_of_nac,
+        _pictures_of_nac,
+        "With fewer mediators, the best connected ones, the accuracy is that of the same weights, without any training "
+        "after the others were cut off.",
     ),
 }
 
@@ -429,7 +474,7 @@ def _cost(records: Mapping[str, PhaseRecord], recipe: Recipe) -> str:
     )
 
 
-def _speed(evaluated: PhaseRecord) -> list[str]:
+def _speed(evaluated: PhaseRecord, kind: StudentCard) -> list[str]:
     """The section of what phase evaluate measured of images per second, where it has."""
     measured = (evaluated.result or {}).get("inference")
     if not measured:
@@ -446,9 +491,7 @@ def _speed(evaluated: PhaseRecord) -> list[str]:
     table = table_of(("model", "images/s", "accuracy", "FLOPs per image", "parameters"), rows)
     return [
         f"## Inference\n\n{table}\n\nMeasured in one run by phase evaluate: {measured['where']}, batches of "
-        f"{measured['batch']}, {measured['dtype']}, the median of {measured['repeats']} forwards. With another k "
-        "than in training the accuracy is that of the same weights. The dense ViT of equal FLOPs has new weights: it "
-        "was timed, not trained."
+        f"{measured['batch']}, {measured['dtype']}, the median of {measured['repeats']} forwards. {kind.speed}"
     ]
 
 
@@ -490,12 +533,3 @@ def _limits(recipe: Recipe, config: Mapping[str, Any], student: PhaseRecord) -> 
 def _analysis(evaluated: PhaseRecord) -> Mapping[str, Any] | None:
     path = evaluated.folder / "analysis.json"
     return json.loads(path.read_text()) if evaluated.result and path.is_file() else None
-
-
-def _picture(student: PhaseRecord) -> bytes | None:
-    """expert_load.png; None where no loads were logged or matplotlib is not installed."""
-    loads = student.loads()
-    drawing = load_drawing()
-    if not loads or drawing is None:
-        return None
-    return drawing.expert_load_png({RUNS[student.folder.name]: loads})

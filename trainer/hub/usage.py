@@ -40,6 +40,7 @@ class StudentClass:
         title: for people.
         remote: the module that hub.code pushes (trainer/hub/code.py), by transformers' way to name them.
         sparse: whether its tokens are sent to experts.
+        faster: how to use less of it than was trained; {load} is the arguments that it is loaded with.
     """
 
     name: str
@@ -47,12 +48,27 @@ class StudentClass:
     title: str
     remote: str
     sparse: bool
+    faster: str
 
 
 # "model_type" in config.json -> class
 MODELS = {
-    "vmoe": StudentClass("VMoE", "m2mkd.vmoe", "V-MoE", "modeling_vmoe", True),
-    "nac": StudentClass("NAC", "m2mkd.nac", "NAC", "modeling_nac", False),
+    "vmoe": StudentClass(
+        "VMoE",
+        "m2mkd.vmoe",
+        "V-MoE",
+        "modeling_vmoe",
+        sparse=True,
+        faster="`VMoE.from_pretrained({load}, k=1)` sends every token to one expert instead.",
+    ),
+    "nac": StudentClass(
+        "NAC",
+        "m2mkd.nac",
+        "NAC",
+        "modeling_nac",
+        sparse=False,
+        faster="`NAC.from_pretrained({load}).pruned(n)` keeps its n best connected mediators: faster, less exact.",
+    ),
 }
 
 
@@ -109,7 +125,8 @@ def _install(published: Published) -> str:
 def _torch(published: Published) -> str:
     branch = f', revision="{published.revision}"' if published.revision else ""
     name = published.model.name
-    load = f'model = {name}.from_pretrained("{published.repo}"{branch})  # in evaluation mode'
+    source = f'"{published.repo}"{branch}'
+    load = f"model = {name}.from_pretrained({source})  # in evaluation mode"
     first = f"""import torch
 from m2mkd.predict import find_pictures, to_batch
 from {published.model.module} import {name}
@@ -131,11 +148,8 @@ images = to_batch(find_pictures(["images"]), model.preprocessing)  # a folder; (
     save = f"""model.save_pretrained("tuned")
 model = {name}.from_pretrained("tuned")"""
     further = TRAIN.format(imports=OUR_IMPORTS, loss=OUR_LOSS, save=save)
-    text = f"{_python(first)}\n\nTo train it further:\n\n{_python(further)}"
-    if not published.model.sparse:
-        return text
-    fewer = f'`VMoE.from_pretrained("{published.repo}"{branch}, k=1)` sends every token to one expert instead.'
-    return f"{text}\n\n{fewer}"
+    faster = published.model.faster.format(load=source)
+    return f"{_python(first)}\n\nTo train it further:\n\n{_python(further)}\n\n{faster}"
 
 
 def _timm(published: Published) -> str:

@@ -3,7 +3,8 @@
 On any number of ranks, each with the whole student. What is measured is what was saved, the fp32 masters, in the type
 that phase train worked in ("dtype" in its result.json): a bf16 run has one accuracy. A student without classes is
 measured beside its teacher, and where the images have labels by what its features tell of them. One with classes is
-timed beside dense models, for the model card (run.inference). What evaluate.tasks asks for beside it is in judged.json.
+measured and timed in all forms it can be used in, beside dense models, for card and report (run.inference). What
+evaluate.tasks asks for beside it is in judged.json.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import torch
 from torch import nn
 
 from models.labels import refuse_other_classes
-from models.moe.layer import routed_layers
 from trainer import artifacts
 from trainer.config.tasks import parse_tasks
 from trainer.context import Run, Trained
@@ -28,7 +28,7 @@ from trainer.disk import write_json
 from trainer.distributed.engine import working_type
 from trainer.evaluation.accuracy import Predictor, evaluate
 from trainer.evaluation.analysis import Analysis
-from trainer.evaluation.inference import Candidate, inference
+from trainer.evaluation.inference import Candidate, inference, measured
 from trainer.evaluation.pooled import class_accuracies
 from trainer.judge.outputs import Bench
 from trainer.judge.subjects import Subject
@@ -65,23 +65,30 @@ def run(run: Run, start: str) -> None:
     data = run.data_for(student.preprocessing)
     analysis = Analysis(student, data.val, student.preprocessing, run.dist, classifies=run.classifies)
     batch = run.eval_batch(settings)
-    measured = Predictor(student, student)
+    predictor = Predictor(student, student)
     if not run.classifies:
-        measured = comparison.beside_teacher(run, student)
-        for module in measured.frozen:
+        predictor = comparison.beside_teacher(run, student)
+        for module in predictor.frozen:
             module.to(run.dist.device, dtype)
-    metrics = evaluate(measured, data, dtype, batch, run.dist, observe=analysis.observe)
+    metrics = evaluate(predictor, data, dtype, batch, run.dist, observe=analysis.observe)
     if not run.classifies and run.labels:
         metrics |= _of_labels(run, student, data, dtype, batch)
-    summary = analysis.summary()
-    summary |= _of_the_family(run, student, data, dtype, batch)
-    if run.dist.main:
-        write_json(folder / "analysis.json", summary)
     outcome = Outcome(metrics, time.perf_counter() - started, steps=0, images_seen=int(metrics["images"]))
+    forms, candidates = [], []
+    if run.recipe.run.inference and run.classifies:
+        forms = family_of(run.recipe).forms(student)
+        candidates = measured(forms, metrics["accuracy"], data, dtype, batch, run.dist)
+    summary = analysis.summary()
+    smaller = {form.kept: candidate.accuracy for form, candidate in zip(forms, candidates) if form.kept}
+    if smaller:
+        summary["smaller"] = smaller
+    if run.dist.main:
+        summary |= _of_the_family(run, student, data, dtype)
+        write_json(folder / "analysis.json", summary)
     made_with = {"judged": _judged(run, student, str(trained), dtype, batch, folder)}
-    if run.recipe.run.inference and run.classifies and hasattr(student, "set_k") and routed_layers(student):
-        dense = _dense_models(run, student) if run.dist.main else []
-        made_with["inference"] = inference(student, dense, metrics["accuracy"], data, dtype, batch, run.dist)
+    if candidates:
+        others = _others(run, student) if run.dist.main else []
+        made_with["inference"] = inference(candidates, others, data, dtype, batch, run.dist)
     nothing_trained = Trained(outcome, {}, epochs=0, flops_per_image=0)
     run.finish(folder, "evaluate", None, nothing_trained, settings, metrics=metrics, made_with=made_with)
 
@@ -124,8 +131,8 @@ def _judged(
     return figures
 
 
-def _dense_models(run: Run, student: nn.Module) -> list[Candidate]:
-    """What the student's speed is compared with: its teacher where it is at hand, and a dense ViT of equal FLOPs."""
+def _others(run: Run, student: nn.Module) -> list[Candidate]:
+    """What the student's speed is compared with: its teacher where it is at hand, and what its family names."""
     models = []
     record = run.out / "meta" / "result.json"
     accuracy = None
@@ -135,22 +142,15 @@ def _dense_models(run: Run, student: nn.Module) -> list[Candidate]:
         models.append(Candidate("dense teacher", run.load_teacher().model, accuracy=accuracy))
     except (ValueError, OSError) as error:  # a student from scratch, or of weights that somebody else trained
         log.info("the teacher is not timed beside the student: %s", error)
-    equal = family_of(run.recipe).dense_of_equal_flops(student)
-    return [*models, Candidate("dense ViT of equal FLOPs", equal)]
+    rivals = family_of(run.recipe).rivals(student)
+    return models + [Candidate(name, rival) for name, rival in rivals.items()]
 
 
-def _of_the_family(run: Run, student: nn.Module, data: Data, dtype: torch.dtype, batch: int) -> dict[str, Any]:
-    """What the student's family shows of it, and the accuracies of its smaller forms (collective)."""
-    family = family_of(run.recipe)
-    found: dict[str, Any] = {}
-    for kept, small in family.smaller(student).items():
-        measured = evaluate(Predictor(small, small), data, dtype, batch, run.dist)
-        found.setdefault("smaller", {})[kept] = measured["accuracy"]
-    if run.dist.main:
-        source = data.val.spread(min(FEW_IMAGES, len(data.val)))
-        images = next(eval_batches(source, data.preprocessing, batch=len(source))).images
-        found |= family.describe(student, images.to(run.dist.device, dtype))
-    return found
+def _of_the_family(run: Run, student: nn.Module, data: Data, dtype: torch.dtype) -> dict[str, Any]:
+    """What the student's family shows of it, on a few images."""
+    source = data.val.spread(min(FEW_IMAGES, len(data.val)))
+    images = next(eval_batches(source, data.preprocessing, batch=len(source))).images
+    return family_of(run.recipe).describe(student, images.to(run.dist.device, dtype))
 
 
 def _of_labels(run: Run, student: nn.Module, data: Data, dtype: torch.dtype, batch: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from trainer.report.charts import Line, LineChart
 from trainer.report.page import figure, percent, percent_tick, table
 
 SIDE = 192  # pixels of a matrix
+GAP = 16  # between two, in the picture of a card
 DARK = (0, 72, 130)  # of its largest value
 MATRICES = {
     "prior": "the graph asked for",
@@ -55,6 +56,24 @@ def circuit_section(analysis: Mapping[str, Any] | None, accuracy: float | None) 
     return text + _pruned(analysis.get("smaller", {}), accuracy)
 
 
+def circuit_picture(analysis: Mapping[str, Any] | None) -> tuple[bytes, str] | None:
+    """The matrices side by side as one PNG for a model card, and what they are; None where there is no circuit."""
+    if not analysis or "circuit" not in analysis:
+        return None
+    found = analysis["circuit"]
+    step = SIDE + GAP
+    sheet = Image.new("RGB", (step * len(MATRICES) - GAP, SIDE), "white")
+    for place, name in enumerate(MATRICES):
+        sheet.paste(_drawn(found[name]).resize((SIDE, SIDE), Image.Resampling.NEAREST), (place * step, 0))
+    text = (
+        f"From left to right: {', '.join(MATRICES.values())}. Dark is most. The mediators started from a "
+        f"{found['graph']} graph of {found['edges']:,} edges. In links and attention a row is a mediator that hears, a "
+        "column one that sends; in the last matrix a row is a validation image, a column a mediator that the read-out "
+        "listens to."
+    )
+    return _png(sheet), text
+
+
 def _pruned(smaller: Mapping[str, float], accuracy: float | None) -> str:
     """Accuracies by the share of mediators kept, best connected first."""
     if not smaller or accuracy is None:
@@ -76,11 +95,20 @@ def _pruned(smaller: Mapping[str, float], accuracy: float | None) -> str:
 
 
 def _pixels(matrix: Sequence[Sequence[float]]) -> str:
-    """A matrix as a PNG of one pixel a value, white = 0, dark = its largest."""
+    """A matrix as the source of an <img>."""
+    return "data:image/png;base64," + base64.b64encode(_png(_drawn(matrix))).decode()
+
+
+def _drawn(matrix: Sequence[Sequence[float]]) -> Image.Image:
+    """A matrix as a picture of one pixel a value, white = 0, dark = its largest."""
     most = max(max(row) for row in matrix) or 1.0
     picture = Image.new("RGB", (len(matrix[0]), len(matrix)))
     values = [value / most for row in matrix for value in row]
     picture.putdata([tuple(round(255 - share * (255 - dark)) for dark in DARK) for share in values])
+    return picture
+
+
+def _png(picture: Image.Image) -> bytes:
     with io.BytesIO() as file:
         picture.save(file, "PNG")
-        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        return file.getvalue()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from models.files.hub import CheckpointFiles
+from models.forms import StudentForm
 from models.modules.basis import Basis
 from models.modules.tokens import TokenLayout
 from models.preprocessing import Preprocessing
@@ -89,8 +90,11 @@ class Family(Protocol):
     def assemble(self, modules: Sequence[nn.Module], stitches: str, states: Sequence[Tensor] | None) -> nn.Module:
         """One student from its learned modules."""
 
-    def smaller(self, student: nn.Module) -> Mapping[str, nn.Module]:
-        """Smaller forms of a trained student, by what of it they keep: their accuracies stand beside its own."""
+    def forms(self, student: nn.Module) -> Sequence[StudentForm]:
+        """In which forms a trained student can be used, for the table of speeds and accuracies; none = one alone."""
+
+    def rivals(self, student: nn.Module) -> Mapping[str, nn.Module]:
+        """New models that are timed beside it there, by name."""
 
     def describe(self, student: nn.Module, images: Tensor) -> dict[str, Any]:
         """What analysis.json holds of a trained student beside its classes and routing, on some images (B, C, H, W)."""
@@ -103,13 +107,6 @@ class Family(Protocol):
 
     def load(self, source: str, *, config: Any = None, ep_size: int = 1, ep_rank: int = 0) -> nn.Module:
         """A saved student, with the experts of one rank only where ep_size is above 1."""
-
-
-class SparseFamily(Family, Protocol):
-    """A family whose students have MoE layers and `set_k`, as VMoE: phase evaluate compares their speed."""
-
-    def dense_of_equal_flops(self, student: nn.Module) -> nn.Module:
-        """A new student without experts that costs as much per image."""
 
 
 def family_of(recipe: Recipe) -> Family:
