@@ -25,7 +25,7 @@ ALIGNED = False
 ENDS = 1  # read-in and read-out
 STITCHES = ("drop",)
 KEPT = (0.5, 0.25, 0.1)  # shares of the mediators that a student is measured with as well
-OF_MODULES = ("preset", "read_in")  # settings that are no field of the model's configuration
+OF_MODULES = ("preset", "read_in", "mediator")  # settings that are no field of the model's configuration
 
 
 def config(
@@ -73,11 +73,14 @@ def modules(
 ) -> list[NACModule]:
     """See student_modules."""
     receivers = tokens if section["nac"]["read_in"] == "tokens" else 1
-    return student_modules(student, depths, teacher_width, seed, receivers)
+    one_layer = section["nac"]["mediator"] == "one"
+    return student_modules(student, depths, teacher_width, seed, receivers, one_layer)
 
 
 def assemble(modules: Sequence[NACModule], stitches: str, states: Sequence[Tensor] | None) -> NAC:
     """The NAC whose parts the modules are, their stitches left behind."""
+    for module in modules:
+        module.hand_over()
     return modules[0].whole
 
 

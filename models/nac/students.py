@@ -46,6 +46,9 @@ class NACModule(nn.Module):
     def whole(self) -> NAC:
         return self._whole[0]
 
+    def hand_over(self) -> None:
+        """Give what was learned to those parts of the whole that it stands for without holding them; most hold all."""
+
     def _fixed(self, name: str, value: Tensor | None) -> Tensor:
         """The draw of that name, in the type that weights work in, or what is handed in."""
         if value is not None:
@@ -89,15 +92,31 @@ class ReadInModule(NACModule):
 
 
 class MediatorModule(NACModule):
-    """Tokens (B, T, D_t) -> (B, T, D_t): every token hears every other; no kernel, one code for all."""
+    """Tokens (B, T, D_t) -> (B, T, D_t): every token hears every other; no kernel, one code for all.
 
-    def __init__(self, nac: NAC, propagators: Sequence[Exchange], index: int, teacher_width: int, seed: int) -> None:
+    Args:
+        propagators: that it stands for, in a row.
+        one_layer: hold the first of them alone, as the published module does; `hand_over` gives the others its weights.
+    """
+
+    def __init__(
+        self,
+        nac: NAC,
+        propagators: Sequence[Exchange],
+        index: int,
+        teacher_width: int,
+        seed: int,
+        one_layer: bool = False,
+    ) -> None:
         super().__init__(nac, index, seed, receivers=0)
         self.pre = _stitch(teacher_width, nac.config.state_dim, seed, index, "pre")
+        held = propagators[:1] if one_layer else propagators
         # a propagator's kernel stays behind: nothing here depends on it
         self.layers = nn.ModuleList(
-            nn.ModuleDict({"attn": propagator.attn, "ffn": propagator.ffn}) for propagator in propagators
+            nn.ModuleDict({"attn": propagator.attn, "ffn": propagator.ffn}) for propagator in held
         )
+        # in a tuple, as the whole
+        self._not_held = tuple(propagators[len(held) :])
         self.post = _stitch(nac.config.state_dim, teacher_width, seed, index, "post")
 
     def forward(self, tokens: Tensor, out: Out | None = None, code: Tensor | None = None) -> Tensor:
@@ -107,6 +126,12 @@ class MediatorModule(NACModule):
         for layer in self.layers:
             states = layer["ffn"](layer["attn"](states, code, states, code), code)
         return self.post(states)
+
+    def hand_over(self) -> None:
+        """The propagators that it does not hold start from its layer: weights alike, each its own from here on."""
+        for propagator in self._not_held:
+            for name, part in self.layers[0].items():
+                getattr(propagator, name).load_state_dict(part.state_dict())
 
     def count_flops(self, tokens: int) -> Flops:
         """FLOPs of one image (models/flops.py) of so many tokens."""
@@ -145,12 +170,13 @@ class ReadOutModule(NACModule):
 
 
 def student_modules(
-    nac: NAC, depths: Sequence[int], teacher_width: int, seed: int, receivers: int = 1
+    nac: NAC, depths: Sequence[int], teacher_width: int, seed: int, receivers: int = 1, one_layer: bool = False
 ) -> list[NACModule]:
     """The student modules of a NAC, sharing its parameters.
 
     Args:
         receivers: of the read-in, see ReadInModule.
+        one_layer: of every mediator module, see MediatorModule.
         depths: blocks per module; the first is the read-in, the last the read-out, those between share the propagators.
 
     Raises:
@@ -169,7 +195,7 @@ def student_modules(
     for index, depth in enumerate(mediators, start=1):
         start = sum(mediators[: index - 1])
         taken = propagators[start : start + depth]
-        modules.append(MediatorModule(nac, taken, index, teacher_width, seed))
+        modules.append(MediatorModule(nac, taken, index, teacher_width, seed, one_layer))
     modules.append(ReadOutModule(nac, len(depths) - 1, teacher_width, seed))
     return modules
 

@@ -103,11 +103,18 @@ def test_all_modules_at_once_with_borders_under_zero_2_in_bf16(made, warm, tmp_p
         shutil.copytree(made / phase, out / phase)
     words = ["student.nac.read_in=tokens", "distill.border=mse", "distill.logit_weight=0", "distill.epochs=0"]
     words += ["refine.epochs=1", "refine.order=together", "refine.global_batch=16", "refine.lr=0.01", "train.epochs=1"]
-    words += ["ds.zero_optimization.stage=2", "ds.bf16.enabled=true", "run.accept=[ds_config]"]
+    words += [
+        "student.nac.mediator=one",
+        "ds.zero_optimization.stage=2",
+        "ds.bf16.enabled=true",
+        "run.accept=[ds_config]",
+    ]
     finished = warm.run([*NAC_RUN, "--phase", "all", "--out", out, *words], ranks=2)
     assert finished.code == 0, finished.output
     results = load_results(out)
     assert {result["evaluation"] for result in results.values()} == {"deterministic"}
     assert results["train"]["dtype"] == "bfloat16" and results["refine_1"]["metrics"].keys() >= {"hybrid_accuracy"}
+    mediator = load_file(out / "refine_1" / "model.safetensors")  # one layer for both propagators
+    assert {name.split(".")[1] for name in mediator if name.startswith("layers.")} == {"0"}
     assert load_file(out / "refine_0" / "model.safetensors")["state"].shape == (1, 5, 16)  # 2 x 2 patches and a class
     assert json.loads((out / "train/config.json").read_text())["model_type"] == "nac"

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.flops import flops
 from models.moe.out import auxiliary_loss
-from models.nac import NAC, PRESETS, NACConfig, student_modules
+from models.nac import NAC, PRESETS, NACConfig, family, student_modules
 from models.nac.attention import ModulatedAttention, ReadInAttention
 from models.nac.circuit import circuit
 from models.nac.family import OF_MODULES
@@ -361,6 +361,36 @@ def test_a_mediator_module_is_its_propagator_without_kernel_and_assembly_shares_
 def test_modules_that_a_nac_has_not(small, depths, message):
     with pytest.raises(ValueError, match=message):
         student_modules(small, depths, 10, seed=0)
+
+
+def test_one_mediator_layer_for_several_propagators(small):
+    """Module 1 stands for propagators 0 and 1 by a layer of its own, module 2 for the last one."""
+    nac = NAC(small.config)
+    in_a_row = student_modules(nac, (1, 2, 1, 1), 10, seed=7)
+    alone = student_modules(nac, (1, 1, 2, 1), 10, seed=7)[1]  # propagator 0
+    modules = student_modules(nac, (1, 2, 1, 1), 10, seed=7, one_layer=True)
+    one = modules[1]
+    tokens = torch.randn(2, 5, 10)
+    with torch.no_grad():
+        assert torch.equal(one.eval()(tokens), alone.eval()(tokens))
+    assert one.count_flops(5) == alone.count_flops(5) and len(one.layers) == 1 and len(modules[2].layers) == 1
+    assert in_a_row[1].count_flops(5).trained > one.count_flops(5).trained
+    first, second, third = nac.propagators
+    assert not torch.equal(first.attn.query.weight, second.attn.query.weight)
+    last = {name: value.clone() for name, value in third.state_dict().items()}
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter += 0.5  # learned
+        second.kernel.bandwidth.fill_(0.3)
+    assert family.assemble(modules, "drop", None) is nac
+    for name, value in second.state_dict().items():
+        is_equal = torch.equal(value, first.state_dict()[name])
+        assert is_equal != (name == "kernel.bandwidth"), name
+    assert all(torch.equal(value, last[name]) for name, value in third.state_dict().items())
+    # each is its own from here on
+    with torch.no_grad():
+        first.attn.query.weight.zero_()
+    assert second.attn.query.weight.abs().sum() > 0
 
 
 def test_receivers_that_hear_nobody_get_a_zero_message():

@@ -110,6 +110,11 @@ class NACConfig:
         "receivers of the read-in student module: one, which gives one token (published); or one per token of the "
         "teacher, which border targets and a second round need",
     )
+    mediator: Literal["each", "one"] = knob(
+        "each",
+        "layers of a mediator student module that stands for several propagators: each, one per propagator; or one, "
+        "whose weights all of them start from",
+    )
 
     def __post_init__(self):
         check_ranges(self, "student.nac.")
