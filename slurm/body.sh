@@ -5,6 +5,7 @@ SRUN_TRIES=4          # starts of one srun, as long as Slurm says what may pass
 LOST_SECONDS=120      # from the first rank that has ended badly to the end of all others
 ANSWER_SECONDS=1800   # a controller that gives no answer is waited for
 ROOM_SECONDS=600      # a disk that is full when the job starts is waited for
+ROOM_BYTES=1048576    # with less room than this it is full
 BAD_NODES_AT_MOST=3   # restarts that leave out nodes found bad
 # what srun says when the step, not what runs in it, has failed; mostly it passes
 PASSING='Unable to create step|Invalid generic resource|[Cc]ommunication|Socket timed out|Unable to contact|Unable to confirm|'
@@ -30,25 +31,36 @@ run_hook() {
     RUN=$RUN timeout 10 bash -c "$HOOK" hook "$@" </dev/null || say "hook: exit code $? (124: not done within 10 s): $HOOK"
 }
 
-# Ends the job: fail CODE MESSAGE
+# Ends the job for good: fail CODE MESSAGE. On a full disk whatever fails may fail because of it: then it starts again.
 fail() {
+    can_write || put_back "$1" "no room in $RUN: ${*:2}" nobody
+    fail_for_good "$@"
+}
+
+fail_for_good() {
     event failed "${*:2}"
     exit "$1"
 }
 
+# Whether the run's folder takes what this script will write. Bytes that compress to nothing would take no room.
 can_write() {
     local notes=$RUN/slurm/events/$artifact # of a study's cell a/b/seed0
-    mkdir -p "${notes%/*}" "$RUN/logs/$name" && echo >"$RUN/logs/$name/writable"
+    local probe=$RUN/logs/$name/writable rc
+    mkdir -p "${notes%/*}" "$RUN/logs/$name" && head -c "$ROOM_BYTES" /dev/urandom >"$probe"
+    rc=$?
+    rm -f "$probe"
+    return "$rc"
 }
 
-# Until the run's folder can be written to, or a signal comes. Fails after a while.
+# Until the run's folder can be written to, or a signal comes. After a while the job starts again.
 wait_for_room() {
-    local end=$((SECONDS + ROOM_SECONDS))
-    until can_write || [[ -n $signalled ]]; do
-        ((SECONDS < end)) || return
-        say "cannot write to $RUN: trying for $((end - SECONDS)) s more"
+    local left
+    for ((left = ROOM_SECONDS; left > 0; left -= 10)); do
+        [[ -n $signalled ]] || can_write && return
+        say "cannot write to $RUN: trying for $left s more"
         nap 10
     done
+    put_back 1 "no room in $RUN for $ROOM_SECONDS s" nobody
 }
 
 # Step of the newest complete checkpoint of this stage; "none", or "done" with a result.
@@ -176,16 +188,18 @@ put_back() {
     read -r job before idle 2>/dev/null <"$record" || job=
     [[ $job == "$lineage" && $step == "$before" ]] || idle=0
     [[ $who == nobody && -z $bad ]] && ((idle++)) # a crash; the others are not its fault
-    ((restarts < MAX_REQUEUES)) || fail "$code" "$why; started again $restarts times already (max_requeues), stopping"
+    ((restarts < MAX_REQUEUES)) ||
+        fail_for_good "$code" "$why; started again $restarts times already (max_requeues), stopping"
     ((idle <= MAX_IDLE_REQUEUES)) ||
-        fail "$code" "$why; nothing was gained since the last requeue (saved step: $step), stopping. See the log of the ranks"
-    echo "$lineage $step $idle" >"$record"
+        fail_for_good "$code" \
+            "$why; nothing was gained since the last requeue (saved step: $step), stopping. See the log of the ranks"
+    echo "$lineage $step $idle" >"$record.new" && mv "$record.new" "$record" # on a full disk the old one stays
     trap '' USR1
     trap 'exit "$code"' TERM # from now on it comes from the requeue itself
     event requeued "$why; saved step: $step" # before the requeue, which may end this script at once
     [[ -n $successor ]] && exit "$code"
     if [[ $who == expired ]]; then
-        succeed_by || fail "$code" "$why; no job could take its place: $refused"
+        succeed_by || fail_for_good "$code" "$why; no job could take its place: $refused"
         exit "$code"
     fi
     end=$((SECONDS + ANSWER_SECONDS))
@@ -197,7 +211,8 @@ put_back() {
             continue
         fi
         event refused "scontrol requeue: $refused"
-        succeed_by "$bad" || fail "$code" "$why; scontrol requeue was refused, and no job could take its place: $refused"
+        succeed_by "$bad" ||
+            fail_for_good "$code" "$why; scontrol requeue was refused, and no job could take its place: $refused"
         exit "$code"
     done
     [[ -n $bad ]] && scontrol update "jobid=$me" "excnodelist=$(excluded "$bad")"
@@ -216,15 +231,16 @@ excluded() {
 # succeed_by [BAD NODES]: another job of the same script takes the place of this one, and what waits for this one waits for
 # it. Where Slurm does not start this job again: no `scontrol requeue`, PreemptMode=CANCEL, a time limit that has passed.
 succeed_by() {
-    local job flags without words=$RUN/logs/$name/sbatch.err
+    local job flags without
     flags=(--parsable "--dependency=afterany:$me" "--export=ALL,LINEAGE=$lineage,RESTARTS_BEFORE=$((restarts + 1))")
     [[ -n $task ]] && flags+=("--array=$task")
     without=$(excluded "${1:-}")
     [[ -n $without ]] && flags+=("--exclude=${without%,}")
-    job=$(outside_of_job sbatch "${flags[@]}" "$SCRIPT" 2>"$words") || { refused+="; $(tail -n1 "$words")"; return 1; }
-    job=${job%%;*} # "id;cluster" on federations
+    job=$(outside_of_job sbatch "${flags[@]}" "$SCRIPT" 2>&1) || { refused+="; $(tail -n1 <<<"$job")"; return 1; }
+    job=$(grep -oE '^[0-9]+' <<<"$job" | tail -n1) # behind warnings; "id;cluster" on federations
     TZ=UTC printf '%(%Y-%m-%dT%H:%M:%SZ)T\t%s\t%s\t%s\t%s\t%s\t%s\n' -1 "$STAGE" "${element:--}" "$job" "$me" "$SCRIPT" \
         "$OFFSET" >>"$RUN/jobs.tsv" # the columns of trainer/chain/submit.py
+    : >>"$RUN/logs/$STAGE-$job${task:+_$task}.out" # as trainer/chain/submit.py does: Slurm may not be able to make it
     rehang "$job"
     successor=$job
     event successor "job $job takes the place of this one"
@@ -274,8 +290,8 @@ waits_for() {
 
 # ---- the check of the nodes ----
 
-# Checks every node before training: GPUs seen and empty, free memory, shared folder, clock. Bad nodes are left out and the
-# job starts again; when all are bad it is a setting, and the job ends.
+# check_nodes [TIMES BEFORE]: every node before training: GPUs seen and empty, free memory, shared folder, clock. Bad nodes
+# are left out and the job starts again; when all are bad it is a setting, and the job ends.
 check_nodes() {
     local folder=$RUN/slurm/nodes-$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0} nodes node problem said tries
     local problems="" bad="" good=0 written=0 rc
@@ -306,9 +322,15 @@ check_nodes() {
             bad+=${bad:+,}$node
         fi
     done
+    if [[ -n $problems ]] && { [[ $said =~ $FULL ]] || ! can_write; }; then # before $folder is gone, which makes room
+        ((${1:-0} < SRUN_TRIES)) || put_back 1 "the disk is full: nodes cannot write to $RUN" nobody
+        rm -rf "$folder"
+        wait_for_room
+        check_nodes $((${1:-0} + 1))
+        return
+    fi
     rm -rf "$folder"
     [[ -n $problems ]] || return
-    ((written)) || can_write || put_back 1 "the disk is full: nothing can be written to $RUN" nobody
     ((written)) || fail 3 "node check:$problems look at --out${said:+, and at what srun says: $(tail -n1 <<<"$said")}"
     ((good || SLURM_JOB_NUM_NODES == 1)) ||
         fail 3 "node check:$problems all nodes of the job are alike: look at the settings (--gpus-per-node, --mem)"
@@ -421,6 +443,7 @@ find_cause() {
         log=$RUN/logs/$name/$node-rank$rank.out
         line=$(newest_part "$log" 2>/dev/null | grep -E '^[0-9]+:(\[rank [0-9]+\] )?error:' | tail -n1)
         [[ -n $line ]] || line=$(newest_part "$log" 2>/dev/null | tail -n40 | grep -iE 'error:' | tail -n1)
+        [[ -n $line ]] || line=$(newest_part "$log" 2>/dev/null | tail -n40 | grep -E '(Error|Exception)$' | tail -n1)
         number=${line%%:*}
         line=$(sed -E 's/^[0-9]+:(\[rank [0-9]+\] )?(error: )?//' <<<"$line")
         line="rank $rank on $node: ${line:-$(ended_with "$code_of")} ($log${number:+:$number})"

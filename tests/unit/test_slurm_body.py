@@ -4,6 +4,7 @@ What needs the real thing is in tests/slurm.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -482,6 +483,52 @@ def test_a_full_disk_on_which_no_rank_could_note_its_end(body):
     full = 'ln -sf /dev/full "$RUN/slurm/events/meta.codes"'
     done = body.run(f'{full}; echo "error: No space left on device"; exit 1')
     assert done.last.startswith("requeued the disk is full: rank "), done.text
+
+
+def test_a_disk_too_full_for_the_check_of_the_nodes_accuses_none(body):
+    """Room for the notes of the body, none for what the nodes write; with room the check is made again."""
+    (body.fake / "full").touch()
+    awk = body.fake / "awk"  # of node_report.sh
+    awk.write_text(f"""#!/bin/bash
+        [[ -e $FAKE/full && -n $SLURM_PROCID ]] || exec {shutil.which("awk")} "$@"
+        echo "node_report.sh: line 13: echo: write error: No space left on device" >&2
+        [[ $SLURM_PROCID == 1 ]] && rm "$FAKE/full" """)
+    awk.chmod(0o755)
+    done = body.run()
+    assert (done.code, done.events) == (0, ["started on node[1-2], saved step: none", "done exit 0"]), done.text
+    assert "No space left on device" in done.text
+
+
+def test_what_fails_on_a_full_disk_is_tried_again(body):
+    """No log took the rank's words, so nothing but the disk itself tells that it is full."""
+    head = body.fake / "head"  # what tries how much room there is
+    head.write_text(f"""#!/bin/bash
+        [[ $1 == -c && -e $FAKE/full ]] && exit 1
+        exec {shutil.which("head")} "$@" """)
+    head.chmod(0o755)
+    done = body.run('touch "$FAKE/full"; exit 3')
+    assert done.last.startswith(f"requeued no room in {body.out}: exit 3: rank "), done.text
+    (body.fake / "full").unlink()
+    assert body.run("exit 3").last.startswith("failed exit 3: rank ")
+
+
+def test_an_error_without_a_word_is_tried_once_more(body):
+    """The disk may have been full for a moment."""
+    assert body.run("exit 1").last.startswith("requeued a rank ended without a word: rank ")
+    assert body.run("exit 1").last.startswith("failed a rank ended without a word: rank ")
+
+
+def test_an_assertion_without_a_text_is_a_word(body):
+    assert body.run("echo AssertionError; exit 1").last.startswith("failed exit 1: rank ")
+
+
+def test_a_disk_that_stays_full_leads_back_into_the_queue(body):
+    (body.out / "slurm").mkdir()
+    (body.out / "slurm/events").touch()  # in the way
+    process = body.start()
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and requeues(body) == ["requeue 7"], text
+    assert "trying for 10 s more" in text and "no room in" in text
 
 
 def test_an_error_of_an_earlier_start_is_not_shown_again(body):

@@ -55,6 +55,15 @@ class Row:
         """The task id of an element in Slurm."""
         return None if element is None else element - int(self.offset)
 
+    def log_name(self, element: int | None) -> str:
+        """What slurm/phase.sbatch calls its logs: NAME.out below RUN/logs, and the folder NAME of the ranks.
+
+        Args:
+            element: of an array; None = a plain job.
+        """
+        task = self.task(element)
+        return f"{self.stage}-{self.job}" if task is None else f"{self.stage}-{self.job}_{task}"
+
 
 @dataclass(frozen=True)
 class Order:
@@ -381,6 +390,7 @@ def _submit_all(settings: Settings, folder: Path, orders: Sequence[Order]) -> No
             )
             _record(settings.run, row)
             tell(job)
+            _make_logs(settings.run, row, order)
             array = f" [{arrays.ranges(order.elements)}]" if order.stage.array else ""
             waits_for = [*order.after, *(order.stage.artifacts[element] for element in order.after_elements)]
             more = ", ..." if len(waits_for) > NAMED else ""
@@ -410,6 +420,12 @@ def _record(run: Path, row: Row) -> None:
         f.write("\t".join(asdict(row).values()) + "\n")
         f.flush()
         os.fsync(f.fileno())
+
+
+def _make_logs(run: Path, row: Row, order: Order) -> None:
+    """The empty logs of a submission: where the disk is full Slurm could not make one, and would start no script."""
+    for element in order.elements if order.stage.array else [None]:
+        (run / "logs" / f"{row.log_name(element)}.out").touch()
 
 
 @contextmanager

@@ -64,7 +64,7 @@ def find(run: Path, element: Element, view: View) -> Path | None:
     """The log that tells most: rank 0's; the job body's where rank 0 has none yet, or the job ended without result."""
     folders = [run / "logs" / name for name in element.log_names]
     bodies = [path.with_name(f"{path.name}.out") for path in folders]
-    body = _newest([path for path in bodies if path.is_file()])
+    body = _newest([path for path in bodies if path.is_file() and path.stat().st_size])  # empty until its job starts
     if view.job_log:
         return body
     rank = _newest([log for folder in folders for log in folder.glob(f"*-rank{view.rank or 0}.out")])

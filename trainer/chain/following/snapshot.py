@@ -108,7 +108,7 @@ def _element(
     """
     row = submitted[-1] if submitted else None
     element = index if stage.array else None
-    log_names = tuple(_log_name(row, element) for row in submitted)
+    log_names = tuple(row.log_name(element) for row in submitted)
     log = _newest_rank0_log(run, log_names)
     notes = events.read(run, result)
     is_done = (run / result / "result.json").is_file()
@@ -199,12 +199,6 @@ def _job_of(jobs: Sequence[slurm.Job], submitted: Sequence[Row], element: int | 
     of_element = [job for job in of_row if job.element == row.task(element)]
     whole = [job for job in of_row if job.element is None]
     return next(iter(of_element or whole), None)
-
-
-def _log_name(row: Row, element: int | None) -> str:
-    """What the body of a submission calls its logs (slurm/phase.sbatch)."""
-    task = row.task(element)
-    return f"{row.stage}-{row.job}" if task is None else f"{row.stage}-{row.job}_{task}"
 
 
 def _newest_rank0_log(run: Path, names: Sequence[str]) -> Path | None:
