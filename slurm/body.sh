@@ -16,6 +16,32 @@ BROKEN='Connection (closed|reset)|Broken pipe|DistBackendError|NCCL|another rank
 # what passes when somebody makes room, while the job waits for its restart
 FULL='No space left|Disk quota exceeded|not enough room|free some space'
 
+# ---- the elements of an array ----
+
+# Those that this job makes, one after another: one, or as many as share it (PER_JOB). Task ids have a limit, elements have
+# none. Of a plain job "-".
+elements_of_job() {
+    local each
+    [[ -n $task ]] || echo -
+    for each in ${task:+"${ELEMENTS[@]}"}; do
+        ((each / PER_JOB == task + OFFSET)) || continue
+        ((PER_JOB > 1)) && { choose "$each"; is_complete; } && continue # by an earlier start of this job
+        [[ ,${FAILED_ELEMENTS:-}, != *,$each,* ]] || continue # in this start
+        echo "$each"
+    done
+}
+
+# choose ELEMENT: sets what belongs to it alone.
+choose() {
+    element=${1#-}
+    artifact=${ARTIFACTS[${element:-0}]}
+    name=$STAGE-${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${task:-$SLURM_JOB_ID} # as the log of this script
+    ((PER_JOB == 1)) || name+=.$element
+    codes=$RUN/slurm/events/$artifact.codes
+    part=(${element:+--module "$element"})
+    ((EXPERTS)) && part=(--module $((element / EXPERTS)) --expert $((element % EXPERTS))) # an array over modules x experts
+}
+
 # ---- notes ----
 
 # One line in RUN/slurm/events: status reads it when Slurm has forgotten the job.
@@ -37,8 +63,13 @@ fail() {
     fail_for_good "$@"
 }
 
+# The others that share the job are still made, by this script from its beginning.
 fail_for_good() {
     event failed "${*:2}"
+    if ((PER_JOB > 1)) && [[ -z $signalled ]]; then
+        export FAILED_ELEMENTS=${FAILED_ELEMENTS:-},$element FAILED_CODE=$1
+        exec bash "$0"
+    fi
     exit "$1"
 }
 
@@ -199,7 +230,7 @@ put_back() {
     event requeued "$why; saved step: $step" # before the requeue, which may end this script at once
     [[ -n $successor ]] && exit "$code"
     if [[ $who == expired ]]; then
-        succeed_by || fail_for_good "$code" "$why; no job could take its place: $refused"
+        succeed_by || event failed "$why; no job could take its place: $refused"
         exit "$code"
     fi
     end=$((SECONDS + ANSWER_SECONDS))
@@ -212,7 +243,7 @@ put_back() {
         fi
         event refused "scontrol requeue: $refused"
         succeed_by "$bad" ||
-            fail_for_good "$code" "$why; scontrol requeue was refused, and no job could take its place: $refused"
+            event failed "$why; scontrol requeue was refused, and no job could take its place: $refused"
         exit "$code"
     done
     [[ -n $bad ]] && scontrol update "jobid=$me" "excnodelist=$(excluded "$bad")"
@@ -231,15 +262,17 @@ excluded() {
 # succeed_by [BAD NODES]: another job of the same script takes the place of this one, and what waits for this one waits for
 # it. Where Slurm does not start this job again: no `scontrol requeue`, PreemptMode=CANCEL, a time limit that has passed.
 succeed_by() {
-    local job flags without
+    local job flags without all
     flags=(--parsable "--dependency=afterany:$me" "--export=ALL,LINEAGE=$lineage,RESTARTS_BEFORE=$((restarts + 1))")
     [[ -n $task ]] && flags+=("--array=$task")
     without=$(excluded "${1:-}")
     [[ -n $without ]] && flags+=("--exclude=${without%,}")
     job=$(outside_of_job sbatch "${flags[@]}" "$SCRIPT" 2>&1) || { refused+="; $(tail -n1 <<<"$job")"; return 1; }
     job=$(grep -oE '^[0-9]+' <<<"$job" | tail -n1) # behind warnings; "id;cluster" on federations
-    TZ=UTC printf '%(%Y-%m-%dT%H:%M:%SZ)T\t%s\t%s\t%s\t%s\t%s\t%s\n' -1 "$STAGE" "${element:--}" "$job" "$me" "$SCRIPT" \
-        "$OFFSET" >>"$RUN/jobs.tsv" # the columns of trainer/chain/submit.py
+    all=$(elements_of_job | tr '\n' ',')
+    all=${all%,}
+    TZ=UTC printf '%(%Y-%m-%dT%H:%M:%SZ)T\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n' -1 "$STAGE" "${all:--}" "$job" "$me" "$SCRIPT" \
+        "$OFFSET" "$PER_JOB" >>"$RUN/jobs.tsv" # the columns of trainer/chain/submit.py
     : >>"$RUN/logs/$STAGE-$job${task:+_$task}.out" # as trainer/chain/submit.py does: Slurm may not be able to make it
     rehang "$job"
     successor=$job

@@ -50,6 +50,7 @@ CONTAINER_MOUNTS=${CONTAINER_MOUNTS:-}   # /data:/data
 SRUN_ARGS=${SRUN_ARGS:-}
 SBATCH_ARGS=${SBATCH_ARGS:-}
 GPU_KIND=${GPU_KIND:-}          # plan: h200, h100, ... for memory, traffic and time of every phase
+ELEMENTS_PER_JOB=${ELEMENTS_PER_JOB:-1}   # of an array, one after another in one job, per stage: 1,expert=8
 ARRAY_THROTTLE=${ARRAY_THROTTLE:-0}   # jobs of one array (modules, experts) running at once; 0 = all
 ACCEPT=${ACCEPT:-}              # go on with what is refused: across, down, mixed (docs/slurm.md)
 LEVEL=${LEVEL:-}                # module or expert; empty = distill.level of the recipe

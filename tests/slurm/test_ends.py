@@ -3,6 +3,7 @@
 test_chain.py and test_long.py cancel chains that train.
 """
 
+import json
 import time
 
 import pytest
@@ -82,6 +83,26 @@ def test_where_slurm_does_not_start_a_job_again_another_takes_its_place(cluster,
     assert chain.until_ended(jobs["evaluate"]) == "COMPLETED"
     assert_every_step_once(chain)
     assert chain.resumed("meta") and chain.resumed("meta")[0] >= 12
+
+
+def test_a_job_of_two_elements_goes_on_with_the_one_it_was_warned_in(cluster, chain):
+    """Three modules in two jobs; the first job is warned in its second element, and makes it whole when it is back."""
+    for name in ("teacher", "meta"):
+        (chain.out / name).mkdir(parents=True)
+        result = {"phase": name, "module": None, "files": {}, "metrics": {"accuracy": 0.5}}
+        (chain.out / name / "result.json").write_text(json.dumps(result))
+    chain.settings |= {"ELEMENTS_PER_JOB": "1,distill=2", "ARRAY_THROTTLE": "0", "LIGHT_SECONDS": "0.05"}
+    jobs = chain.submit()
+    assert chain.rows()[0][1:3] == ["distill", "0,1,2"]
+    chain.until_training("distill_1", 12)
+    cluster.out("scancel", "--batch", "--signal=USR1", f"{jobs['distill']}_0")
+    states = [chain.until_ended(f"{jobs['distill']}_{task}") for task in (0, 1)]
+    assert states == ["COMPLETED", "COMPLETED"]
+    for name, kinds in (("distill_0", "started done"), ("distill_1", "started warned requeued started done")):
+        assert [event.split()[0] for event in chain.events(name)] == kinds.split()
+        assert (chain.out / name / "model.safetensors").read_text() == light_weights(name)
+    assert (chain.out / "distill_2/model.safetensors").read_text() == light_weights("distill_2")
+    assert {line.split("|")[0] for line in chain.alive()} <= {jobs["train"], jobs["evaluate"]}
 
 
 @pytest.mark.slow

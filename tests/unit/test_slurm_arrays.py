@@ -1,5 +1,6 @@
 """Arrays as ranges, and several of them where the cluster's limit wants it."""
 
+import json
 import subprocess
 
 import pytest
@@ -8,7 +9,7 @@ from tests.unit.slurm_stand_in import stand_in  # noqa: F401
 from tests.unit.test_slurm_chain import ROOT, finish, settings_for
 from trainer.chain import slurm, submit
 from trainer.chain.arrays import TEXT_LIMIT, Array, ranges, split
-from trainer.chain.following import status
+from trainer.chain.following import snapshot, status
 
 
 def test_ranges():
@@ -56,20 +57,10 @@ def test_more_experts_than_an_array_may_have(tmp_path, stand_in, capsys):  # noq
 
     # element 7 is task 2 of the second array: module 1, expert 3 of 4, as the body has it
     script = (settings.run / "slurm/1/expert-2.sbatch").read_text().splitlines()
-    wanted = (
-        "STAGE=",
-        "OFFSET=",
-        "EXPERTS=",
-        "ARTIFACTS=",
-        "task=",
-        "element=",
-        "artifact=",
-        "name=",
-        "part=",
-        "((EXPERTS))",
-    )
+    wanted = ("STAGE=", "ELEMENTS=", "OFFSET=", "PER_JOB=", "EXPERTS=", "ARTIFACTS=")
     lines = [line for line in script if line.startswith(wanted)]
-    command = "\n".join(["SLURM_ARRAY_TASK_ID=2 SLURM_ARRAY_JOB_ID=102", *lines, 'echo "$artifact ${part[@]} $name"'])
+    lines += ["task=2 SLURM_ARRAY_JOB_ID=102", f"source {ROOT}/slurm/body.sh", "choose $(elements_of_job)"]
+    command = "\n".join([*lines, 'echo "$artifact ${part[@]} $name"'])
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert (
         done.stdout == "expert_1_3 --module 1 --expert 3 expert-102_2\n"
@@ -82,6 +73,43 @@ def test_more_experts_than_an_array_may_have(tmp_path, stand_in, capsys):  # noq
     assert "102_2" in lines["expert_1_3"] and "RUNNING" in lines["expert_1_3"] and "102_2" not in lines["expert_1_0"]
 
 
+def test_elements_that_share_a_job(tmp_path, stand_in, capsys):  # noqa: F811
+    """Ten of 12 experts are missing, 4 to a job: tasks 0 to 2. The second is at its second element."""
+    settings = settings_for(tmp_path, level="expert", elements_per_job="1,expert=4")
+    finish(settings, "teacher", "meta", "cluster_0", "cluster_1", "cluster_2", "expert_0_0", "expert_1_2")
+    for name, expert in (("expert_0_0", 0), ("expert_1_2", 2)):  # finish() knows nothing of experts
+        path = settings.run / name / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"module": int(name[7]), "expert": expert}))
+    assert submit.submit(settings) == 0
+    assert "expert [1-5,7-11] in 3 jobs: job 101\n" in capsys.readouterr().out
+    row = submit.rows(settings.run)[0]
+    assert (row.array, row.offset, row.per_job) == ("1,2,3,4,5,7,8,9,10,11", "0", "4")
+    assert next(call for call in stand_in.calls("sbatch") if "--test-only" not in call).split()[1] == "--array=0-2"
+    logs = sorted(path.name for path in (settings.run / "logs").glob("expert*"))
+    assert logs == ["expert-101_0.out", "expert-101_1.out", "expert-101_2.out"]
+
+    (settings.run / "slurm/events").mkdir()
+    noted = {"expert_1_0": "done\texit 0", "expert_1_1": "started\ton node1", "expert_2_0": "failed\texit 1: x"}
+    for number, (name, text) in enumerate(noted.items()):
+        job = "101_2" if name == "expert_2_0" else "101_1"
+        (settings.run / f"slurm/events/{name}.tsv").write_text(f"2026-01-01T00:00:0{number}Z\t{job}\t0\t{text}\n")
+    (settings.run / "expert_1_0").mkdir()
+    (settings.run / "expert_1_0/result.json").write_text('{"metrics": {}}')
+    for task in (1, 2):
+        stand_in.says(f"queue/101_{task}", f"101_{task}|101|{task}|RUNNING|None|node1|0:42|x\n")
+    states = {each.result: each for each in snapshot.read(settings.run).elements}
+    assert states["expert_1_0"].state == snapshot.DONE and states["expert_1_1"].state == snapshot.RUNNING
+    assert (states["expert_2_0"].state, states["expert_2_0"].detail) == (snapshot.ENDED, "exit 1: x")
+    assert states["expert_2_1"].state == snapshot.RUNNING, "its turn comes"
+    assert (states["expert_1_1"].job, states["expert_1_1"].rank_logs) == ("101_1", ("expert-101_1.5",))
+
+
+def test_jobs_that_make_several_elements_have_ids_as_any_other():
+    assert [array.text for array in split(range(1536), 1001, 8)] == ["0-191"]
+    first, second, *_ = split(range(2, 30), 4, 2)
+    assert (first.text, first.elements, first.offset, second.offset) == ("0-3", tuple(range(2, 10)), 1, 5)
+
+
 def test_rows_of_an_older_version_are_read(tmp_path):
     path = tmp_path / "jobs.tsv"
     path.write_text("submitted\tstage\tarray\tjob\tdepends\tscript\nnow\tmeta\t-\t12\t-\ta.sbatch\nnow\tcut off")
@@ -92,8 +120,8 @@ def test_rows_of_an_older_version_are_read(tmp_path):
     "words, advice",
     [
         ("Batch job submission failed: Pathname of a file, directory or other parameter too long", "shorter --out"),
-        ("QOSMaxSubmitJobPerUserLimit", "each element of an array counts"),
-        ("Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "--level module"),
+        ("QOSMaxSubmitJobPerUserLimit", "each job of an array counts"),
+        ("Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)", "--elements-per-job"),
     ],
 )
 def test_what_slurm_refuses_comes_with_advice(stand_in, words, advice):  # noqa: F811

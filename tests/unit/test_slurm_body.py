@@ -103,10 +103,12 @@ def body(tmp_path, monkeypatch):
         (fake / "python").write_text(f"#!/bin/bash\n[[ $2 == trainer.report ]] && exit\n{python}\n")
         (fake / "python").chmod(0o755)
         values = {"ROOT": ROOT, "WORK": ROOT, "RUN": out, "STAGE": "meta", "PHASE": "meta", "ENV_FILE": "",
-                  "PYTHON": "python", "EXPERTS": 0, "GPUS": 1, "OFFSET": 0, "WARN_SECONDS": 600, "MAX_REQUEUES": 20,
-                  "MAX_IDLE_REQUEUES": 1, "SCRIPT": out / "slurm/1/meta.sbatch"} | settings  # fmt: skip
+                  "PYTHON": "python", "EXPERTS": 0, "GPUS": 1, "OFFSET": 0, "PER_JOB": 1, "WARN_SECONDS": 600,
+                  "MAX_REQUEUES": 20, "MAX_IDLE_REQUEUES": 1, "SCRIPT": out / "slurm/1/meta.sbatch"}  # fmt: skip
+        values |= settings
         head = [f'{name}="{value}"' for name, value in values.items()]
-        head += ["ARTIFACTS=(meta distill_1 distill_2)", "INPUTS=(teacher)", "TRAINER_ARGS=()", "SRUN_ARGS=()"]
+        head += ["ARTIFACTS=(meta distill_1 distill_2)", "ELEMENTS=(0 1 2)", "INPUTS=(teacher)"]
+        head += ["TRAINER_ARGS=()", "SRUN_ARGS=()"]
         head.append(f"export RUN; echo $$ >{fake}/body")
         script = tmp_path / "script"
         script.write_text("\n".join([*head, (ROOT / "slurm/phase.sbatch").read_text()]))
@@ -339,7 +341,7 @@ def test_a_refused_requeue_leads_to_a_successor(body):
     assert call.endswith(f"{body.out}/slurm/1/meta.sbatch") and "--array" not in call
     assert [c for c in body.calls("scontrol") if "update" in c] == ["update jobid=9 dependency=afterok:500,afterok:3"]
     row = (body.out / "jobs.tsv").read_text().splitlines()[-1].split("\t")
-    assert row[1:] == ["meta", "-", "500", "7", f"{body.out}/slurm/1/meta.sbatch", "0"]
+    assert row[1:] == ["meta", "-", "500", "7", f"{body.out}/slurm/1/meta.sbatch", "0", "1"]
 
 
 def test_preempted_for_good_has_a_successor_before_the_ranks_have_saved(body):
@@ -367,6 +369,74 @@ def test_the_successor_of_an_element_stands_for_it_alone(body):
 def test_restarts_of_the_jobs_before_count(body):
     done = body.run("exit 75", environ={"RESTARTS_BEFORE": "19", "SLURM_RESTART_COUNT": "1"})
     assert "started again 20 times already (max_requeues)" in done.last
+
+
+# ---- several elements in one job ----
+
+SHARED = {"STAGE": "distill", "PHASE": "distill", "PER_JOB": 2, "OFFSET": 0}
+TASK_0 = {"SLURM_ARRAY_JOB_ID": "6", "SLURM_ARRAY_TASK_ID": "0"}  # elements 0 and 1
+
+
+def kinds(body, artifact):
+    lines = (body.out / f"slurm/events/{artifact}.tsv").read_text().splitlines()
+    return [line.split("\t")[3] for line in lines]
+
+
+@pytest.fixture
+def shared(body):
+    """A job of the elements 0 (meta) and 1 (distill_1), whose results are made but for what `python` says before."""
+    (body.out / "distill_1").mkdir()
+    made = 'folder=$([[ "$*" == *"--module 1"* ]] && echo distill_1 || echo meta)'
+
+    def run(python="", **environ):
+        lines = [made, python, 'echo "{}" >"$RUN/$folder/result.json"']
+        process = body.start("\n".join(lines), environ=TASK_0 | environ, **SHARED)
+        text, _ = process.communicate(timeout=60)
+        return process.returncode, text
+
+    body.run_shared = run
+    return body
+
+
+def test_elements_of_one_job_are_made_one_after_another(shared):
+    code, text = shared.run_shared()
+    assert code == 0, text
+    assert kinds(shared, "meta") == kinds(shared, "distill_1") == ["started", "done"]
+    assert {path.name for path in (shared.out / "logs").iterdir()} == {"distill-6_0.0", "distill-6_0.1"}
+    code, text = shared.run_shared()
+    assert code == 0 and kinds(shared, "meta") == ["started", "done"], "nothing is left to do"
+
+
+def test_the_others_are_made_where_an_element_of_a_job_fails(shared):
+    code, text = shared.run_shared('[[ $folder != meta ]] || { echo "error: bad"; exit 2; }')
+    assert code == 2, text
+    assert kinds(shared, "meta") == ["started", "failed"] and kinds(shared, "distill_1") == ["started", "done"]
+
+
+def test_a_requeued_job_of_several_elements_goes_on_with_the_one_it_was_at(shared):
+    code, text = shared.run_shared("[[ $folder == meta ]] || exit 75")
+    assert code == 75 and requeues(shared) == ["requeue 6_0"], text
+    code, text = shared.run_shared(SLURM_RESTART_COUNT="1")
+    assert code == 0, text
+    assert kinds(shared, "meta") == ["started", "done"]
+    assert kinds(shared, "distill_1") == ["started", "requeued", "started", "done"]
+
+
+def test_a_cancelled_job_of_several_elements_makes_none_of_them(shared):
+    (shared.out / "slurm/cancelled").mkdir(parents=True)
+    (shared.out / "slurm/cancelled/6").touch()
+    code, text = shared.run_shared("exit 75")
+    assert code == 75 and requeues(shared) == [] and kinds(shared, "meta")[-1] == "cancelled", text
+    assert not (shared.out / "slurm/events/distill_1.tsv").exists()
+
+
+def test_the_successor_of_a_job_of_several_elements_has_those_that_are_left(shared):
+    (shared.fake / "refuse").write_text("Requested operation is presently disabled\n")
+    (shared.fake / "elements").write_text("0\n1\n")
+    shared.run_shared("[[ $folder == meta ]] || exit 75")
+    row = (shared.out / "jobs.tsv").read_text().splitlines()[-1].split("\t")
+    assert (row[1], row[2], row[3], row[6:]) == ("distill", "1", "500", ["0", "2"])
+    assert (shared.out / "logs/distill-500_0.out").exists()
 
 
 # ---- 6: environments ----

@@ -41,10 +41,8 @@ def test_experts_are_an_array_over_modules_and_experts_between_clusters_and_modu
 
 @pytest.mark.parametrize("element, flags", [("0", "--module 0 --expert 0"), ("11", "--module 2 --expert 3")])
 def test_the_job_body_finds_module_and_expert_of_an_element(element, flags):
-    body = (ROOT / "slurm/phase.sbatch").read_text().splitlines()
-    lines = [line for line in body if line.startswith(("part=", "((EXPERTS))"))]
     for experts, expected in (("4", flags), ("0", f"--module {element}")):
-        command = "\n".join([f"element={element} EXPERTS={experts}", *lines, 'echo "${part[@]}"'])
+        command = f'source {ROOT}/slurm/body.sh; EXPERTS={experts}; choose {element}; echo "${{part[@]}}"'
         assert subprocess.run(["bash", "-c", command], capture_output=True, text=True).stdout.strip() == expected
 
 

@@ -32,7 +32,7 @@ def cost(settings: Settings, orders: Sequence[Order], flops: Mapping[str, float]
         stage = order.stage
         nodes = settings.nodes_of(stage.setting)
         ranks = 0 if stage.phase in ONLINE else nodes * settings.ranks_of(stage.setting)
-        jobs = len(order.elements) if stage.array else 1
+        jobs = order.jobs
         names = [stage.artifacts[element] for element in order.elements]
         hours = [expected_hours(settings, stage.setting, ranks, name, flops.get(name), speeds) for name in names]
         expected_cell = "-"

@@ -19,7 +19,7 @@ from trainer.chain.settings import STAGES, Settings
 from trainer.chain.slots import slots
 from trainer.chain.submit import ROOT, Order, dependency, header, load, plan_orders, write_folder
 from trainer.config.recipe import Recipe
-from trainer.request.stages import Stage, chain, hub_names
+from trainer.request.stages import chain, hub_names
 
 DRY_RUN_LIMIT = 1800  # seconds
 PATIENCE = 15  # seconds without a line
@@ -99,21 +99,24 @@ def commands(settings: Settings, orders: Sequence[Order]) -> str:
         if stage.phase == "download":  # not of trainer/run.py
             continue
         srun = f"srun {settings.srun_args} {settings.python} trainer/run.py --phase {stage.phase}"
-        srun += f" {_element(stage, order.offset)} {shlex.join(stage.arguments)}"
+        srun += f" {_element(order)} {shlex.join(stage.arguments)}"
         tasks = settings.nodes_of(stage.setting) * settings.ranks_of(stage.setting)
         lines.append(f"#   runs, as {tasks} tasks: {' '.join(srun.split())}")
     return "\n".join(lines)
 
 
-def _element(stage: Stage, offset: int) -> str:
+def _element(order: Order) -> str:
     """The flags that tell an array's elements apart."""
+    stage, offset = order.stage, order.offset
     element = "SLURM_ARRAY_TASK_ID"
-    if offset:
+    if order.per_job > 1:
+        element = "ELEMENT"  # one after another
+    elif offset:
         element = f"({element} + {offset})"
     if stage.experts:
         return f"--module $(({element} / {stage.experts})) --expert $(({element} % {stage.experts}))"
     if stage.array:
-        return f"--module $(({element}))" if offset else f"--module ${element}"
+        return f"--module $(({element}))" if element.startswith("(") else f"--module ${element}"
     return ""
 
 

@@ -38,6 +38,7 @@ PER_STAGE = (
     "qos",
     "constraint",
     "reservation",
+    "elements_per_job",
 )
 # what is refused unless it is asked for by name -> in words
 ACCEPT = {
@@ -85,6 +86,7 @@ class Settings:
     env_file: str = knob("", "shell file sourced before python starts: modules, conda, variables")
     python: str = knob("python", "interpreter on login and compute nodes, after env_file")
     array_throttle: int = knob(0, "jobs of one array (modules, experts) running at once; 0 = all")
+    elements_per_job: str = knob("1", "elements of an array that one job makes in turn, per stage: 1,expert=8")
     level: str = knob("", "distillation jobs: one per module, or one per expert first (expert); empty = as the recipe")
     warn_seconds: int = knob(300, "warning before the time limit: a save and an evaluation must fit in")
     max_requeues: int = knob(20, "restarts of one job, whatever the reason")
@@ -115,6 +117,7 @@ class Settings:
         """What is given for one stage."""
         require(self.nodes_of(stage) >= 1, "nodes", self.nodes, "1 or more")
         require(self.cpus_of(stage) >= 1, "cpus_per_task", self.cpus_per_task, "1 or more")
+        require(self.elements_of(stage) >= 1, "elements_per_job", self.elements_per_job, "1 or more")
         if self.gpus_of(stage) == 0 and stage not in ONLINE:
             expected = "1 or more ranks per node when gpus_per_node is 0"
             require(self.tasks_per_node > 0, "tasks_per_node", self.tasks_per_node, expected)
@@ -198,6 +201,10 @@ class Settings:
         """CPU cores per rank of a stage's jobs."""
         count = _count("cpus_per_task", self.cpus_per_task, stage)
         return int(self.of("cpus_per_task", stage) or ONLINE_CPUS) if stage in ONLINE else count
+
+    def elements_of(self, stage: str) -> int:
+        """Elements of a stage's array that share a job, at most."""
+        return _count("elements_per_job", self.elements_per_job, stage)
 
     def time_of(self, stage: str) -> str:
         """Time limit of a stage's jobs."""

@@ -24,16 +24,19 @@ ENDED = (
 )
 TIMEOUT = 90  # seconds: with the controller down the clients try for about 30
 UNANSWERED = ("unable to contact", "socket timed out", "connection refused", "connection timed out", "slurmctld down")
+TOO_MANY = (
+    "So many jobs may not be allowed in the queue at once, and each job of an array counts. MaxSubmitJobs: "
+    "sacctmgr show assoc user=$USER format=account,maxsubmitjobs; sacctmgr show qos format=name,maxsubmitjobsperuser. "
+    "Let a job make several elements, --elements-per-job 1,expert=8 (of a study: 8), or take another --qos"
+)
 # part of what Slurm says -> what to do about it
 ADVICE = {
     "invalid partition": "Partitions: sinfo -s; choose one with --partition",
     "invalid job array": "The cluster's largest array: scontrol show config | grep MaxArraySize; use fewer modules or "
     "student.moe.num_experts, or --level module",
     "pathname": "A path of this run is too long for Slurm: use a shorter --out",
-    "submitjob": "So many jobs are not allowed in the queue at once, and each element of an array counts "
-    "(sacctmgr show assoc user=$USER format=MaxSubmitJobs): --level module, fewer modules, another --qos",
-    "job submit limit": "So many jobs may not be allowed in the queue at once, and each element of an array counts "
-    "(sacctmgr show assoc user=$USER format=MaxSubmitJobs): --level module, fewer modules, another --qos",
+    "submitjob": TOO_MANY,
+    "job submit limit": TOO_MANY,
     "invalid account": "Accounts: sacctmgr show assoc user=$USER; choose one with --account",
     "configuration source": "There is no Slurm configuration here: run this on a login node (or set SLURM_CONF)",
     "unable to contact": "The controller does not answer (scontrol ping): submit when it is back",

@@ -32,7 +32,7 @@ from trainer.request.stages import DOWNLOAD, FOLLOWING, GATHER, Stage, chain
 from trainer.writer_lock import WriterLock
 
 ROOT = Path(__file__).resolve().parents[2]
-COLUMNS = ("submitted", "stage", "array", "job", "depends", "script", "offset")
+COLUMNS = ("submitted", "stage", "array", "job", "depends", "script", "offset", "per_job")
 NO_FLOCK = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # Lustre mounted without flock, some NFS
 STAGES_FILE = "stages.json"  # of a submission that is no chain of one recipe
 NAMED = 6  # of what a job waits for
@@ -49,20 +49,26 @@ class Row:
     job: str
     depends: str  # ids, or "-"
     script: str
-    offset: str = "0"  # elements less this are the task ids
+    offset: str = "0"  # of the task ids
+    per_job: str = "1"  # elements that may share a job
 
     def task(self, element: int | None) -> int | None:
         """The task id of an element in Slurm."""
-        return None if element is None else element - int(self.offset)
+        return None if element is None else arrays.task_of(element, int(self.offset), int(self.per_job))
 
-    def log_name(self, element: int | None) -> str:
-        """What slurm/phase.sbatch calls its logs: NAME.out below RUN/logs, and the folder NAME of the ranks.
+    def job_log(self, element: int | None) -> str:
+        """The log of slurm/phase.sbatch below RUN/logs.
 
         Args:
             element: of an array; None = a plain job.
         """
         task = self.task(element)
-        return f"{self.stage}-{self.job}" if task is None else f"{self.stage}-{self.job}_{task}"
+        return f"{self.stage}-{self.job}.out" if task is None else f"{self.stage}-{self.job}_{task}.out"
+
+    def rank_logs(self, element: int | None) -> str:
+        """The folder below RUN/logs that it keeps the logs of an element's ranks in."""
+        folder = self.job_log(element).removesuffix(".out")
+        return folder if self.per_job == "1" else f"{folder}.{element}"
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,18 @@ class Order:
     elements: list[int]
     script: Path
     flags: list[str]
-    offset: int  # elements less this are the task ids of its array
+    offset: int  # of the task ids of its array
     after: list[str]  # stages of the same submission
     after_elements: tuple[int, ...] = ()  # elements of its own stage, in orders before it
     even_if_failed: bool = False  # whether it starts when those it waits for have ended in any way
+    per_job: int = 1  # elements that may share a job
+
+    @property
+    def jobs(self) -> int:
+        """Jobs that it makes."""
+        if not self.stage.array:
+            return 1
+        return len(arrays.Array(tuple(self.elements), self.offset, self.per_job).tasks)
 
 
 def submit(settings: Settings) -> int:
@@ -207,19 +221,16 @@ def write_folder(settings: Settings, recipe: Recipe, ds_values: dict, folder: Pa
     (folder / "recipe.yaml").write_text(yaml.safe_dump(to_dict(recipe), sort_keys=False))
     (folder / "ds_config.json").write_text(json.dumps(ds_values, indent=1) + "\n")
     for order in orders:
-        order.script.write_text(render(settings, order.stage, folder, order.offset, order.script))
+        order.script.write_text(render(settings, order, folder))
 
 
-def render(
-    settings: Settings, stage: Stage, folder: Path, offset: int = 0, script: Path | None = None, work: Path = ROOT
-) -> str:
+def render(settings: Settings, order: Order, folder: Path, work: Path = ROOT) -> str:
     """The job script: header, settings, and the one body slurm/phase.sbatch.
 
     Args:
-        offset: element of task id 0, for an array.
-        script: where it is written, for a job that submits it once more; None = FOLDER/STAGE.sbatch.
         work: the checkout: what is named relative to it still is (pictures, env.sh, .venv).
     """
+    stage = order.stage
     _, _, body = (ROOT / "slurm/phase.sbatch").read_text().partition("\n")  # behind its own #!/bin/bash
     if stage.phase == GATHER:
         settings = replace(settings, container="")  # it submits jobs, which no image can
@@ -233,7 +244,9 @@ def render(
         "INPUTS": stage.inputs,
         "TRAINER_ARGS": _arguments(settings, stage, folder),
         "EXPERTS": stage.experts,
-        "OFFSET": offset,
+        "ELEMENTS": [str(element) for element in order.elements] if stage.array else [],
+        "OFFSET": order.offset,
+        "PER_JOB": order.per_job,
         "PYTHON": settings.python,
         "ENV_FILE": settings.env_file,
         "SRUN_ARGS": [*shlex.split(settings.srun_args), *containers.srun_flags(settings, work)],
@@ -244,7 +257,7 @@ def render(
         "WARN_SECONDS": settings.warn_seconds,
         "MAX_REQUEUES": settings.max_requeues,
         "MAX_IDLE_REQUEUES": settings.max_idle_requeues,
-        "SCRIPT": script or folder / f"{stage.name}.sbatch",
+        "SCRIPT": order.script,
     }
     lines = ["#!/bin/bash"]
     lines += [f"#SBATCH {flag}" for flag in header(settings, stage)]
@@ -357,10 +370,11 @@ def _arrays_of(
     """One order, or as many as the cluster's limit makes of it, each with a script of its own that knows its offset."""
     throttle = f"%{settings.array_throttle}" if settings.array_throttle else ""
     orders = []
-    for number, array in enumerate(arrays.split(elements, max_array_size)):
+    per_job = settings.elements_of(stage.setting)
+    for number, array in enumerate(arrays.split(elements, max_array_size, per_job)):
         script = folder / (f"{stage.name}-{number + 1}.sbatch" if number else f"{stage.name}.sbatch")
         flags = [f"--array={array.text}{throttle}"]
-        orders.append(Order(stage, list(array.elements), script, flags, array.offset, waits_for))
+        orders.append(Order(stage, list(array.elements), script, flags, array.offset, waits_for, per_job=per_job))
     return orders
 
 
@@ -371,13 +385,12 @@ def _submit_all(settings: Settings, folder: Path, orders: Sequence[Order]) -> No
         for order in orders:
             name = order.stage.name
             parents = [job for parent in order.after for job in ids[parent]]
-            parents += [tasks[name, element] for element in order.after_elements]
+            parents += dict.fromkeys(tasks[name, element] for element in order.after_elements)
             hold = [] if parents else ["--hold"]
             waits = dependency(parents, order.even_if_failed) or dependency(settings.waits_for)
             parents = parents or settings.waits_for
             job = slurm.submit([*order.flags, *waits, *hold], str(order.script))
             ids.setdefault(name, []).append(job)
-            tasks |= {(name, element): f"{job}_{element - order.offset}" for element in order.elements}
             elements = ",".join(map(str, order.elements))
             row = Row(
                 submitted=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -387,11 +400,14 @@ def _submit_all(settings: Settings, folder: Path, orders: Sequence[Order]) -> No
                 depends=":".join(parents) or "-",
                 script=str(order.script),
                 offset=str(order.offset),
+                per_job=str(order.per_job),
             )
+            tasks |= {(name, element): f"{job}_{row.task(element)}" for element in order.elements}
             _record(settings.run, row)
             tell(job)
             _make_logs(settings.run, row, order)
             array = f" [{arrays.ranges(order.elements)}]" if order.stage.array else ""
+            array += f" in {order.jobs} jobs" if order.per_job > 1 else ""
             waits_for = [*order.after, *(order.stage.artifacts[element] for element in order.after_elements)]
             more = ", ..." if len(waits_for) > NAMED else ""
             after = f" after {', '.join(waits_for[:NAMED])}{more}" if waits_for else ""
@@ -424,8 +440,8 @@ def _record(run: Path, row: Row) -> None:
 
 def _make_logs(run: Path, row: Row, order: Order) -> None:
     """The empty logs of a submission: where the disk is full Slurm could not make one, and would start no script."""
-    for element in order.elements if order.stage.array else [None]:
-        (run / "logs" / f"{row.log_name(element)}.out").touch()
+    for log in {row.job_log(element) for element in (order.elements if order.stage.array else [None])}:
+        (run / "logs" / log).touch()
 
 
 @contextmanager

@@ -237,6 +237,7 @@ def orders_of(
     arguments = ("--cells", str(folder / "cells.json"), "--ds_config", str(folder / "ds_config.json"))
     stage = Stage(CELLS, CELL, (), (), tuple(numbered), arguments, array=True)
     throttle = f"%{settings.array_throttle}" if settings.array_throttle else ""
+    per_job = settings.elements_of(CELL)
     orders: list[Order] = []
     downloads = _to_download(settings, planned)
     if downloads:
@@ -247,11 +248,11 @@ def orders_of(
         elements = sorted(number[each.cell] for each in group)
         after = tuple(number[name] for name in group[0].waits_for)
         first = [DOWNLOAD] if downloads and not after else []  # must end well
-        for array in arrays.split(elements, max_array_size):
+        for array in arrays.split(elements, max_array_size, per_job):
             script = folder / f"{CELLS}-{len(orders) + 1}.sbatch"
             flags = [f"--array={array.text}{throttle}"]
             orders.append(
-                Order(stage, list(array.elements), script, flags, array.offset, first, after, even_if_failed=not first)
+                Order(stage, list(array.elements), script, flags, array.offset, first, after, not first, per_job)
             )
     name = "choose" if planned.later else "gather"
     arguments = ("--submission", str(folder), "--work", str(work), "--name", name)
@@ -311,7 +312,7 @@ def _write_scripts(settings: Settings, orders: Sequence[Order], folder: Path, wo
     stages = {order.stage.name: order.stage for order in orders}
     write_json(folder / STAGES_FILE, [asdict(stage) for stage in stages.values()])
     for order in orders:
-        order.script.write_text(render(settings, order.stage, folder, order.offset, order.script, work))
+        order.script.write_text(render(settings, order, folder, work))
 
 
 def _write_study(study: Study, path: Path, folder: Path) -> None:
@@ -380,12 +381,12 @@ def _listing(settings: Settings, planned: Planned, orders: Sequence[Order]) -> s
         names = _some([stage.artifacts[element] for element in order.elements])
         after = _some([stage.artifacts[element] for element in order.after_elements])
         waits = f", after {after}" if after else ""
-        lines.append(f"  {_count(len(order.elements), 'job')}, {order.flags[0]}: {names}{waits}")
+        lines.append(f"  {_count(order.jobs, 'job')}, {order.flags[0]}: {names}{waits}")
     if len(of_cells) > SHOWN:
         lines.append(f"  ... and {len(of_cells) - SHOWN} more arrays")
     lines.append(f"  1 job, {orders[-1].stage.name}, after all of them")
     ranks = settings.nodes_of(CELL) * settings.ranks_of(CELL)
-    jobs = len(planned.todo)
+    jobs = sum(order.jobs for order in of_cells)
     limit = jobs * ranks * settings.hours_of(CELL)
     lines.append(
         f"{_count(len(of_cells), 'array')}, {_count(jobs, 'job')} of {_count(ranks, settings.unit)} and "

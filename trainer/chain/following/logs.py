@@ -62,8 +62,8 @@ def choose(elements: list[Element], name: str) -> Element:
 
 def find(run: Path, element: Element, view: View) -> Path | None:
     """The log that tells most: rank 0's; the job body's where rank 0 has none yet, or the job ended without result."""
-    folders = [run / "logs" / name for name in element.log_names]
-    bodies = [path.with_name(f"{path.name}.out") for path in folders]
+    folders = [run / "logs" / name for name in element.rank_logs]
+    bodies = [run / "logs" / name for name in element.job_logs]
     body = _newest([path for path in bodies if path.is_file() and path.stat().st_size])  # empty until its job starts
     if view.job_log:
         return body
@@ -72,9 +72,8 @@ def find(run: Path, element: Element, view: View) -> Path | None:
         return rank
     if rank is None or element.state == ENDED:
         return body or rank
-    newest_start_has_none = (
-        body is not None and body.stat().st_mtime > rank.stat().st_mtime and (body.stem != rank.parent.name)
-    )
+    job, _, _ = rank.parent.name.partition(".")  # behind it the element, where several share a job
+    newest_start_has_none = body is not None and body.stat().st_mtime > rank.stat().st_mtime and body.stem != job
     return body if newest_start_has_none else rank
 
 

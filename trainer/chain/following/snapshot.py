@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trainer.chain import slurm
@@ -41,7 +41,8 @@ class Element:
     progress: Progress
     spent: Spent
     rank0_log: Path | None
-    log_names: tuple[str, ...]  # RUN/logs/NAME.out of the body and RUN/logs/NAME/ of the ranks, of each submission
+    job_logs: tuple[str, ...]  # of the job bodies, below RUN/logs
+    rank_logs: tuple[str, ...]  # folders there, of the ranks
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,15 @@ def _element(
     """
     row = submitted[-1] if submitted else None
     element = index if stage.array else None
-    log_names = tuple(row.log_name(element) for row in submitted)
-    log = _newest_rank0_log(run, log_names)
+    rank_logs = tuple(row.rank_logs(element) for row in submitted)
+    log = _newest_rank0_log(run, rank_logs)
     notes = events.read(run, result)
     is_done = (run / result / "result.json").is_file()
     will_never = never(job.reason) if job is not None and job.state == "PENDING" else None
+    if job is not None and job.live and row.per_job != "1":  # its job may be at work on others
+        last = events.last_of(notes, row.job)
+        ended = {"done": "COMPLETED", "failed": "FAILED"}.get(last.kind if last else "")
+        job = replace(job, state=ended) if ended else job
     state = _state(is_done, row, job, will_never, answered)
     return Element(
         result=result,
@@ -128,7 +133,8 @@ def _element(
         progress=progress.read(run, result, log),
         spent=spent.of(run, result, stage, submitted, notes, running=state == RUNNING, log=log),
         rank0_log=log,
-        log_names=log_names,
+        job_logs=tuple(row.job_log(element) for row in submitted),
+        rank_logs=rank_logs,
     )
 
 

@@ -31,7 +31,7 @@ class Spent:
     hours: float = 0.0
     starts: int = 0  # how often its job began
     ranks: int | None = None
-    limit: float | None = None  # hours by the time limit of one job
+    limit: float | None = None  # hours by the time limit of one job, its share where several results have one
 
 
 def of(
@@ -62,7 +62,8 @@ def of(
     if newest is None:
         return Spent(hours, len(starts))
     ranks = ranks_of(stage, newest)
-    return Spent(hours, len(starts), ranks, ranks * newest.hours_of(stage.setting))
+    sharing = newest.elements_of(stage.setting) if stage.array else 1
+    return Spent(hours, len(starts), ranks, ranks * newest.hours_of(stage.setting) / sharing)
 
 
 def ranks_of(stage: Stage, settings: Settings) -> int:
