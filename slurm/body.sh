@@ -57,13 +57,16 @@ run_hook() {
     RUN=$RUN timeout 10 bash -c "$HOOK" hook "$@" </dev/null || say "hook: exit code $? (124: not done within 10 s): $HOOK"
 }
 
-# Ends the job for good: fail CODE MESSAGE. On a full disk whatever fails may fail because of it: then it starts again.
+# Ends the job: fail CODE MESSAGE. On a full disk whatever fails may fail because of it: then the job starts again.
 fail() {
-    can_write || put_back "$1" "no room in $RUN: ${*:2}" nobody
+    if ! can_write; then
+        leave_to "$(who_ends)"
+        put_back "$1" "no room in $RUN: ${*:2}" nobody
+    fi
     fail_for_good "$@"
 }
 
-# The others that share the job are still made, by this script from its beginning.
+# The same on any disk. Elements that share the job are still made, by this script from its beginning.
 fail_for_good() {
     event failed "${*:2}"
     if ((PER_JOB > 1)) && [[ -z $signalled ]]; then

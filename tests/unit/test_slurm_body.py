@@ -569,17 +569,30 @@ def test_a_disk_too_full_for_the_check_of_the_nodes_accuses_none(body):
     assert "No space left on device" in done.text
 
 
-def test_what_fails_on_a_full_disk_is_tried_again(body):
-    """No log took the rank's words, so nothing but the disk itself tells that it is full."""
-    head = body.fake / "head"  # what tries how much room there is
+def may_be_full(body):
+    """The file "full" means that the disk is: `head` is what tries how much room there is."""
+    head = body.fake / "head"
     head.write_text(f"""#!/bin/bash
         [[ $1 == -c && -e $FAKE/full ]] && exit 1
         exec {shutil.which("head")} "$@" """)
     head.chmod(0o755)
+
+
+def test_what_fails_on_a_full_disk_is_tried_again(body):
+    """No log took the rank's words, so nothing but the disk itself tells that it is full."""
+    may_be_full(body)
     done = body.run('touch "$FAKE/full"; exit 3')
     assert done.last.startswith(f"requeued no room in {body.out}: exit 3: rank "), done.text
     (body.fake / "full").unlink()
     assert body.run("exit 3").last.startswith("failed exit 3: rank ")
+
+
+def test_what_a_person_has_ended_is_not_tried_again_on_a_full_disk(body):
+    may_be_full(body)
+    (body.fake / "env.sh").write_text('touch "$FAKE/full"; false\n')
+    (body.fake / "job").write_text(COMPLETING)
+    done = body.run(ENV_FILE=body.fake / "env.sh")
+    assert done.last.startswith("cancelled ended by a person") and requeues(body) == [], done.text
 
 
 def test_an_error_without_a_word_is_tried_once_more(body):
