@@ -178,6 +178,19 @@ def test_arrays_end_where_the_cluster_wants_it(command, stand_in, tmp_path):  # 
     assert found == [("0,1,2", "0"), ("3,4", "3"), ("-", "0")]
 
 
+def test_cells_that_share_a_job(command, stand_in, tmp_path):  # noqa: F811
+    """Five cells in three jobs; cells of one job wait for whole jobs of those before."""
+    variants = "".join(f"\n  v{i}: {{phases: [teacher], overrides: {{teacher.lr: 0.0{i + 1}}}}}" for i in range(5))
+    code, said, error = command("plan", "--elements-per-job", "2", variants=variants)
+    assert code == 0 and "  3 jobs, --array=0-2: " in said and "1 array, 3 jobs of 1 GPU" in said, said + error
+    code, _, error = command("submit", "--elements-per-job", "2", variants=variants)
+    assert code == 0, error
+    assert [(row.array, row.per_job) for row in rows(tmp_path / "out/jobs")] == [("0,1,2,3,4", "2"), ("-", "1")]
+    assert "--array=0-2 " in submitted(stand_in)[0]
+    code, _, error = command("submit", "--elements-per-job", "1,expert=2", variants=variants)
+    assert code == 2 and "elements_per_job names stage expert" in error
+
+
 def test_what_the_hub_gives_is_downloaded_first_and_once(command, stand_in, tmp_path):  # noqa: F811
     words = ("teacher.source=someone/vit", "teacher.head=own")
     code, _, error = command("submit", *words)
