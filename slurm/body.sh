@@ -227,7 +227,8 @@ put_back() {
     ((idle <= MAX_IDLE_REQUEUES)) ||
         fail_for_good "$code" \
             "$why; nothing was gained since the last requeue (saved step: $step), stopping. See the log of the ranks"
-    echo "$lineage $step $idle" >"$record.new" && mv "$record.new" "$record" # on a full disk the old one stays
+    # on a full disk the old one stays
+    { echo "$lineage $step $idle" >"$record.new" && mv "$record.new" "$record"; } || rm -f "$record.new"
     trap '' USR1
     trap 'exit "$code"' TERM # from now on it comes from the requeue itself
     event requeued "$why; saved step: $step" # before the requeue, which may end this script at once
