@@ -102,9 +102,23 @@ def body(tmp_path, monkeypatch):
     def start(python=DONE, environ=None, **settings):
         (fake / "python").write_text(f"#!/bin/bash\n[[ $2 == trainer.report ]] && exit\n{python}\n")
         (fake / "python").chmod(0o755)
-        values = {"ROOT": ROOT, "WORK": ROOT, "RUN": out, "STAGE": "meta", "PHASE": "meta", "ENV_FILE": "",
-                  "PYTHON": "python", "EXPERTS": 0, "GPUS": 1, "OFFSET": 0, "PER_JOB": 1, "WARN_SECONDS": 600,
-                  "MAX_REQUEUES": 20, "MAX_IDLE_REQUEUES": 1, "SCRIPT": out / "slurm/1/meta.sbatch"}  # fmt: skip
+        values = {
+            "ROOT": ROOT,
+            "WORK": ROOT,
+            "RUN": out,
+            "STAGE": "meta",
+            "PHASE": "meta",
+            "ENV_FILE": "",
+            "PYTHON": "python",
+            "EXPERTS": 0,
+            "GPUS": 1,
+            "OFFSET": 0,
+            "PER_JOB": 1,
+            "WARN_SECONDS": 600,
+            "MAX_REQUEUES": 20,
+            "MAX_IDLE_REQUEUES": 1,
+            "SCRIPT": out / "slurm/1/meta.sbatch",
+        }
         values |= settings
         head = [f'{name}="{value}"' for name, value in values.items()]
         head += ["ARTIFACTS=(meta distill_1 distill_2)", "ELEMENTS=(0 1 2)", "INPUTS=(teacher)"]

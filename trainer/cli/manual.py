@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import textwrap
-import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,7 @@ import yaml
 
 from trainer.config.ds_config import PASSED_ON, REFUSED, TRAINER_KEYS
 from trainer.config.knobs import close
-from trainer.config.load import all_keys, describe, to_dict
+from trainer.config.load import all_keys, describe, to_dict, type_hints
 from trainer.config.recipe import Recipe
 from trainer.request.job import EXIT_CODES
 from trainer.tracking.console import table
@@ -44,7 +43,7 @@ def sections() -> dict[str, type]:
 
 def _sections_in(cls: type, where: str = "") -> dict[str, type]:
     inner = {}
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
             inner[where + name] = hint
             inner |= _sections_in(hint, f"{where}{name}.")
@@ -60,7 +59,7 @@ def keys(section: str) -> list[Key]:
     if section != TOP:
         for part in section.split("."):
             defaults = defaults[part]
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     section_keys = []
     for item in dataclasses.fields(cls):
         hint = hints[item.name]
