@@ -1,8 +1,9 @@
-"""The whole chain on a real cluster, disturbed in every way a queue knows, against --phase all left in peace."""
+"""Chains on a real cluster against --phase all left in peace: disturbed as a queue disturbs, and edited under way."""
 
 import pytest
 
-from tests.slurm.chain import Chain, same_weights
+from tests.slurm.chain import RECIPE, ROOT, Chain, same_weights
+from trainer.chain import frozen
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +104,17 @@ def _lose_a_node_in_train(cluster, chain, job):
     saved = [int(e.split()[-1]) for e in chain.events("train") if e.startswith("started") and e[-1].isdigit()]
     assert len(saved) == 2 and saved[1] >= 100
     assert chain.resumed("train") == saved  # nothing trained twice beyond the last save
+
+
+def test_what_waits_in_the_queue_runs_the_code_it_was_submitted_with(cluster, reference, tmp_path):
+    frozen.freeze(ROOT, tmp_path)
+    checkout = (tmp_path / "code").rename(tmp_path / "checkout")
+    chain = Chain(cluster, tmp_path / "run", root=checkout, RECIPE=str(ROOT / RECIPE), SBATCH_ARGS="--hold")
+    jobs = chain.submit()
+    for name in ("trainer/__init__.py", "models/__init__.py", "slurm/common.sh"):
+        (checkout / name).write_text("raise RuntimeError('edited while the queue waits')\n")
+    cluster.out("scontrol", "release", jobs["teacher"])
+    assert chain.until_ended(jobs["teacher"]) == "COMPLETED"
+    cluster.out("scancel", *jobs.values())
+    weights = "teacher/model.safetensors"
+    assert (chain.out / weights).read_bytes() == (reference / weights).read_bytes()

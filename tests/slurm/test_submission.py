@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from tests.slurm.chain import DRIVER, RECIPE, ROOT, Chain
-from trainer.chain import frozen, together
+from tests.slurm.chain import DRIVER, ROOT, Chain
+from trainer.chain import together
 
 
 @pytest.fixture
@@ -47,20 +47,6 @@ def test_a_driver_killed_at_any_moment_leaves_nothing_that_runs(cluster, chain, 
     assert again.returncode == 0 and "killed half-way: taking back its jobs" in again.stdout, again.stderr
     now = {job for job in queued(cluster) if job not in before}
     assert now == {row[3] for row in chain.rows()}
-
-
-def test_what_waits_in_the_queue_runs_the_code_it_was_submitted_with(cluster, reference, tmp_path):
-    frozen.freeze(ROOT, tmp_path)
-    checkout = (tmp_path / "code").rename(tmp_path / "checkout")
-    chain = Chain(cluster, tmp_path / "run", root=checkout, RECIPE=str(ROOT / RECIPE), SBATCH_ARGS="--hold")
-    jobs = chain.submit()
-    for name in ("trainer/__init__.py", "models/__init__.py", "slurm/common.sh"):
-        (checkout / name).write_text("raise RuntimeError('edited while the queue waits')\n")
-    cluster.out("scontrol", "release", jobs["teacher"])
-    assert chain.until_ended(jobs["teacher"]) == "COMPLETED"
-    cluster.out("scancel", *jobs.values())
-    weights = "teacher/model.safetensors"
-    assert (chain.out / weights).read_bytes() == (reference / weights).read_bytes()
 
 
 def test_a_partition_that_is_down_is_not_waited_for(cluster, chain):
