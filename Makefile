@@ -37,11 +37,10 @@ demo: $(VENV)/.runtime
 study: $(VENV)/.runtime
 	$(ENV) python -m trainer.study $(STUDY) --out runs/$(basename $(notdir $(STUDY)))
 
-# First what one process does, spread over the cores by file; then what starts several ranks or a cluster, one after another,
-# also after a failure of the first.
+# Spread by file over the cores, the folders in their order: what starts ranks or a cluster begins, and many short tests end it.
+SPREAD := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 test: $(VENV)/.dev
-	$(ENV) python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 20 tests/unit tests/docs; first=$$?; \
-	$(ENV) python -m pytest --durations 20 tests --ignore tests/unit --ignore tests/docs && exit $$first
+	$(ENV) python -m pytest $(SPREAD) --durations 20 tests
 
 # tests/unit with the lowest versions that requirements.txt allows, in an environment of its own. PyPI's torch is the CUDA
 # build: about 5 GB. A line like "timm>=1.0.31,<2" becomes the constraint "timm==1.0.31".
@@ -69,9 +68,9 @@ wheel: $(VENV)/.dev
 test-wheel: $(VENV)/.dev
 	$(ENV) FRESH_ENVIRONMENTS=1 python -m pytest tests/package
 
-# The long form of tests/slurm on a real cluster of this machine; as root on Debian, about 20 minutes on 2 cores.
+# The long form of tests/slurm, each worker with a real cluster of its own; as root on Debian, about 20 minutes on 2 cores.
 slurm-test: $(VENV)/.dev slurm-packages
-	$(ENV) CI=1 python -m pytest tests/slurm -m "slow or not slow"
+	$(ENV) CI=1 python -m pytest $(SPREAD) --durations 20 tests/slurm -m "slow or not slow"
 
 # Chains on four nodes, disturbed at random (preemption, dead nodes, controller, signals, full disk, srun): each has to end
 # with the weights of an undisturbed one. CHAINS=30 SEED=0 make slurm-rounds; LIGHT=--light: stages that pretend to train.
