@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import platform
 import statistics
 import sys
@@ -37,6 +36,7 @@ from timm.data import auto_augment, create_transform
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
+from benchmarks import timing
 from models.preprocessing import Preprocessing
 from trainer.config.data import AugmentConfig, DataConfig
 from trainer.config.load import load_recipe
@@ -93,8 +93,8 @@ def main() -> None:
         },
     }
     _print(figures)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    ratios = {f"{name}: images/s to ImageFolder + timm": figures[name]["ratio"] for name in cases}
+    timing.write(options.json, ratios, machine=timing.machine(), **figures)
 
 
 def _write_pictures(folder: Path, options: argparse.Namespace) -> float:

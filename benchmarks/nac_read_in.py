@@ -28,6 +28,7 @@ import models  # noqa: F401  isort: skip  first: it mends torchvision beside a C
 import torch
 from torch import Tensor
 
+from benchmarks import timing
 from models.nac import NAC, NACConfig, decode_preset
 from models.nac.attention import ReadInAttention
 from models.nac.model import ReadIn
@@ -41,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="imagenet")
     parser.add_argument("--pairs", type=int, default=5, help="rounds of both forms, after one that is not counted")
+    parser.add_argument("--json", type=Path, help="file to keep the results in")
     parser.add_argument("--memory", help=argparse.SUPPRESS)  # in a process of its own
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -55,6 +57,7 @@ def main() -> None:
         step()
         print(resident("VmHWM") - before)
         return
+    ratios = {}
     print(f"preset {options.preset}, batch 1, {options.pairs} pairs, forward and backward:")
     for part, make in STEPS.items():
         seconds = in_turn({form: make(config, form) for form in FORMS}, options.pairs)
@@ -62,12 +65,16 @@ def main() -> None:
         for form in FORMS:
             print(f"  {part}, {form:9} {seconds[form]:6.2f} s, peak {kilobytes[form] / 1024:6,.0f} MiB above the start")
         saved = 1 - kilobytes["absorbed"] / kilobytes["direct"]
-        print(f"  {part}, absorbed: {seconds['direct'] / seconds['absorbed']:.1f} x as fast, {saved:.0%} less memory")
+        speed = seconds["direct"] / seconds["absorbed"]
+        print(f"  {part}, absorbed: {speed:.1f} x as fast, {saved:.0%} less memory")
+        ratios |= {f"{part}: speed, absorbed to direct": speed, f"{part}: memory saved": saved}
     print(f"evaluation of the whole NAC, batch 1, {options.pairs} rounds:")
     seconds = in_turn({str(share): evaluation(config, share) for share in SHARES}, options.pairs)
     for share in SHARES:
         ratio = seconds["1.0"] / seconds[str(share)]
         print(f"  {share:4.0%} of the mediators: {seconds[str(share)]:.3f} s, {ratio:.2f} x as fast")
+        ratios[f"{share:.0%} of the mediators: speed of evaluation"] = ratio
+    timing.write(options.json, ratios, machine=timing.machine())
 
 
 def read_in_step(config: NACConfig, form: str) -> Callable[[], None]:

@@ -9,12 +9,16 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from trainer import origin
 
 Kinds = Mapping[str, Callable[[], object]]
 
@@ -85,8 +89,20 @@ def describe(facts: Mapping[str, Any]) -> str:
     )
 
 
-def write(path: Path | None, **results: Any) -> None:
-    """Keep results as JSON, where a path is given."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results, indent=1) + "\n")
+def write(path: Path | None, ratios: Mapping[str, float], **results: Any) -> None:
+    """Keep results as JSON, where a path is given, with what they were made by; benchmarks/history.py reads such files.
+
+    Args:
+        ratios: what another machine or another day is compared by, by name.
+        results: everything else; "machine" is what machine() says.
+    """
+    if path is None:
+        return
+    made_by = {
+        "benchmark": Path(sys.argv[0]).stem,
+        "arguments": sys.argv[1:],
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "commit": origin.commit(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**made_by, "ratios": ratios, **results}, indent=1) + "\n")
