@@ -6,16 +6,19 @@
 Both read the same JPEGs, made here (clouds of noise, 4:2:0, of the size in bytes that is asked for), at the
 augmentation of a recipe: as it stands there, without RandAugment, and with its repeated augmentation, which ImageFolder
 has not. A batch of each in turn, one process, one thread; a ratio is the median over the pairs of their ratios in
-processor seconds. Then the milliseconds of an image in every stage. The floor beside them is libjpeg-turbo alone.
+processor seconds. Then the same JPEGs from tar files against the folder, both by the trainer, and the milliseconds of
+an image in every stage. The floor beside them is libjpeg-turbo alone. All files lie in the page cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import platform
 import statistics
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -66,18 +69,28 @@ def main() -> None:
     recipe_augment = replace(load_recipe(options.recipe, []).augment, repeats=1)
     plain = replace(recipe_augment, rand_augment="", color_jitter=0.0)
     repeats = load_recipe(options.recipe, []).augment.repeats
-    with tempfile.TemporaryDirectory() as folder:
-        size = _write_pictures(Path(folder), options)
-        source = open_source(DataConfig(source="folder", path=folder, val_share=0.25), "train")
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["M2MKD_CACHE"] = scratch  # the index of the tar files goes with them
+        folder = Path(scratch) / "pictures"
+        size = _write_pictures(folder, options)
+        _pack(folder / "train", Path(scratch) / "shards")
+        source, shards = (
+            open_source(DataConfig(path=f"{scratch}/{name}", val_share=0.25), "train")
+            for name in ("pictures", "shards")
+        )
         cases = {"recipe": recipe_augment, "without RandAugment": plain}
         if repeats > 1:
             cases[f"recipe, repeats {repeats}"] = replace(recipe_augment, repeats=repeats)
         figures = {}
         for name, augment in cases.items():
-            theirs = _image_folder(Path(folder), augment, options.batch)
-            ours = train_batches(source, PRE, augment, seed=0, epoch=0, epochs=MANY_EPOCHS, micro_batch=options.batch)
-            figures[name] = _compare(theirs, ours, options.pairs, options.batch)
+            theirs = _image_folder(folder, augment, options.batch)
+            ours = _batches(source, augment, options.batch)
+            figures[name] = _compare({"ImageFolder + timm": theirs, "trainer": ours}, options.pairs, options.batch)
+        sources = {"folder": source, "tar files": shards}
+        both = {name: _batches(images, recipe_augment, options.batch) for name, images in sources.items()}
+        in_tars = _compare(both, options.pairs, options.batch)
         stages = _stages(source, recipe_augment)
+    figures["in tar files"] = in_tars
     figures["stages"] = stages
     figures["about"] = {
         "picture": f"{options.width} x {options.height}, {size / 1e3:.0f} kB",
@@ -94,6 +107,7 @@ def main() -> None:
     }
     _print(figures)
     ratios = {f"{name}: images/s to ImageFolder + timm": figures[name]["ratio"] for name in cases}
+    ratios["in tar files: images/s to a folder"] = in_tars["ratio"]
     timing.write(options.json, ratios, machine=timing.machine(), **figures)
 
 
@@ -107,6 +121,24 @@ def _write_pictures(folder: Path, options: argparse.Namespace) -> float:
         path.write_bytes(content)
         sizes.append(len(content))
     return statistics.mean(sizes)
+
+
+def _pack(folder: Path, target: Path) -> None:
+    """The same as TARGET/train-<i>.tar, 16 images each, class by class as they lie in the folder."""
+    target.mkdir()
+    files = sorted(folder.rglob("*.jpg"))
+    for number in range(0, len(files), 16):
+        with tarfile.open(target / f"train-{number // 16:04}.tar", "w") as tar:
+            for file in files[number : number + 16]:
+                name = str(file.relative_to(folder))
+                tar.add(file, name)
+                label = tarfile.TarInfo(name.replace(".jpg", ".txt"))
+                label.size = len(file.parent.name)
+                tar.addfile(label, io.BytesIO(file.parent.name.encode()))
+
+
+def _batches(source: ImageSource, augment: AugmentConfig, batch: int) -> Iterator[object]:
+    return train_batches(source, PRE, augment, seed=0, epoch=0, epochs=MANY_EPOCHS, micro_batch=batch)
 
 
 def _jpeg(seed: int, width: int, height: int, most_bytes: float) -> bytes:
@@ -138,11 +170,11 @@ def _encoded(image: Image.Image, quality: int) -> bytes:
     return content.getvalue()
 
 
-def _compare(theirs: Iterator[object], ours: Iterator[object], pairs: int, batch: int) -> dict[str, float]:
-    """Images a second of either, and the median ratio of the pairs."""
-    seconds = {"ImageFolder + timm": [], "trainer": []}
+def _compare(sides: dict[str, Iterator[object]], pairs: int, batch: int) -> dict[str, float]:
+    """Images a second of either side, and the median over the pairs of how many times faster the second one is."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
     for pair in range(-2, pairs):  # two to warm up
-        for name, batches in (("ImageFolder + timm", theirs), ("trainer", ours)):
+        for name, batches in sides.items():
             taken = _seconds(lambda batches=batches: next(batches))
             if pair >= 0:
                 seconds[name].append(taken)
@@ -233,9 +265,12 @@ def _print(figures: dict[str, dict]) -> None:
     print(f"{about['picture']}, batches of {about['batch']}, {about['pairs']} pairs")
     print("| | ImageFolder + timm, images/s | trainer, images/s | ratio | least to most |\n|---|---:|---:|---:|---:|")
     for name, values in figures.items():
-        if "ratio" in values:
+        if "trainer, images/s" in values:
             theirs, ours, ratio, least, most = values.values()
             print(f"| {name} | {theirs:.0f} | {ours:.0f} | {ratio:.2f} | {least:.2f} to {most:.2f} |")
+    of_folder, of_tars, ratio, least, most = figures["in tar files"].values()
+    print("\n| from a folder, images/s | from tar files, images/s | ratio | least to most |\n|---:|---:|---:|---:|")
+    print(f"| {of_folder:.0f} | {of_tars:.0f} | {ratio:.3f} | {least:.3f} to {most:.3f} |")
     print("\n| stage | ms an image |\n|---|---:|")
     for name, value in figures["stages"].items():
         print(f"| {name.removesuffix(', ms')} | {value:.3f} |")

@@ -33,6 +33,7 @@ from trainer.data.boxes.sources import open_boxes
 from trainer.data.classes import doubts
 from trainer.data.fingerprint import fingerprint as images_fingerprint
 from trainer.data.sampler import phase_seed
+from trainer.data.shards import ShardSource
 from trainer.data.sources import FolderSource, open_source
 from trainer.data.workers import MOST_ELSEWHERE, spare_processors
 from trainer.disk import replacing
@@ -129,16 +130,17 @@ class Run:
     def open_together(self) -> None:
         """Open the images on rank 0 first, and walk through folders there alone (collective).
 
-        Listing a million names is work for a shared file system, which every rank would ask for in the same moment: the
-        others are told what rank 0 has found. Where their data.path is another one (a variable in it may name a disk of
-        the node), they walk themselves. Other kinds of data lie in the caches when the others open them.
+        Listing a million names, or reading the headers of tar files, is work for a shared file system, which every rank
+        would ask for in the same moment: the others are told what rank 0 has found. Where their data.path is another
+        one (a variable in it may name a disk of the node), they walk themselves. Other kinds of data lie in the caches
+        when the others open them.
         """
         if self.dist.world == 1:
             return
         on_main(self.dist, lambda: self.sources)  # may be a download of hours
         place = expanded(self.recipe.data.path)
         walked = None
-        if self.dist.main and all(isinstance(source, FolderSource) for source in self.sources):
+        if self.dist.main and all(isinstance(source, (FolderSource, ShardSource)) for source in self.sources):
             walked = place, self.sources
         walked = self.dist.share(walked)
         with self.dist.together():

@@ -227,6 +227,13 @@ def test_the_card_does_not_tell_paths_of_this_machine(tmp_path, student):
     assert card.data.eval_results[0].dataset_type == "imagefolder" and card.data.get("datasets") is None
 
 
+def test_the_card_of_images_in_tar_files(tmp_path, student):
+    (tmp_path / "pets").mkdir()
+    (tmp_path / "pets" / "train.tar").touch()
+    card = card_of(tmp_path / "out", student, data={"source": "auto", "path": str(tmp_path / "pets")})
+    assert card.data.eval_results[0].dataset_type == "webdataset" and "pets: trained on split" in card.text
+
+
 def test_the_same_run_gives_the_same_card_and_no_matplotlib_no_picture(tmp_path, student, monkeypatch):
     recipe = new_recipe()
     finish_run(tmp_path, recipe, student)

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,28 @@ def test_the_other_ranks_list_no_folder(pictures, tmp_path, listed, monkeypatch)
         assert here.targets.tolist() == there.targets.tolist() and here.labels == there.labels
         assert (here.name, here.origin, here.counts.tolist()) == (there.name, there.origin, there.counts.tolist())
         assert here.image(0).size == (8, 8)
+
+
+def test_the_other_ranks_read_no_header_of_a_tar(pictures, tmp_path, listed, monkeypatch):
+    monkeypatch.setenv("M2MKD_CACHE", str(tmp_path / "cache"))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(shards / f"{split}.tar", "w") as tar:
+            for file in sorted((pictures / split).rglob("*.png")):
+                name = str(file.relative_to(pictures / split))
+                tar.add(file, name)
+                (tmp_path / "label").write_text(name.split("/")[0])
+                tar.add(tmp_path / "label", name.replace(".png", ".txt"))
+    first = run_of(0, shards, tmp_path)
+    first.open_together()
+    listed.clear()
+    monkeypatch.setattr(tarfile, "open", None)
+    second = follow(run_of(1, shards, tmp_path), monkeypatch)
+    assert listed == []
+    for here, there in zip(second, first.sources):
+        assert here.targets.tolist() == there.targets.tolist() and here.labels == ["cat", "dog"]
+        assert [here.content_of(row, 99) for row in here.rows] == [there.content_of(row, 99) for row in there.rows]
 
 
 def test_a_disk_of_the_node_is_walked_there(pictures, tmp_path, listed, monkeypatch):

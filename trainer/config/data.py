@@ -60,14 +60,16 @@ class DataConfig:
     source: Literal["auto", "digits", "fractals", "textures", "folder", "hub"] = knob(
         "auto",
         "embedded digits, procedural fractals or textures, an ImageFolder, or `datasets`; auto = what data.path names: "
-        "a folder of pictures, a folder that `datasets` wrote, or a hub id; without data.path the digits",
+        "a folder of pictures or of tar files, one that `datasets` wrote, or a hub id; without data.path the digits",
     )
     path: str = knob("", "folder (source folder), or hub id[@revision] / local path (source hub)")
-    image_key: str = knob("image", "column with the image (source hub)")
-    label_key: str = knob("label", "column with the label (source hub)")
+    image_key: str = knob("image", "column with the image (source hub); of tar files the extension")
+    label_key: str = knob(
+        "label", "column with the label (source hub); of tar files the field of KEY.json, or cls or txt"
+    )
     config: str = knob("", "configuration (subset) of a data set that has several (source hub); empty = its only one")
-    train_split: str = knob("train", "split or sub-folder for training")
-    val_split: str = knob(VALIDATION, "split or sub-folder for evaluation")
+    train_split: str = knob("train", "split or sub-folder for training; of tar files a word of their names too")
+    val_split: str = knob(VALIDATION, "split or sub-folder for evaluation, likewise")
     val_share: float | None = knob(
         None,
         "share of the training images of each class that is held out for evaluation, always the same ones, where the "

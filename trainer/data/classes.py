@@ -115,10 +115,7 @@ def labels_and_targets(
         _compare_class_labels(keys, chosen, data, what, name)
     elif kinds == {int}:
         keys = sorted(set(train_values))
-        named = keys != list(range(len(keys)))
-        if named:
-            numbers = first_names([str(key) for key in keys])
-            remark = f"label numbers {numbers} are the classes 0 to {len(keys) - 1}, named by their numbers"
+        named, remark = numbered(keys)
     else:
         keys = sorted(set(train_values))
         checked_names(keys, what)
@@ -128,10 +125,18 @@ def labels_and_targets(
         if value not in number_of:
             raise ValueError(
                 f"{what}: row {row} is labelled {value!r}, expected one of {len(labels)} labels of "
-                f"split {data.train_split!r} ({first_names(labels, 10)}).{_near(value, labels)}"
+                f"split {data.train_split!r} ({first_names(labels, 10)}).{near(value, labels)}"
             )
     targets = np.fromiter((number_of[value] for value in values), dtype=np.int64, count=len(values))
     return labels, targets, named, remark
+
+
+def numbered(keys: Sequence[int]) -> tuple[bool, str]:
+    """Whether sorted label numbers name their classes, which 0, 1, 2 ... do not, and a remark on it."""
+    if list(keys) == list(range(len(keys))):
+        return False, ""
+    numbers = first_names([str(key) for key in keys])
+    return True, f"label numbers {numbers} are the classes 0 to {len(keys) - 1}, named by their numbers"
 
 
 def _labels_of(split: datasets.Dataset, key: str, what: str, name: str) -> list[Any]:
@@ -215,7 +220,8 @@ def _compare_class_labels(labels: list[str], chosen: datasets.Dataset, data: Dat
         )
 
 
-def _near(value: Any, labels: Sequence[str]) -> str:
+def near(value: Any, labels: Sequence[str]) -> str:
+    """The label that was meant, where only its spelling is another; else nothing."""
     same = [label for label in labels if folded(label) == folded(str(value))]
     return f" {same[0]!r} differs in case, spaces or underscores alone." if same else ""
 

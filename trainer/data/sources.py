@@ -1,4 +1,4 @@
-"""Where images come from: the embedded digits, procedural images, an ImageFolder, or what `datasets` loads map-style.
+"""Where images come from: embedded digits, procedural images, an ImageFolder, tar files, or what `datasets` loads.
 
 A source is random access (`image(i)`, `label(i)`), because a map-style source with a seeded sampler resumes exactly and
 a streamed one with a shuffle buffer does not. Images are decoded by decode.py for every source alike.
@@ -32,6 +32,8 @@ from trainer.data.decode import (
     opened,
 )
 from trainer.data.hub_splits import HELD_OUT_HINT, check_columns, listed, load_splits, refuse_outside
+from trainer.data.shards import ShardSource
+from trainer.data.tars import is_shard_folder, shard_splits
 from trainer.data.walk import (
     SPLIT_NAMES,
     Tally,
@@ -82,7 +84,9 @@ def open_source(data: DataConfig, split: str, *, labels_needed: bool = True) -> 
 
 
 def source_of(data: DataConfig) -> str:
-    """The kind of source that the recipe names, or that data.path is: digits, fractals, textures, folder or hub.
+    """The kind of source that the recipe names or data.path is: digits, fractals, textures, folder, shards or hub.
+
+    A folder of tar files is read as shards, whichever of auto, folder and hub the recipe names.
 
     Raises:
         ValueError: data.path is nothing that can be read, or is given beside a source that reads none.
@@ -94,11 +98,13 @@ def source_of(data: DataConfig) -> str:
                 "data.source=auto for the images of data.path, or 'data.path=\"\"' for none"
             )
         return data.source
-    if data.source != "auto":
-        return data.source
-    if not data.path:
+    if data.source == "auto" and not data.path:
         return "digits"
     path = Path(expanded(data.path))
+    if path.is_dir() and is_shard_folder(path):
+        return "shards"
+    if data.source != "auto":
+        return data.source
     if path.is_dir():
         if not any(path.iterdir()):
             raise ValueError(f"data.path {data.path!r} is an empty folder, expected folders of pictures, one per class")
@@ -306,7 +312,9 @@ def _without_validation(data: DataConfig) -> list[str] | None:
     root = Path(data.path)
     if data.source == "folder" and not root.is_dir():
         return None
-    if root.is_dir() and (data.source == "folder" or is_picture_folder(root, data.train_split)):
+    if data.source == "shards":
+        names = list(shard_splits(root, data))
+    elif root.is_dir() and (data.source == "folder" or is_picture_folder(root, data.train_split)):
         names = [entry.name for entry in root.iterdir() if entry.is_dir()]
     else:
         names = list(load_splits(data.path, data.config)[0])
@@ -322,7 +330,9 @@ def _held_out(data: DataConfig, split: str, labels_needed: bool) -> ImageSource:
 
     Images without labels are held out as one class.
     """
-    if data.source not in BUILT_IN and (data.source == "folder" or Path(data.path).expanduser().is_dir()):
+    if data.source == "shards":
+        _refuse_unused_split(data, shard_splits(Path(data.path), data))
+    elif data.source not in BUILT_IN and (data.source == "folder" or Path(data.path).expanduser().is_dir()):
         data = _without_split_folders(data, labels_needed)
     whole = _SOURCES[data.source](replace(data, limit=0), "train", labels_needed)
     is_val = held_out(whole.targets, whole.labels or [""], data.val_share)
@@ -348,8 +358,7 @@ def _without_split_folders(data: DataConfig, labels_needed: bool) -> DataConfig:
     if not labels_needed and is_flat(root):
         return replace(data, train_split="")
     folders = [entry.name for entry in root.iterdir() if entry.is_dir()]
-    if data.val_split in folders:
-        raise ValueError(f"data.val_share is {data.val_share:g}, but {root} has {_unused_split(data)}")
+    _refuse_unused_split(data, folders)
     try:
         split_folder(root, data.train_split, "data.train_split")
     except ValueError:
@@ -360,8 +369,16 @@ def _without_split_folders(data: DataConfig, labels_needed: bool) -> DataConfig:
     return data
 
 
+def _refuse_unused_split(data: DataConfig, names: Iterable[str]) -> None:
+    """Raise a ValueError when the validation split is among these: none has to be held out."""
+    if data.val_split in names:
+        raise ValueError(f"data.val_share is {data.val_share:g}, but {data.path} has {_unused_split(data)}")
+
+
 def _unpacked(path: Path) -> str:
     """What to do with a file that stands where a folder is expected."""
+    if path.suffix.lower() == ".tar":
+        return f"if it is a shard (KEY.jpg beside KEY.cls) give its folder, {str(path.parent)!r}; else unpack it"
     if path.suffix.lower() in PACKED:
         return "unpack it, and give the folder"
     return f"give the folder it lies in, {str(path.parent)!r}"
@@ -391,7 +408,13 @@ def _procedural(data: DataConfig, split: str, labels_needed: bool) -> ImageSourc
     return ProceduralSource(data, getattr(data, data.source), split)
 
 
-_SOURCES = {"digits": _digits, "folder": FolderSource, "hub": _hub, **dict.fromkeys(PROCEDURAL, _procedural)}
+_SOURCES = {
+    "digits": _digits,
+    "folder": FolderSource,
+    "shards": ShardSource,
+    "hub": _hub,
+    **dict.fromkeys(PROCEDURAL, _procedural),
+}
 
 
 def _beginning(path: str, limit: int) -> bytes:

@@ -108,8 +108,8 @@ def class_folders(folder: Path, tally: Tally) -> list[str]:
     """
     classes = []
     for entry in _entries(folder):
-        if _is_hidden(entry.name):
-            tally.hidden[_pattern(entry.name)] += 1
+        if is_hidden(entry.name):
+            tally.hidden[hidden_as(entry.name)] += 1
         elif _leads_nowhere(entry):
             tally.dead_links[entry.name] += 1
         elif _is_folder(entry):
@@ -131,7 +131,7 @@ def is_flat(folder: Path) -> bool:
     """Whether a folder holds pictures and no folder: images without labels."""
     found = False
     for entry in _entries(folder):
-        if _is_hidden(entry.name) or _leads_nowhere(entry):
+        if is_hidden(entry.name) or _leads_nowhere(entry):
             continue
         if _is_folder(entry):
             return False
@@ -211,7 +211,7 @@ def is_dataset_folder(root: Path) -> bool:
         return True
     upper_folders = [root]
     for entry in _entries(root):
-        if _is_folder(entry) and not _is_hidden(entry.name):
+        if _is_folder(entry) and not is_hidden(entry.name):
             upper_folders.append(Path(entry.path))
     for folder in upper_folders:
         if _holds_any(folder, METADATA):
@@ -235,8 +235,8 @@ def _walk(
         read_already.add(identity)
         names = []
         for entry in _entries(path):
-            if _is_hidden(entry.name):
-                tally.hidden[_pattern(entry.name)] += 1
+            if is_hidden(entry.name):
+                tally.hidden[hidden_as(entry.name)] += 1
             elif _leads_nowhere(entry):
                 tally.dead_links[label] += 1
             elif _is_folder(entry):
@@ -263,7 +263,8 @@ def _entries(folder: str | Path) -> list[os.DirEntry]:
         ) from error
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is what systems and programs leave behind."""
     return name.startswith(".") or name.lower() in HIDDEN
 
 
@@ -278,7 +279,7 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _pattern(name: str) -> str:
+def hidden_as(name: str) -> str:
     """What a hidden name is counted as: macOS lays a ._NAME beside every file it copies."""
     return "._*" if name.startswith("._") else name
 

@@ -6,6 +6,7 @@ Reads config.json, result.json and metrics.jsonl of finished phases; needs no to
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,7 +165,7 @@ def _metadata(recipe: Recipe, name: str, measured: Mapping[str, float], student:
     source = _source(recipe.data)
     if source == "hub":
         dataset, revision = hub_id(recipe.data.path) or (None, None)
-    kinds = {"folder": "imagefolder"} | {name: name for name in BUILT_IN}
+    kinds = {"folder": "imagefolder", "shards": "webdataset"} | {name: name for name in BUILT_IN}
     kind = kinds.get(source, dataset or "datasets")
     results = []
     for metric, value in measured.items():
@@ -367,7 +368,12 @@ def _data_name(data: DataConfig) -> str:
 
 
 def _source(data: DataConfig) -> str:
-    """data.source, and what auto was: the digits, a hub id, or a folder."""
+    """data.source, and what auto was: the digits, a hub id, or a folder, perhaps of tar files."""
+    from trainer.data.tars import is_shard_folder  # late: it loads what decodes pictures
+
+    root = Path(os.path.expandvars(data.path)).expanduser()
+    if data.path and data.source not in BUILT_IN and root.is_dir() and is_shard_folder(root):
+        return "shards"
     if data.source != "auto":
         return data.source
     if not data.path:

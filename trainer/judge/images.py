@@ -12,6 +12,7 @@ from trainer.config.tasks import TaskSpec
 from trainer.data.base import ImageSource
 from trainer.data.hub_splits import load_splits
 from trainer.data.sources import open_source, source_of
+from trainer.data.tars import shard_splits
 from trainer.data.walk import SPLIT_NAMES, is_picture_folder, other_names
 
 
@@ -54,6 +55,8 @@ def _split_names(data: DataConfig) -> list[str] | None:
     root = Path(expanded(data.path))
     if not root.is_dir():
         return list(load_splits(data.path, data.config)[0])
+    if kind == "shards":
+        return [name for name in shard_splits(root, data) if name]
     names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     if kind == "hub" and not is_picture_folder(root, data.train_split):
         return list(load_splits(data.path, data.config)[0])
