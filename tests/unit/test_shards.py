@@ -19,7 +19,7 @@ from trainer.data import tars
 from trainer.data.fingerprint import fingerprint
 from trainer.data.loader import train_batches
 from trainer.data.shards import ShardSource
-from trainer.data.sources import FolderSource, open_source, source_of
+from trainer.data.sources import FolderSource, HubSource, open_source, source_of
 from trainer.judge.images import measured_images
 
 PRE = Preprocessing(8, (0.5,) * 3, (0.5,) * 3)
@@ -207,6 +207,38 @@ def test_a_name_with_words_for_two_splits(root):
         ValueError, match=r"train-val-0000\.tar has words for several splits \(train, val\): give it one"
     ):
         opened(root)
+
+
+def test_a_link_to_a_shard_that_is_gone(root):
+    (root / "set-train-0002.tar").symlink_to(root / "gone.tar")
+    with pytest.raises(ValueError, match=r"set-train-0002\.tar cannot be read \(No such file or directory\), expected"):
+        opened(root)
+
+
+# sets of the hub
+
+
+def test_a_snapshot_in_the_cache_of_the_hub_is_a_folder_of_shards(root, tmp_path):
+    """As `hf download --repo-type dataset` leaves it there: links to files that are called by their content."""
+    hub = tmp_path / "hub" / "datasets--timm--set"
+    snapshot = hub / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (hub / "blobs").mkdir()
+    for number, file in enumerate(root.iterdir()):
+        file.rename(hub / "blobs" / f"{number}")
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    (snapshot / "README.md").write_text("---\ndataset_info:\n  config_name: default\n---\n")
+    assert greys(opened(snapshot)) == [11, 13, 10, 12]
+    assert fingerprint(opened(snapshot, "val"))["images"] == 2
+
+
+def test_datasets_reads_such_a_set_too_and_copies_it(root, tmp_path, monkeypatch):
+    """What data.source=hub makes of an id on the hub: the builder that this folder is given to is the same."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "arrow")
+    data = DataConfig(source="hub", path=str(root), image_key="png", label_key="cls")
+    source = HubSource(data, "train")
+    assert (greys(source), source.targets.tolist()) == ([10, 11, 12, 13], [1, 0, 1, 0])
+    assert list((tmp_path / "arrow").rglob("*.arrow"))
 
 
 # labels

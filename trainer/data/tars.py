@@ -84,7 +84,7 @@ def is_shard_folder(root: Path) -> bool:
     """Whether a folder, or folders in it, hold tar files and no pictures: archives beside pictures are left alone."""
     if any((root / name).exists() for name in SAVED):
         return False
-    tars = list(_tars(root))
+    tars = _tars(root)
     stems = {os.path.splitext(path)[0] for path in tars}
     if not tars:
         return False
@@ -125,25 +125,28 @@ def shard_splits(root: Path, data: DataConfig) -> dict[str, list[str]]:
     return splits
 
 
-def _tars(root: Path) -> Iterator[str]:
-    """Tar files in a folder and in the folders of it."""
-    yield from _tars_in(root)
-    for name in os.listdir(root):
-        if not is_hidden(name) and (root / name).is_dir():
-            yield from _tars_in(root / name)
+def _tars(root: Path) -> list[str]:
+    """Tar files in a folder and in the folders of it; none of what this user may not list, which other readers name."""
+    found = []
+    with suppress(PermissionError):
+        found += _tars_in(root)
+        for name in os.listdir(root):
+            if not is_hidden(name) and (root / name).is_dir():
+                found += _tars_in(root / name)
+    return found
 
 
 def _tars_in(folder: Path) -> list[str]:
-    """None of a folder with pictures, whose list may be long, nor of one that cannot be read: others name it."""
+    """None of a folder with pictures, whose list may be long."""
     found = []
-    with suppress(PermissionError), os.scandir(folder) as entries:
+    with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name.lower()
             if is_hidden(name):
                 continue
             if name.endswith(EXTENSIONS):
                 return []
-            if name.endswith((".tar", *COMPRESSED)) and entry.is_file():
+            if name.endswith((".tar", *COMPRESSED)) and not entry.is_dir():
                 found.append(entry.path)
     return found
 
@@ -163,7 +166,10 @@ def index_of(shards: list[str], data: DataConfig) -> Index:
     """
     states = []
     for path in shards:
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
         states.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
     key = json.dumps([FORMAT, data.image_key, data.label_key, states])
     digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:32]
@@ -183,6 +189,13 @@ def index_of(shards: list[str], data: DataConfig) -> Index:
                 error.strerror,
             )
     return index
+
+
+def _unreadable(path: str, error: OSError) -> ValueError:
+    return ValueError(
+        f"the tar file {printable(path)} cannot be read ({error.strerror}), expected one that this user may read: "
+        "copy it again, or remove what is left of it."
+    )
 
 
 def _load(file: Path) -> Index | None:
@@ -304,7 +317,10 @@ class _OpenTar:
         self.tally = Tally()
 
     def __enter__(self) -> _OpenTar:
-        self.file = open(self.path, "rb")
+        try:
+            self.file = open(self.path, "rb")
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
         return self
 
     def __exit__(self, *_: object) -> None:
