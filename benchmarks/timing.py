@@ -64,6 +64,7 @@ def copy_rate(device: torch.device | str = "cpu", megabytes: int = 16, rounds: i
 def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What the figures were measured on."""
     name = platform.processor() or platform.machine()
+    size = 2048 if torch.device(device).type == "cuda" else 512  # of products, which take minutes in bf16 on an old CPU
     cpuinfo = Path("/proc/cpuinfo")
     if torch.device(device).type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -74,8 +75,8 @@ def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "matmul_float32": matmul_rate(torch.float32, device),
-        "matmul_bfloat16": matmul_rate(torch.bfloat16, device),
+        "matmul_float32": matmul_rate(torch.float32, device, size),
+        "matmul_bfloat16": matmul_rate(torch.bfloat16, device, size),
         "copy": copy_rate(device),
     }
 
