@@ -97,8 +97,8 @@ def test_another_resolution(saved, capsys, monkeypatch):
     seen = []
     load = subjects.load_subject
     monkeypatch.setattr(subjects, "load_subject", lambda source, size=None: seen.append(size) or load(source, size))
-    judged(capsys, saved / "student0", saved / "of_timm", "--tasks", "knn", "knn:image_size=24",
-           "--data", "digits", "data.limit=60")  # fmt: skip
+    tasks = ("--tasks", "knn", "knn:image_size=24", "--data", "digits", "data.limit=60")
+    judged(capsys, saved / "student0", saved / "of_timm", *tasks)
     assert sorted(seen, key=str) == [24, 24, None, None]
     model = load_subject(str(saved / "student0"), 24)
     assert model.preprocessing.image_size == 24
