@@ -126,18 +126,24 @@ def shard_splits(root: Path, data: DataConfig) -> dict[str, list[str]]:
 
 
 def _tars(root: Path) -> list[str]:
-    """Tar files in a folder and in the folders of it; none of what this user may not list, which other readers name."""
+    """Tar files in a folder and in the folders of it; none of what this user may not list, which other readers name.
+
+    None at all where one of these folders holds pictures: the first of a thousand folders of classes tells.
+    """
     found = []
     with suppress(PermissionError):
-        found += _tars_in(root)
-        for name in os.listdir(root):
-            if not is_hidden(name) and (root / name).is_dir():
-                found += _tars_in(root / name)
+        folders = [root, *(root / name for name in os.listdir(root) if not is_hidden(name))]
+        for folder in folders:
+            if folder.is_dir():
+                tars = _tars_in(folder)
+                if tars is None:
+                    return []
+                found += tars
     return found
 
 
-def _tars_in(folder: Path) -> list[str]:
-    """None of a folder with pictures, whose list may be long."""
+def _tars_in(folder: Path) -> list[str] | None:
+    """Tar files in one folder; None as soon as there is a picture, since such a list may be long."""
     found = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -145,7 +151,7 @@ def _tars_in(folder: Path) -> list[str]:
             if is_hidden(name):
                 continue
             if name.endswith(EXTENSIONS):
-                return []
+                return None
             if name.endswith((".tar", *COMPRESSED)) and not entry.is_dir():
                 found.append(entry.path)
     return found
