@@ -68,7 +68,7 @@ wheel: $(VENV)/.dev
 test-wheel: $(VENV)/.dev
 	$(ENV) FRESH_ENVIRONMENTS=1 python -m pytest tests/package
 
-# The long form of tests/slurm, each worker with a real cluster of its own; as root on Debian, about 20 minutes on 2 cores.
+# The long form of tests/slurm, each worker with a real cluster of its own; as root on Debian (docs/slurm.md).
 slurm-test: $(VENV)/.dev slurm-packages
 	$(ENV) CI=1 python -m pytest $(SPREAD) --durations 20 tests/slurm -m "slow or not slow"
 
