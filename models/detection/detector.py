@@ -127,8 +127,9 @@ class Detector(nn.Module):
     def _masks(self, logit_NHW: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
         """Masks of a picture's patches, as of the original image."""
         side = self.backbone.patch_size
-        whole = tuple(-(-length // side) * side for length in size)
-        logits = F.interpolate(logit_NHW[None], size=whole, mode="bilinear", align_corners=False)
+        grid = (-(-size[0] // side), -(-size[1] // side))
+        canvas = tuple(length * side for length in _grid_of_all([grid], self.config.queries))
+        logits = F.interpolate(logit_NHW[None], size=canvas, mode="bilinear", align_corners=False)
         logits = logits[..., : size[0], : size[1]]
         return F.interpolate(logits, size=original, mode="bilinear", align_corners=False)[0] > 0
 
@@ -147,6 +148,7 @@ class Heads(nn.Module):
         super().__init__()
         self.masks = config.masks
         self.patch_size = backbone.patch_size
+        self.queries = config.queries
         self.map_channels = [backbone.width] * len(backbone.read)
         self.rf_detr = _rf_detr(config, backbone, seed)
         self._counted: dict[tuple[int, int], tuple[int, ...]] = {}  # by count_kept, which takes a second
@@ -167,7 +169,7 @@ class Heads(nn.Module):
             (loss (), parts by name); without targets logits (B, Q, C), pred_boxes (B, Q, 4) as shares of whole patches,
             and pred_masks (B, Q, h', w').
         """
-        canvas = _Canvas(maps, self.patch_size)
+        canvas = _Canvas(maps, self.patch_size, self.queries)
         labels = None
         if targets is not None:
             labels = [self._label(*pair, canvas) for pair in zip(sizes, targets, strict=True)]
@@ -262,10 +264,9 @@ class _Canvas:
     Our backbone has run already: of the images the model asks nothing but their size.
     """
 
-    def __init__(self, maps: Sequence[Sequence[Tensor]], patch_size: int) -> None:
+    def __init__(self, maps: Sequence[Sequence[Tensor]], patch_size: int, queries: int) -> None:
         grids = [of_picture[0].shape[-2:] for of_picture in maps]
-        height = max(grid[0] for grid in grids)
-        width = max(grid[1] for grid in grids)
+        height, width = _grid_of_all(grids, queries)
         self.device = maps[0][0].device
         self.shape = torch.Size((len(maps), 3, height * patch_size, width * patch_size))
         self.mask_Bhw = torch.zeros(len(maps), height, width, dtype=torch.long, device=self.device)
@@ -278,6 +279,13 @@ class _Canvas:
         for row, grid in enumerate(grids):
             self.mask_Bhw[row, : grid[0], : grid[1]] = 1
         self.maps = tuple(by_block)
+
+
+def _grid_of_all(grids: Sequence[tuple[int, int]], queries: int) -> tuple[int, int]:
+    """Rows and columns of a map that holds maps of these; the model picks a place of it for each query."""
+    height = max(grid[0] for grid in grids)
+    width = max(grid[1] for grid in grids)
+    return max(height, -(-queries // width)), width
 
 
 class _Projector(nn.Module):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch.testing import assert_close
 
 from models.detection import Detector, DetectorConfig, load_detector, save_detector
@@ -146,6 +147,28 @@ def test_a_batch_without_any_object_has_a_loss():
     loss, _ = model(batch, [target(picture, 0) for picture in batch])
     loss.backward()
     assert loss.shape == () and loss > 0
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_an_image_of_fewer_patches_than_queries(masks):
+    """As a panorama is, once its longer side fits: what it shows is taught and told as of any other image."""
+    whole = detector(masks=masks, queries=12)
+    batch = pictures((8, 40), (16, 16))
+    outputs = whole.train()(batch, [target(picture, 2) for picture in batch])
+    outputs[0].backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in whole.parameters())
+    (found,) = whole.eval().detect([Image.new("RGB", (200, 20), (200, 60, 0))])
+    assert len(found.score_N) and found.box_N4.isfinite().all()
+    if masks:
+        assert found.mask_NHW.shape[1:] == (20, 200)
+
+
+def test_rows_that_make_room_for_queries_are_no_part_of_a_mask():
+    """8 x 16 pixels are two patches: six rows of them make room for 12 queries, a mask's pixel for each 4 pixels."""
+    logits = torch.full((1, 12, 4), 1.0)
+    logits[:, :2, :2] = -1.0
+    (mask_HW,) = detector(masks=True, queries=12).eval()._masks(logits, (8, 16), (8, 16))
+    assert mask_HW[:4].tolist() == 4 * [8 * [False] + 8 * [True]]
 
 
 def test_shares_of_an_image_stay_exact_in_bfloat16():
