@@ -59,6 +59,7 @@ FEWEST = {
     "study_judged": 3,
     "study_meta": 6,
     "study_nac": 12,
+    "study_nac_fractals": 3,
     "study_narrow": 28,
     "study_other_classes": 5,
     "study_projected": 9,
