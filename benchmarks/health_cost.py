@@ -24,14 +24,11 @@ if not __package__:
 import models  # noqa: F401  isort: skip  first: it mends torchvision beside a CPU torch
 import torch
 
-from models.moe.layer import MoEConfig
+from benchmarks.trainer import model_and_data, tokens_of
 from models.moe.out import routing_metrics
-from models.preprocessing import Preprocessing
-from models.vmoe.model import VMoE, VMoEConfig
 from trainer.config.ds_config import read_ds_config, resolve
-from trainer.config.load import load_recipe, to_dict
-from trainer.data.loader import Batch, Data
-from trainer.data.sources import open_source
+from trainer.config.load import load_recipe
+from trainer.data.loader import Batch
 from trainer.distributed.engine import build_engine
 from trainer.distributed.ranks import Dist, start, stop
 from trainer.loop.step import Task, TrainStep
@@ -85,37 +82,22 @@ def _print_medians(title: str, seconds: dict[str, tuple[float, float]], waits: d
 def _training(recipe_path: str, ds_config: str, dist: Dist) -> tuple[TrainStep, Batch]:
     """The demo's student in an engine, and one micro-batch of noise."""
     recipe = load_recipe(recipe_path, [])
-    student = recipe.student
-    image_size = recipe.teacher.image_size
-    config = VMoEConfig(
-        image_size=image_size,
-        num_classes=10,
-        patch_size=student.patch_size,
-        width=student.width,
-        depth=student.depth,
-        heads=student.heads,
-        mlp_dim=student.mlp_dim,
-        moe_blocks=student.moe_blocks,
-        moe=MoEConfig(**to_dict(student.moe)),
-    )
-    model = VMoE(config)
+    model, data = model_and_data(recipe)
     settings = resolve(
         read_ds_config(ds_config),
         recipe.train,
         world=dist.world,
         local_world=dist.local_world,
-        num_experts=student.moe.num_experts,
+        num_experts=recipe.student.moe.num_experts,
         phase="train",
     )
     engine = build_engine(model, recipe.train, settings, steps_per_epoch=STEPS, dist=dist)
-    source = open_source(recipe.data, "train")
-    half = (0.5, 0.5, 0.5)
-    data = Data(source, source, Preprocessing(image_size, half, half), recipe.augment, 0, 10, False)
     task = Task("train", "train", recipe.train.epochs, recipe.seed, recipe.run)
     count = settings.micro_batch
     labels = torch.arange(count) % 10
-    batch = Batch(torch.randn(count, 3, image_size, image_size), labels, labels >= 0, labels)
-    return TrainStep(engine, Classify(model, tokens=17), data, task, dist), batch
+    side = data.preprocessing.image_size
+    batch = Batch(torch.randn(count, 3, side, side), labels, labels >= 0, labels)
+    return TrainStep(engine, Classify(model, tokens=tokens_of(recipe)), data, task, dist), batch
 
 
 def _bare(step: TrainStep, batch: Batch) -> None:

@@ -85,12 +85,12 @@ def main() -> None:
 
 def _trained(recipe: Recipe, settings: Settings, dist: Dist) -> float:
     """Seconds of a step of the trainer."""
-    model, data = _model_and_data(recipe)
+    model, data = model_and_data(recipe)
     per_epoch = epoch_length(data, settings)
     engine = build_engine(model, recipe.train, settings, steps_per_epoch=per_epoch, dist=dist)
     task = Task("train", "train", recipe.train.epochs, recipe.seed, recipe.run)
     with tempfile.TemporaryDirectory() as folder:
-        fit(engine, Classify(model, tokens=_tokens(recipe)), data, task, Path(folder), dist)
+        fit(engine, Classify(model, tokens=tokens_of(recipe)), data, task, Path(folder), dist)
         rows = [row for row in read_metrics(Path(folder) / "metrics.jsonl") if row["kind"] == "train"]
     engine.close()
     return (rows[-1]["time"] - rows[0]["time"]) / (rows[-1]["step"] - rows[0]["step"])
@@ -98,9 +98,9 @@ def _trained(recipe: Recipe, settings: Settings, dist: Dist) -> float:
 
 def _engine_alone(recipe: Recipe, settings: Settings, dist: Dist) -> float:
     """Seconds of a step of a loop around DeepSpeed's engine, with the trainer's groups, optimiser and schedule."""
-    model, data = _model_and_data(recipe)
+    model, data = model_and_data(recipe)
     per_epoch = epoch_length(data, settings)
-    objective = Classify(model, tokens=_tokens(recipe))
+    objective = Classify(model, tokens=tokens_of(recipe))
     engine = build_engine(model, recipe.train, settings, steps_per_epoch=per_epoch, dist=dist)
     model.train()
 
@@ -116,8 +116,8 @@ def _engine_alone(recipe: Recipe, settings: Settings, dist: Dist) -> float:
 
 def _plain(recipe: Recipe, settings: Settings, dist: Dist) -> float:
     """Seconds of a step of plain torch."""
-    model, data = _model_and_data(recipe)
-    objective = Classify(model.to(dist.device).train(), tokens=_tokens(recipe))
+    model, data = model_and_data(recipe)
+    objective = Classify(model.to(dist.device).train(), tokens=tokens_of(recipe))
     groups = parameter_groups(model, recipe.train.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.train.lr, betas=recipe.train.betas, fused=True)
 
@@ -162,8 +162,8 @@ def _batches(recipe: Recipe, settings: Settings, data: Data, dist: Dist) -> Iter
     )
 
 
-def _model_and_data(recipe: Recipe) -> tuple[VMoE, Data]:
-    """The student of a recipe, new, and its images."""
+def model_and_data(recipe: Recipe) -> tuple[VMoE, Data]:
+    """The student of a recipe, new, and its images, which no process loads ahead."""
     student = recipe.student
     side = recipe.teacher.trained_size
     sizes = {
@@ -176,7 +176,8 @@ def _model_and_data(recipe: Recipe) -> tuple[VMoE, Data]:
     return model, Data(train, val, Preprocessing(side, half, half), recipe.augment, 0, len(train.labels), False)
 
 
-def _tokens(recipe: Recipe) -> int:
+def tokens_of(recipe: Recipe) -> int:
+    """Tokens of an image, class token included."""
     return (recipe.teacher.trained_size // recipe.student.patch_size) ** 2 + 1
 
 
