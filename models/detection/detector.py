@@ -112,16 +112,18 @@ class Detector(nn.Module):
         """
         weight = self.backbone.vit.patch_embed.proj.weight
         outputs = self([picture.to(weight.device, weight.dtype)], out=out)
-        score_QC = outputs.logits[0].sigmoid()
+        # a query that found no patch of the picture left has a box without extent (_grid_of_all)
+        told_Q = (outputs.pred_boxes[0][:, 2:] > 0).all(1)
+        score_QC = outputs.logits[0][told_Q].sigmoid()
         categories = score_QC.shape[1]
         score_N, place_N = score_QC.flatten().topk(min(MOST_TOLD, score_QC.numel()))
         query_N = place_N // categories
         size = (picture.shape[-2], picture.shape[-1])
         share = _padded_share(size, self.backbone.patch_size)
-        box_N4 = in_pixels(outputs.pred_boxes[0][query_N] / share.to(score_N.device), original)
+        box_N4 = in_pixels(outputs.pred_boxes[0][told_Q][query_N] / share.to(score_N.device), original)
         masks = None
         if self.config.masks:
-            masks = self._masks(outputs.pred_masks[0][query_N], size, original).cpu()
+            masks = self._masks(outputs.pred_masks[0][told_Q][query_N], size, original).cpu()
         return Detections(score_N.cpu(), (place_N % categories).cpu(), box_N4.cpu(), masks)
 
     def _masks(self, logit_NHW: Tensor, size: tuple[int, int], original: tuple[int, int]) -> Tensor:
