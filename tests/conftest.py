@@ -2,10 +2,23 @@
 
 import models  # noqa: F401  isort: skip  first: torchvision's cure must come before anything imports timm or transformers
 
+import logging
+
 import pytest
 
 from tests.launch import TINY, launch
 from tests.warm_python import WarmPython
+
+
+@pytest.fixture(autouse=True)
+def logging_as_found():
+    """A command run inside of a test sets the root logger up anew, with a stream that ends with the test."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in set(root.handlers).difference(handlers):
+        root.removeHandler(handler)
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
