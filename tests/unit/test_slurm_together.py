@@ -19,7 +19,17 @@ from trainer.writer_lock import WriterLock
 CHAIN = {"101": "Priority", "102": "Dependency", "103": "Dependency", "104": "Dependency", "105": "Dependency"}
 
 
-def driver(stand_in, out, *words, **options):  # noqa: F811
+def as_a_terminal_does():
+    """Signals end a new process, also where the tests themselves run by nohup or behind an `&`."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def as_nohup_does():
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+def driver(stand_in, out, *words, prepare=as_a_terminal_does, **options):  # noqa: F811
     """The driver's process, as the terminal starts it: a process group of its own."""
     flags = {"--recipe": ROOT / "tests/fixtures/slurm_tiny.yaml", "--ds-config": ROOT / "ds_configs/cpu_debug.json"}
     flags |= {"--out": out, "--gpus-per-node": "1", "--nodes": "2"}
@@ -27,8 +37,8 @@ def driver(stand_in, out, *words, **options):  # noqa: F811
     for flag, value in flags.items():
         command += [flag, str(value)]
     environ = os.environ | stand_in.environ | {"PYTHONPATH": str(ROOT)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, env=environ, text=True, start_new_session=True, **pipes | options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    return subprocess.Popen(command, env=environ, text=True, start_new_session=True, preexec_fn=prepare, **options)
 
 
 def wait_for(condition, seconds=20):
@@ -66,11 +76,7 @@ def test_a_signal_between_sbatch_and_the_record_leaves_nothing(tmp_path, stand_i
 
 def test_an_ignored_hangup_changes_nothing(tmp_path, stand_in):  # noqa: F811
     stand_in.says("slow", "0.3")
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
-    try:
-        process = driver(stand_in, tmp_path / "run")
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    process = driver(stand_in, tmp_path / "run", prepare=as_nohup_does)
     wait_for(lambda: "102" in stand_in.queue())
     os.killpg(process.pid, signal.SIGHUP)
     process.communicate(timeout=30)
