@@ -40,6 +40,7 @@ from ..preprocessing import Preprocessing
 from ..teacher.load import Teacher
 from ..vmoe.model import VMoE
 from .dense_block import Affine, DenseBlock, final_norm
+from .fitting import class_token_half, gates, hidden, set_layer
 from .from_clusters import start_router
 from .kmeans import spherical_kmeans
 from .least_squares import LeastSquares, power
@@ -213,7 +214,7 @@ def project(
     everywhere = [None] * len(pairs)
     what_is_read = everywhere
     if student.num_classes and student.config.pool == "token":
-        what_is_read = _class_token_half(pairs)
+        what_is_read = class_token_half([pair.z for pair in pairs])
     result = Projected(list(covered))
     training = student.training
     student.eval()
@@ -437,7 +438,7 @@ def _start_attention(
         block.attn(block.norm1(pair.z), **positions)
         fit.add(heads[-1], F.linear(mid, projection) - pair.z, weight)
     hook.remove()
-    _set(block.attn.proj, *fit.solve(prior, NEAR))
+    set_layer(block.attn.proj, *fit.solve(prior, NEAR))
     for pair, mixed in zip(pairs, heads):
         pair.z = pair.z + block.attn.proj(mixed)
 
@@ -495,7 +496,7 @@ def _start_heads(attn: nn.Module, dense: DenseBlock, layer: _Layer, read: Affine
             cut = cut.float()
             weight[kind, number, : len(cut)] = cut @ dense_weight[kind, head]
             new_bias[kind, number, : len(cut)] = cut @ dense_bias[kind, head]
-    _set(attn.qkv, weight.view(-1, width), new_bias.flatten())
+    set_layer(attn.qkv, weight.view(-1, width), new_bias.flatten())
     return columns.flatten(1)
 
 
@@ -595,12 +596,12 @@ def _start_copies(
     _set_units(one, units, chosen)
     fit = LeastSquares()
     for x, wanted, weight in zip(inputs, missing, weights):
-        fit.add(_hidden(one, units.activation, x), wanted, weight)
-    _set(one[last], *fit.solve(units.prior(chosen, one[last].in_features), NEAR))
+        fit.add(hidden(one, units.activation, x), wanted, weight)
+    set_layer(one[last], *fit.solve(units.prior(chosen, one[last].in_features), NEAR))
     for expert in experts[1:]:
         for name in (*names, last):
-            _set(expert[name], one[name].weight, one[name].bias)
-    return lambda x: one[last](_hidden(one, units.activation, x))
+            set_layer(expert[name], one[name].weight, one[name].bias)
+    return lambda x: one[last](hidden(one, units.activation, x))
 
 
 def _start_clustered(
@@ -620,7 +621,7 @@ def _start_clustered(
         weight_N = torch.cat([weight.flatten() for weight in weights])
     centroid_ED, _ = spherical_kmeans(x_ND, len(mlp.experts), seed=seed)
     start_router(mlp, centroid_ED, x_ND)
-    gates_NE = torch.cat([_gates(mlp, x) for x in inputs])
+    gates_NE = torch.cat([gates(mlp, x) for x in inputs])
     *_names, last = LAYERS[units.activation]
     for number, expert in enumerate(mlp.experts):
         rows = gates_NE[:, number] > 0
@@ -632,8 +633,8 @@ def _start_clustered(
         fit = LeastSquares()
         weighted_N = weight_N[rows] * gates_NE[rows, number].clamp_min(1e-6)
         for x, wanted, weight in zip(chunks, wanted_ND[rows].split(CHUNK), weighted_N.split(CHUNK)):
-            fit.add(_hidden(expert, units.activation, x), wanted, weight)
-        _set(expert[last], *fit.solve(units.prior(chosen, expert[last].in_features), NEAR))
+            fit.add(hidden(expert, units.activation, x), wanted, weight)
+        set_layer(expert[last], *fit.solve(units.prior(chosen, expert[last].in_features), NEAR))
 
 
 def _variance(units: _Units, chunks: Sequence[Tensor]) -> Tensor:
@@ -647,14 +648,6 @@ def _variance(units: _Units, chunks: Sequence[Tensor]) -> Tensor:
         total = total + hidden_NU.sum(0).double()
         squares = squares + hidden_NU.square().sum(0).double()
     return (squares / count - (total / count).square()).float()
-
-
-def _gates(mlp: MoE, x_BTD: Tensor) -> Tensor:
-    """The weight of each expert in a token's output, (N, E)."""
-    routing, _ = mlp.route_images(x_BTD)
-    number_NK = routing.expert_GSK.flatten(0, 1)
-    gates_NE = x_BTD.new_zeros(len(number_NK), mlp.config.num_experts)
-    return gates_NE.scatter(1, number_NK, routing.weight_GSK.flatten(0, 1).to(gates_NE))
 
 
 def _start_end(
@@ -675,10 +668,10 @@ def _start_end(
     read = _start_norm(student.norm, [pair.z for pair in pairs], wanted, weights)
     student.norm.cpu()
     if isinstance(student.feature_head, nn.Linear):
-        _set(student.feature_head, read.weight, read.bias)
+        set_layer(student.feature_head, read.weight, read.bias)
     elif student.num_classes and with_head:
         head = _behind(Affine(model.head.weight, model.head.bias), read)
-        _set(student.head, head.weight, head.bias)
+        set_layer(student.head, head.weight, head.bias)
 
 
 def _refuse_constant(dense: Teacher, features: Sequence[Tensor]) -> None:
@@ -742,27 +735,7 @@ def _set_units(expert: Mapping[str, nn.Linear] | nn.ModuleDict, units: _Units, c
         bias = expert[name].bias.clone()
         weight[: len(chosen)] = layer.weight[chosen]
         bias[: len(chosen)] = layer.bias[chosen]
-        _set(expert[name], weight, bias)
-
-
-def _hidden(expert: Mapping[str, nn.Linear] | nn.ModuleDict, activation: str, x: Tensor) -> Tensor:
-    """What reaches the last layer of an MLP."""
-    return activate(activation, [expert[name](x) for name in LAYERS[activation][:-1]])
-
-
-def _set(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    layer.weight.copy_(weight)
-    layer.bias.copy_(bias)
-
-
-def _class_token_half(pairs: Sequence[_Pair]) -> list[Tensor]:
-    """Weights (B, T) by which the class token counts as much as all other tokens: of what the head reads."""
-    weights = []
-    for pair in pairs:
-        weight = pair.z.new_ones(pair.z.shape[:2])
-        weight[:, 0] = pair.z.shape[1] - 1
-        weights.append(weight)
-    return weights
+        set_layer(expert[name], weight, bias)
 
 
 def _error(pairs: Sequence[_Pair], projection: Tensor) -> float:

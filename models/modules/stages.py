@@ -56,13 +56,16 @@ class Stage(nn.Module):
         """
         if self.first:
             x = embed(self, x)
-        parts = {name: self.borrowed.get(name, getattr(self, name, None)) for name in POSITION_PARTS}
-        positions = block_positions(**parts, grid=self.grid, numbers=self.blocks)
-        x = run_blocks(self.blocks, x, self.grad_checkpointing, out, states, positions=positions)
+        x = run_blocks(self.blocks, x, self.grad_checkpointing, out, states, positions=self.positions())
         if not self.last:
             return x
         x = self.norm(x)
         return self.forward_head(x) if self.num_classes else x
+
+    def positions(self) -> Positions:
+        """What its blocks take beside their tokens, by their number."""
+        parts = {name: self.borrowed.get(name, getattr(self, name, None)) for name in POSITION_PARTS}
+        return block_positions(**parts, grid=self.grid, numbers=self.blocks)
 
     @property
     def pools(self) -> bool:

@@ -134,6 +134,35 @@ def test_modules_may_be_taught_together(warm, taught, tmp_path):
     assert result(out / "refine_1")["metrics"] == last
 
 
+def test_modules_may_be_fitted_to_each_other(warm, taught, tmp_path):
+    out = tmp_path / "out"
+    for name in ("teacher", "meta", "distill_0", "distill_1"):
+        shutil.copytree(taught / name, out / name)
+    fit = [*SMALLER, "distill.stitches=tied", "distill.border=mse", "refine.order=fit", "train.baselines=[]"]
+    words = [*TINY, "--out", out, *fit]
+    finished = warm.run([*words, "--phase", "refine"], ranks=2)
+    assert finished.code == 0, finished.output
+    assert "fitting 2 modules to each other on" in finished.output
+    written = (".attn.proj.weight", ".attn.proj.bias", ".fc2.weight", ".fc2.bias")
+    for module in range(2):
+        made = result(out / f"refine_{module}")
+        assert (made["steps"], made["epochs"]) == (0, 0) and made["flops"] > 0 and made["images_seen"] > 0
+        assert [name for name in made["metrics"] if name.startswith("fit_error/")]
+        before, after = (load_file(out / f"{phase}_{module}/model.safetensors") for phase in ("distill", "refine"))
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        assert changed and all(name.endswith(written) for name in changed)
+    # ended between two results, on another number of ranks: the same command finishes, with the same weights
+    weights = load_file(out / "refine_1/model.safetensors")
+    for name in ("result.json", "model.safetensors"):
+        (out / "refine_1" / name).unlink()
+    assert warm.run([*words, "--phase", "refine"]).code == 0
+    found = load_file(out / "refine_1/model.safetensors")
+    assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert warm.run([*words, "--phase", "train"], ranks=2).code == 0
+    last, train = result(out / "refine_1")["metrics"], result(out / "train")["metrics"]
+    assert last["hybrid_accuracy"] == train["start_accuracy"]  # it is the whole student
+
+
 def test_folded_stitches_are_published(warm, taught, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(taught / "teacher", out / "teacher")

@@ -12,6 +12,8 @@ from trainer.config import phases, student
 from trainer.config.load import build, first_difference, load_recipe, parse_override, split_evenly, to_dict
 from trainer.config.recipe import Recipe
 
+FITTED = {"distill": {"stitches": "tied"}, "refine": {"order": "fit"}, "student": {"variant": "S/16"}}
+
 
 def write(folder, **texts):
     """Files NAME.yaml with the given texts; returns the path of the first."""
@@ -243,6 +245,11 @@ def test_values_out_of_range_are_refused_by_name(name):
         ({"modules": 3, "teacher": {"depths": [2, 2]}}, r"teacher.depths has 2 entries \(2, 2\) but modules is 3"),
         ({"student": {"variant": "S/16", "depths": [2, 2]}}, r"student.depths has 2 entries \(2, 2\) but modules is 4"),
         ({"student": {"width": 8}}, "student.variant is empty and student.depth is not set"),
+        ({"refine": {"fit_images": 9}}, "refine.fit_images is 9, expected null but for order fit"),
+        (FITTED | {"refine": {"order": "fit", "epochs": 1}}, "refine.epochs is 1, expected 0 with refine.order=fit"),
+        (FITTED | {"distill": {"stitches": "pca"}}, "distill.stitches is 'pca', expected tied with refine.order=fit"),
+        (FITTED | {"distill": {"stitches": "tied", "epochs": 0}}, "distill.epochs is 0, expected 1 or more"),
+        (FITTED | {"student": {"kind": "nac", "variant": "S/16"}}, "refine.order is 'fit', expected parallel,"),
     ],
 )  # fmt: skip
 def test_values_that_do_not_fit_together(values, message):

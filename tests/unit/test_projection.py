@@ -328,7 +328,7 @@ def test_the_class_token_is_fitted_first_where_the_head_reads_it(monkeypatch):
     teacher = dense()
     favouring, equal = student(teacher, width=12), student(teacher, width=12)
     start(favouring, teacher, EACH_ITS_OWN)
-    monkeypatch.setattr(projection, "_class_token_half", lambda pairs: [None] * len(pairs))
+    monkeypatch.setattr(projection, "class_token_half", lambda states: [None] * len(states))
     start(equal, teacher, EACH_ITS_OWN)
     x = images(40, seed=1)  # it was fitted on
     directions = stream_basis(teacher.model, x.split(16), 12).projection

@@ -93,8 +93,12 @@ def test_a_second_round_in_order_is_a_job_per_module_behind_the_one_before(tmp_p
     assert "\n#SBATCH --nodes=1\n" in script and "\n#SBATCH --time=01:00:00\n" in script
 
 
-def test_a_second_round_of_all_modules_together_is_one_job(tmp_path, fake):  # noqa: F811
-    overrides = ("refine.epochs=2", "refine.order=together")
+@pytest.mark.parametrize(
+    "overrides",
+    [("refine.epochs=2", "refine.order=together"), ("refine.order=fit", "distill.stitches=tied")],
+    ids=["together", "fit"],
+)
+def test_a_second_round_of_all_modules_together_is_one_job(tmp_path, fake, overrides):  # noqa: F811
     needs, names = needs_of(*overrides), ("refine_0", "refine_1", "refine_2")
     assert needs["refine"] == ("distill",) and needs["train"] == ("refine",)
     refine = stage_of("refine", *overrides)

@@ -56,6 +56,7 @@ def result(folder: Path, metrics: dict, rows: list = (), **values) -> None:
 FEWEST = {
     "study_ablation": 20,
     "study_baselines": 10,
+    "study_fitted": 2,
     "study_judged": 3,
     "study_meta": 6,
     "study_nac": 12,

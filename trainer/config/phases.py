@@ -235,11 +235,22 @@ class DistillConfig(ScheduleConfig):
 class RefineConfig(ScheduleConfig):
     """Second round on what the modules before really send; targets as in section distill (not in the paper)."""
 
-    epochs: int = knob(0, "passes over the training images; 0 = no second round", OFF_OR_EPOCHS)
-    order: Literal["parallel", "sequential", "together"] = knob(
+    epochs: int = knob(0, "passes over the training images; 0 = no second round, but for order fit", OFF_OR_EPOCHS)
+    order: Literal["parallel", "sequential", "together", "fit"] = knob(
         "parallel",
-        "predecessors of the first round, so modules are independent; refined ones, one after another; or all at once",
+        "predecessors of the first round, so modules are independent; refined ones, one after another; all at once; or "
+        "nothing is trained, and what the modules of the first round write is fitted by least squares to what they get",
     )
+    fit_images: int | None = knob(
+        None,
+        "training images that order fit is made on; null = enough for 49,152 tokens, and at least 256",
+        Range(1, MANY),
+    )
+
+    @property
+    def on(self) -> bool:
+        """Whether there is a second round."""
+        return self.epochs > 0 or self.order == "fit"
 
 
 @dataclass(frozen=True)

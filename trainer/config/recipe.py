@@ -66,6 +66,7 @@ class Recipe:
         taught = self.distill.epochs or self.refine.epochs or self.distill.source
         require(taught, "distill.epochs", 0, "1 or more, or refine.epochs above 0: nothing would be taught")
         self._check_borders()
+        self._check_fit()
         self._check_detector()
         if self.teacher.grown:
             self._check_grown()
@@ -127,6 +128,20 @@ class Recipe:
                 f"train.border_weight compares states in the basis of tied stitches; distill.stitches is {stitches!r}: "
                 "set distill.stitches=tied, or train.border_weight=0"
             )
+
+    def _check_fit(self) -> None:
+        """What a second round by least squares leaves no place for, and what it needs."""
+        if self.refine.order != "fit":
+            require(
+                self.refine.fit_images is None, "refine.fit_images", self.refine.fit_images, "null but for order fit"
+            )
+            return
+        kind = "with refine.order=fit"
+        expected = "parallel, sequential or together with student.kind=nac"
+        require(self.student.kind != "nac", "refine.order", "fit", expected)
+        require(self.refine.epochs == 0, "refine.epochs", self.refine.epochs, f"0 {kind}: nothing is trained there")
+        stitches = self.distill.stitches
+        require(stitches == "tied", "distill.stitches", stitches, f"tied {kind}: states are compared in their basis")
 
     def _check_detector(self) -> None:
         """There has to be one where it is what is pushed."""

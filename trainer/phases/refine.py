@@ -3,34 +3,48 @@
 Modules taught apart meet inputs they have not seen when they are put together, and their errors add up. Module 0 is fed
 images either way, so its second round is its first. With distill.epochs=0 there is no first round: modules are taught
 here alone, with order=sequential one after another on what those before have learned, with order=together all in one
-training, in which teacher and student run once for all of them.
+training, in which teacher and student run once for all of them. With order=fit nothing is trained: what the modules of
+the first round write is fitted by least squares to what they get from those before them (models/experts/refit.py).
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from models.experts.refit import refit, refit_flops
 from models.modules.meta import MetaModel
 from models.modules.stitch import StudentModule
 from models.moe.parallel import load_full_state_dict
 from trainer import artifacts
-from trainer.context import Run, Trained
+from trainer.context import Run, Trained, save_weights
+from trainer.data.base import ImageSource
+from trainer.distributed.interrupt import HEARTBEAT
+from trainer.distributed.main_rank import on_main
 from trainer.loop.fit import Outcome
 from trainer.objectives import Distill, Objective, Together
 from trainer.request.graph import in_one_job, trained_again
+from trainer.teaching.calibration import batches, image_count
 from trainer.teaching.estimate import Cost, Known, Rehearsed, blank_images, of_training
 from trainer.teaching.guidance import module_guide
 from trainer.teaching.meta import new_meta, trained_meta
 from trainer.teaching.students import student_modules
 from trainer.tracking.measures import measure_of
 
+log = logging.getLogger(__name__)
+
 
 def run(run: Run, module: int | None) -> None:
-    """Train OUT/refine_<module> from OUT/distill_<module>; None = all of them in one training (order=together)."""
+    """Train OUT/refine_<module> from OUT/distill_<module>; None = all of them at once (order=together or fit)."""
+    if module is None and run.recipe.refine.order == "fit":
+        _run_fit(run)
+        return
     if module is None:
         _run_together(run)
         return
@@ -148,6 +162,62 @@ def _run_together(run: Run) -> None:
         )
 
 
+def _run_fit(run: Run) -> None:
+    """Make OUT/refine_<i> of all modules by fitting them to each other; rank 0 does, and the others take what it wrote.
+
+    Of the time and the FLOPs every module gets its share.
+    """
+    recipe = run.recipe
+    numbers = range(recipe.modules)
+    opened = [run.open("refine", module) for module in numbers]
+    if all(complete for _, complete in opened):
+        return
+    folders = [folder for folder, _ in opened]
+    meta, modules, made_with, _ = _learned(run, [f"distill_{module}" for module in numbers], "--phase refine")
+    settings = run.settings("train")  # nothing is trained here, and section refine may leave its batch open
+    begun = time.perf_counter()
+    flops_by_module = refit_flops(modules, run.teacher_stages(), run.tokens)
+    images = run.sources[0].spread(image_count(run, run.teacher.model, recipe.refine.fit_images))
+    errors = on_main(run.dist, lambda: _fit(run, modules, images, folders))
+    with run.dist.together():  # every rank sees the files, also on a file system that is slow to show them
+        for module, folder in zip(modules, folders):
+            load_full_state_dict(module, artifacts.load_weights(folder, module.state_dict()))
+    seconds_per_flop = (time.perf_counter() - begun) / sum(flops_by_module)
+    together, _ = objective_together(run, modules, meta)
+    for module in numbers:
+        outcome = run.measure(together.pairs[module], settings)
+        seconds = outcome.seconds + seconds_per_flop * flops_by_module[module]
+        fitted = replace(outcome, seconds=seconds, images_seen=len(images))
+        metrics = _with_hybrid(outcome.evaluation)
+        if errors:
+            metrics |= {f"fit_error/{block}": error for block, error in errors[module].items()}
+        run.finish(
+            folders[module],
+            "refine",
+            module,
+            Trained(fitted, {}, epochs=0, flops_per_image=flops_by_module[module]),
+            settings,
+            metrics=metrics,
+            made_with=made_with,
+        )
+
+
+def _fit(
+    run: Run, modules: Sequence[StudentModule], images: ImageSource, folders: Sequence[Path]
+) -> list[dict[str, float]]:
+    """Fit the modules, and write their weights to these folders; the error behind each block of each module."""
+    stages = run.teacher_stages()
+    log.info("fitting %d modules to each other on %d images", len(modules), len(images))
+    for part in (*modules, *stages):
+        part.to(run.dist.device, torch.float32)
+    errors = refit(modules, stages, batches(run, images, run.teacher.preprocessing), beat=HEARTBEAT.beat)
+    for module, folder in zip(modules, folders):
+        save_weights(folder / "model.safetensors", module.cpu().state_dict())
+    shown = ", ".join(f"{error:.3f}" for of_module in errors for error in of_module.values())
+    log.info("relative error of the student's states behind each block: %s", shown)
+    return errors
+
+
 def _with_hybrid(evaluation: dict[str, float]) -> dict[str, float]:
     """An evaluation of a hybrid, with its measure also by that name."""
     measure = measure_of(evaluation).key
@@ -169,6 +239,8 @@ def taught(run: Run, module: int | None) -> Objective | None:
 def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
     """What teaching the module behind those before it will cost; None = all at once."""
     recipe = run.recipe
+    if recipe.refine.order == "fit":
+        return _rehearse_fit(run)
     rehearsed = taught(run, module)
     if in_one_job(recipe, "refine"):
         with torch.no_grad():
@@ -180,6 +252,15 @@ def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
     if rehearsed is None:
         return Rehearsed("fed images either way, so it is taken as it is", {name: Cost(0.0, 0.0)})
     return of_training(run, "refine", name, rehearsed.flops_per_image)
+
+
+def _rehearse_fit(run: Run) -> Rehearsed:
+    """What fitting the modules to each other will cost."""
+    images = image_count(run, run.teacher.model, run.recipe.refine.fit_images)
+    flops_by_module = refit_flops(student_modules(run), run.teacher_stages(), run.tokens)
+    costs = {f"refine_{i}": Cost(images, images * flops) for i, flops in enumerate(flops_by_module)}
+    total = sum(cost.flops for cost in costs.values())
+    return Rehearsed(f"{images:,} images, {total:.3g} FLOPs by least squares for all modules at once", costs)
 
 
 def _learned(

@@ -60,12 +60,12 @@ def trained_again(recipe: Recipe, module: int) -> bool:
 
 def taught_in(recipe: Recipe) -> str:
     """The phase whose result tells what a module has learned: the first round, unless it was left out."""
-    return "distill" if recipe.distill.epochs or not recipe.refine.epochs else "refine"
+    return "distill" if recipe.distill.epochs or not recipe.refine.on else "refine"
 
 
 def last_round(recipe: Recipe) -> str:
     """The phase whose modules are put together."""
-    return "refine" if recipe.refine.epochs else "distill"
+    return "refine" if recipe.refine.on else "distill"
 
 
 def learns_from_teacher(recipe: Recipe, start: str) -> bool:
@@ -164,7 +164,7 @@ def _refuse_detector(recipe: Recipe) -> str:
 
 
 def _refuse_second_round(recipe: Recipe) -> str:
-    if recipe.refine.epochs:
+    if recipe.refine.on:
         return ""
     return "refine.epochs is 0, so there is no second round: set it, or go on with --phase train"
 
@@ -292,17 +292,21 @@ TABLE = [
     ),
     Phase(
         "refine",
-        "second round: teach module --module i (or all) on what the modules before it really send",
+        "second round: teach (or fit) module --module i (or all) on what the modules before it really send",
         repeated="module",
         defined_by=(*OF_STUDENT, "refine"),
         needs=_first_round_too,
         section="refine",
+        trains=lambda recipe: recipe.refine.order != "fit",
         routed=True,
         prepares=True,
         refused=_refuse_second_round,
-        jobs=lambda recipe: {"parallel": "array", "sequential": "sequence", "together": "together"}[
-            recipe.refine.order
-        ],
+        jobs=lambda recipe: {
+            "parallel": "array",
+            "sequential": "sequence",
+            "together": "together",
+            "fit": "together",
+        }[recipe.refine.order],
     ),
     Phase(
         "train",
@@ -361,7 +365,7 @@ def taking_part(recipe: Recipe) -> list[Phase]:
 def section_of_batch(recipe: Recipe, phase: str) -> str:
     """The section of the recipe whose batch must fit the ranks of a phase's job; empty = any number of them will do."""
     row = row_of(phase)
-    if phase == "probe" and not row.trains(recipe):  # it only computes features
+    if phase in ("probe", "refine") and not row.trains(recipe):  # it only computes features, or a fit
         return ""
     return row.section
 
@@ -426,7 +430,7 @@ def preparation(recipe: Recipe) -> list[str]:
             names += artifacts_of(recipe, "cluster", modules=[module])
             names += artifacts_of(recipe, "expert", modules=[module])
     names += artifacts_of(recipe, "distill")
-    if recipe.refine.epochs:
+    if recipe.refine.on:
         names += artifacts_of(recipe, "refine")
     return names
 

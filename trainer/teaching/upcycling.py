@@ -16,7 +16,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +44,16 @@ from trainer import artifacts
 from trainer.config.load import first_difference, one_line, split_evenly, to_dict
 from trainer.context import Run
 from trainer.data.base import ImageSource
-from trainer.data.loader import eval_batches
 from trainer.disk import file_record, move_into_place
 from trainer.distributed.interrupt import HEARTBEAT
 from trainer.distributed.main_rank import on_main
 from trainer.request.graph import defining_images
-from trainer.teaching import bases
+from trainer.teaching import bases, calibration
 from trainer.teaching.families import family_of
 
 log = logging.getLogger(__name__)
 FOLDER = "upcycle"
-BATCH = 64  # images per forward of the dense model
 POINTS = 65_536  # tokens per layer that are kept for clustering: 200 MB at width 768
-FIT_TOKENS = 49_152  # tokens a projected start is fitted on, where student.start_images says nothing else
-FIT_IMAGES = 256  # and at least as many images: the head reads one token of each
 BASIS_TOKENS = 16  # tokens for each channel of the dense model, that the basis is measured on
 BASIS_IMAGES = 64  # and at least as many images
 
@@ -143,8 +139,7 @@ def planned_bases(run: Run, student: nn.Module, depths: tuple[int, ...]) -> list
 
 def fit_images(run: Run, dense: Teacher) -> int:
     """Training images that a projected start is fitted on."""
-    asked = run.recipe.student.start_images or max(FIT_IMAGES, FIT_TOKENS // num_tokens(dense.model))
-    return min(asked, len(run.sources[0]))
+    return calibration.image_count(run, dense.model, run.recipe.student.start_images)
 
 
 def planned_flops(run: Run, student: nn.Module, depths: tuple[int, ...]) -> int:
@@ -365,14 +360,14 @@ def _project(run: Run, student: nn.Module, plan: _Plan) -> tuple[dict[str, Any],
     )
     try:
         dense.model.to(run.dist.device).eval()
-        basis = stream_basis(dense.model, _batches(run, for_basis), student.embed_dim)
+        basis = stream_basis(dense.model, calibration.batches(run, for_basis, dense.preprocessing), student.embed_dim)
         projected = project(
             student,
             dense,
             plan.covered,
             basis,
             run.teacher.preprocessing,
-            lambda: _batches(run, images),
+            lambda: calibration.batches(run, images, dense.preprocessing),
             with_head=plan.with_head,
             clusters=clusters,
             beat=HEARTBEAT.beat,
@@ -422,14 +417,6 @@ def _basis_images(run: Run, dense: Teacher) -> int:
     return min(enough, fit_images(run, dense))
 
 
-def _batches(run: Run, images: ImageSource) -> Iterator[Tensor]:
-    """Images as the dense model wants them, on the device."""
-    preprocessing = dense_start(run).preprocessing
-    for batch in eval_batches(images, preprocessing, batch=BATCH, workers=run.workers):
-        HEARTBEAT.beat()
-        yield batch.images[batch.mask].to(run.dist.device)
-
-
 def _defining(run: Run) -> dict[str, Any]:
     """What of the recipe decides the start."""
     values = to_dict(run.recipe)
@@ -457,10 +444,9 @@ def _mlp_inputs(run: Run, images: ImageSource, layers: list[int]) -> dict[int, T
     ]
     try:
         dense.model.to(device)
-        for b in eval_batches(images, dense.preprocessing, batch=BATCH, workers=run.workers):
-            HEARTBEAT.beat()
-            dense.model(b.images[b.mask].to(device))
-            drawn_BT = torch.rand(int(b.mask.sum()), num_tokens(dense.model), generator=generator).argsort(1)
+        for batch in calibration.batches(run, images, dense.preprocessing):
+            dense.model(batch)
+            drawn_BT = torch.rand(len(batch), num_tokens(dense.model), generator=generator).argsort(1)
             place_BK1 = drawn_BT[:, :per_image, None].to(device)
             for layer, x_BTD in now.items():
                 kept[layer].append(x_BTD.take_along_dim(place_BK1, 1).flatten(0, 1).float().cpu())
