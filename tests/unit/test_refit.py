@@ -15,6 +15,7 @@ from models.flops import num_tokens
 from models.modules.basis import Basis
 from models.modules.stages import split
 from models.modules.stitch import assemble_student, build_student_modules
+from models.modules.tokens import Rope
 from models.moe.layer import MoE, MoEConfig
 from models.vmoe.model import VMoE, VMoEConfig
 
@@ -80,8 +81,10 @@ def relative_error(states, wanted):
         {"moe": MoEConfig(num_experts=4, k=1, eval_capacity_factor=0.5)},  # some tokens are dropped
         {"pool": "mean"},
         {"layer_scale": 0.1},
+        {"num_classes": 0},
+        {"rope": Rope(), "heads": 3},
     ],
-    ids=["plain", "swiglu", "not renormalised", "with a capacity", "mean", "LayerScale"],
+    ids=["plain", "swiglu", "not renormalised", "capacity", "mean", "LayerScale", "no classes", "rotary"],
 )
 def test_the_student_comes_nearer_to_its_teacher_at_every_border(changes):
     modules, stages = pair(**changes)
