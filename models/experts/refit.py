@@ -190,16 +190,19 @@ def _refit_experts(
 ) -> None:
     """Each expert's last layer, to what is missing of its tokens' outputs.
 
-    Where an expert's gates do not sum to 1 over a token's experts, they share what is missing in equal parts of their
-    sum, so that the mixture gets all of it.
+    With s the sum of a token's gates g_e, what its mixture misses of y is at most
+    |sum_e g_e p_e - y|^2 <= s sum_e g_e |p_e - y / s|^2, which is the least squares of each expert.
     """
     fits = [LeastSquares() for _ in mlp.experts]
     rows = [0] * len(fits)
     for x, y, weight in zip(inputs, missing, weights):
         gates_NE = gates(mlp, x)
         x_ND, y_ND = x.flatten(0, 1), y.flatten(0, 1)
-        y_ND = y_ND / gates_NE.sum(1, keepdim=True).clamp_min(1e-6)
-        weighted_NE = gates_NE if weight is None else gates_NE * weight.flatten()[:, None]
+        sum_N1 = gates_NE.sum(1, keepdim=True)
+        y_ND = y_ND / sum_N1.clamp_min(1e-6)  # 0 of a token that found all its experts full
+        weighted_NE = gates_NE * sum_N1
+        if weight is not None:
+            weighted_NE = weighted_NE * weight.flatten()[:, None]
         for number, expert in enumerate(mlp.experts):
             visits_N = gates_NE[:, number] > 0
             if not visits_N.any():
