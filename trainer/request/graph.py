@@ -166,7 +166,7 @@ def _refuse_detector(recipe: Recipe) -> str:
 def _refuse_second_round(recipe: Recipe) -> str:
     if recipe.refine.on:
         return ""
-    return "refine.epochs is 0, so there is no second round: set it, or go on with --phase train"
+    return "refine.epochs is 0, so there is no second round: set it, or refine.order=fit, or go on with --phase train"
 
 
 @dataclass(frozen=True)
