@@ -61,7 +61,9 @@ def mend_torchvision(bin_folder: Path) -> None:
     done = subprocess.run([python, "-c", "import torchvision"], capture_output=True, text=True)
     if MENDED in done.stderr:
         (site,) = bin_folder.parent.glob("lib/python*/site-packages")
-        shutil.copyfile(ROOT / "models" / "_torchvision.py", site / "sitecustomize.py")
+        shutil.copyfile(ROOT / "models" / "_torchvision.py", site / "mended_torchvision.py")
+        # imported at every start; not sitecustomize.py, of which Debian's Python has one of its own
+        (site / "mended_torchvision.pth").write_text("import mended_torchvision\n")
 
 
 def run(bin_folder: Path, command: str | Sequence[str], cwd: Path, **environ: str) -> subprocess.CompletedProcess:
