@@ -151,13 +151,18 @@ def test_modules_may_be_fitted_to_each_other(warm, taught, tmp_path):
         before, after = (load_file(out / f"{phase}_{module}/model.safetensors") for phase in ("distill", "refine"))
         changed = [name for name in before if not torch.equal(before[name], after[name])]
         assert changed and all(name.endswith(written) for name in changed)
+    one = warm.run([*words, "--phase", "refine", "--module", "1"])
+    assert one.code == 2 and "--module 1 has no meaning with refine.order=fit" in one.output
     # ended between two results, on another number of ranks: the same command finishes, with the same weights
     weights = load_file(out / "refine_1/model.safetensors")
     for name in ("result.json", "model.safetensors"):
         (out / "refine_1" / name).unlink()
+    complete = [out / "refine_0" / name for name in ("result.json", "model.safetensors")]
+    dates = [path.stat().st_mtime_ns for path in complete]
     assert warm.run([*words, "--phase", "refine"]).code == 0
     found = load_file(out / "refine_1/model.safetensors")
     assert all(torch.equal(found[name], weights[name]) for name in weights)
+    assert [path.stat().st_mtime_ns for path in complete] == dates
     assert warm.run([*words, "--phase", "train"], ranks=2).code == 0
     last, train = result(out / "refine_1")["metrics"], result(out / "train")["metrics"]
     assert last["hybrid_accuracy"] == train["start_accuracy"]  # it is the whole student

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,8 @@ def _run_together(run: Run) -> None:
 def _run_fit(run: Run) -> None:
     """Make OUT/refine_<i> of all modules by fitting them to each other; rank 0 does, and the others take what it wrote.
 
-    Of the time and the FLOPs every module gets its share.
+    Of the time and the FLOPs every module gets its share. What an earlier run has finished stays as it is: another
+    machine rounds otherwise, and its result.json has the digests of its weights.
     """
     recipe = run.recipe
     numbers = range(recipe.modules)
@@ -173,18 +174,19 @@ def _run_fit(run: Run) -> None:
     if all(complete for _, complete in opened):
         return
     folders = [folder for folder, _ in opened]
+    missing = {module: folder for module, (folder, complete) in enumerate(opened) if not complete}
     meta, modules, made_with, _ = _learned(run, [f"distill_{module}" for module in numbers], "--phase refine")
     settings = run.settings("train")  # nothing is trained here, and section refine may leave its batch open
     begun = time.perf_counter()
     flops_by_module = refit_flops(modules, run.teacher_stages(), run.tokens)
     images = run.sources[0].spread(image_count(run, run.teacher.model, recipe.refine.fit_images))
-    errors = on_main(run.dist, lambda: _fit(run, modules, images, folders))
+    errors = on_main(run.dist, lambda: _fit(run, modules, images, missing))
     with run.dist.together():  # every rank sees the files, also on a file system that is slow to show them
         for module, folder in zip(modules, folders):
             load_full_state_dict(module, artifacts.load_weights(folder, module.state_dict()))
     seconds_per_flop = (time.perf_counter() - begun) / sum(flops_by_module)
     together, _ = objective_together(run, modules, meta)
-    for module in numbers:
+    for module, folder in missing.items():
         outcome = run.measure(together.pairs[module], settings)
         seconds = outcome.seconds + seconds_per_flop * flops_by_module[module]
         fitted = replace(outcome, seconds=seconds, images_seen=len(images))
@@ -192,7 +194,7 @@ def _run_fit(run: Run) -> None:
         if errors:
             metrics |= {f"fit_error/{block}": error for block, error in errors[module].items()}
         run.finish(
-            folders[module],
+            folder,
             "refine",
             module,
             Trained(fitted, {}, epochs=0, flops_per_image=flops_by_module[module]),
@@ -203,16 +205,18 @@ def _run_fit(run: Run) -> None:
 
 
 def _fit(
-    run: Run, modules: Sequence[StudentModule], images: ImageSource, folders: Sequence[Path]
+    run: Run, modules: Sequence[StudentModule], images: ImageSource, folders: Mapping[int, Path]
 ) -> list[dict[str, float]]:
-    """Fit the modules, and write their weights to these folders; the error behind each block of each module."""
+    """Fit the modules, and write the weights of some to their folders; the error behind each block of each module."""
     stages = run.teacher_stages()
     log.info("fitting %d modules to each other on %d images", len(modules), len(images))
     for part in (*modules, *stages):
         part.to(run.dist.device, torch.float32)
     errors = refit(modules, stages, batches(run, images, run.teacher.preprocessing), beat=HEARTBEAT.beat)
-    for module, folder in zip(modules, folders):
-        save_weights(folder / "model.safetensors", module.cpu().state_dict())
+    for module in modules:
+        module.cpu()
+    for number, folder in folders.items():
+        save_weights(folder / "model.safetensors", modules[number].state_dict())
     shown = ", ".join(f"{error:.3f}" for of_module in errors for error in of_module.values())
     log.info("relative error of the student's states behind each block: %s", shown)
     return errors

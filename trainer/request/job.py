@@ -75,8 +75,8 @@ class Job:
         module_number = _module(phase, module, recipe.modules)
         if module_number is not None and graph.in_one_job(recipe, phase):
             raise ValueError(
-                f"--module {module_number} has no meaning with {phase}.order=together, which teaches all modules in "
-                f"one training: leave it out, or set {phase}.order=sequential or parallel"
+                f"--module {module_number} has no meaning with {phase}.order={getattr(recipe, phase).order}, which "
+                f"makes all modules at once: leave it out, or set {phase}.order=sequential or parallel"
             )
         return cls(recipe, ds_values, phase, module_number, out, command, expert_number)
 
