@@ -28,7 +28,7 @@ from .expert import GELU, LAYERS, SWIGLU, activate
 
 LOOP, GROUPED, BLOCKS = "loop", "grouped", "blocks"
 CHUNK_BYTES = 2**24  # of hidden rows in the loop: well below the 32 MiB from which malloc maps every tensor anew
-BFLOAT16_ROWS = 32  # in the loop rows are filled up to a multiple: oneDNN prepares a product anew for every new shape
+FEWEST_ROWS, MOST_ROWS = 4, 32  # multiples of rows in the loop, in bfloat16
 ALIGNED = 16  # bytes
 GROUPED_ROWS = 8  # where a grouped product adds up over rows, each group wants 16 bytes: 8 numbers of bfloat16
 
@@ -50,7 +50,14 @@ def row_multiple(x: Tensor, form: str, choices: int, num_experts: int) -> int:
         choices: rows there will be at most before any is filled up.
     """
     if form == LOOP:
-        return BFLOAT16_ROWS if working_type(x) == torch.bfloat16 else 1
+        if working_type(x) != torch.bfloat16:
+            return 1
+        # oneDNN prepares a product in bfloat16 anew for every new shape, which can take as long as one of 300 rows of
+        # width 192. With 1/32 to 1/16 of an expert's share few shapes occur, and about every 40th row fills up
+        multiple = FEWEST_ROWS
+        while multiple < MOST_ROWS and multiple * 32 * num_experts <= choices:
+            multiple *= 2
+        return multiple
     if form == GROUPED:
         return GROUPED_ROWS
     # 1/8 to 1/4 of an expert's share: about every tenth row fills up, and all weights are read 4 to 8 times
@@ -343,7 +350,7 @@ def _by_layer(parameters: Sequence[Tensor], act: str) -> tuple[list[Sequence[Ten
 def _pieces(ends: Sequence[int], weight_HD: Tensor) -> list[_Piece]:
     """All rows, in pieces whose hidden rows fill no more than CHUNK_BYTES."""
     row_bytes = len(weight_HD) * weight_HD.element_size()
-    most = max(CHUNK_BYTES // row_bytes // BFLOAT16_ROWS, 1) * BFLOAT16_ROWS
+    most = max(CHUNK_BYTES // row_bytes // MOST_ROWS, 1) * MOST_ROWS
     pieces = [_Piece(0)]
     start = 0
     for e, end in enumerate(ends):

@@ -135,7 +135,8 @@ def test_which_form_runs_where():
     assert [row_multiple(torch.zeros(1), BLOCKS, choices, 8) for choices in (10, 4096, 12608)] == [8, 128, 256]
     slots = capacity(14, E, K, 1.0)
     with torch.autocast("cpu", torch.bfloat16):
-        assert row_multiple(torch.zeros(1), LOOP, 10, 8) == 32
+        # 1/32 to 1/16 of an even share, 4 to 32
+        assert [row_multiple(torch.zeros(1), LOOP, choices, 8) for choices in (10, 2048, 4096, 10**6)] == [4, 8, 16, 32]
         y = run_experts(experts_of("erf"), torch.randn(42, D), dispatch(routing_of(slots), slots, 32), "erf")
     assert y.dtype == torch.bfloat16
 
