@@ -73,9 +73,10 @@ def main() -> None:
 def _measure(name: str, options: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
     """Rows of one type of numbers."""
     torch.manual_seed(0)
-    objectives = _objectives(options.size)
+    objectives = objectives_of(options.size)
     steps = {
-        kind: _step(objective, options.batch, TYPES[name], options.device) for kind, objective in objectives.items()
+        kind: training_step(objective, options.batch, TYPES[name], options.device)
+        for kind, objective in objectives.items()
     }
     seconds = timing.in_turn(steps, options.rounds, options.device)
     rows = []
@@ -95,7 +96,7 @@ def _measure(name: str, options: argparse.Namespace, rate: float) -> list[dict[s
     return [*rows, {"type": name, "ratio": ratio, "floor": floor}]
 
 
-def _objectives(size: str) -> dict[str, Objective]:
+def objectives_of(size: str) -> dict[str, Objective]:
     """What is trained, by name."""
     timm_name, width, heads, mlp_dim = SIZES[size]
     sizes = {"width": width, "depth": 12, "heads": heads, "mlp_dim": mlp_dim, "image_size": 224, "patch_size": 16}
@@ -112,7 +113,8 @@ def _objectives(size: str) -> dict[str, Objective]:
     }
 
 
-def _step(objective: Objective, batch: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
+def training_step(objective: Objective, batch: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
+    """Forward, backward and AdamW on one batch of noise, at every call."""
     for module in objective.frozen:
         module.to(device, dtype).eval().requires_grad_(False)
     objective.module.to(device, dtype).train()
