@@ -58,7 +58,8 @@ def main() -> None:
     ratio = timing.ratio(seconds, "official", "ours")
     print(f"ours {statistics.median(seconds['ours']):.2f} s, official {statistics.median(seconds['official']):.2f} s")
     print(f"official / ours {ratio:.2f} in time, {options.threads} threads")
-    timing.write(options.json, {f"official JAX V-MoE ({options.dispatcher}) / ours, time": ratio}, machine=facts)
+    name = f"official JAX V-MoE by {options.dispatcher} / ours, {options.threads} threads, time"
+    timing.write(options.json, {name: ratio}, machine=facts)
 
 
 def _official(batch: int, dispatcher: str) -> Callable[[], None]:
