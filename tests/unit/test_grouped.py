@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -87,6 +88,33 @@ def test_a_retained_graph_is_there_a_second_time(form, act):
     assert_close(again, first, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(y_ND.sum(), parameters)
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+def test_the_loop_frees_what_it_kept_as_it_goes_back(retain_graph, monkeypatch):
+    monkeypatch.setattr(grouped, "CHUNK_BYTES", 1)  # 32 rows a piece
+    kept, alive = [], []
+
+    def keep(tensor):
+        kept.append(weakref.ref(tensor))
+        return tensor
+
+    def count(*arguments):
+        alive.append(sum(reference() is not None for reference in kept))
+        return activate_backward(*arguments)
+
+    activate_backward = grouped._activate_backward
+    monkeypatch.setattr(grouped, "_activate_backward", count)
+    experts = experts_of("erf")
+    rows = by_expert(torch.arange(400) % E, E)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y_ND = run_experts(experts, torch.randn(400, D), rows, "erf", form=LOOP)
+    y_ND.sum().backward(retain_graph=retain_graph)
+    assert len(alive) > 4
+    if retain_graph:
+        assert len(set(alive)) == 1
+    else:
+        assert alive == sorted(set(alive), reverse=True)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
