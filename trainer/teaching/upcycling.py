@@ -150,9 +150,9 @@ def planned_flops(run: Run, student: nn.Module, depths: tuple[int, ...]) -> int:
     covered = _covered(run, dense, depths)
     if not _is_copied(run, dense, student.config, covered):
         images = fit_images(run, dense)
-        basis_images = _basis_images(run, dense)
+        for_basis = basis_images(dense.model, images)
         clusters = run.recipe.student.experts == "clusters"
-        return projection_flops(student, dense, covered, images, basis_images, clusters=clusters)
+        return projection_flops(student, dense, covered, images, for_basis, clusters=clusters)
     if run.recipe.student.experts == "clusters":
         return _cluster_flops(dense, min(run.recipe.expert.cluster_images, len(run.sources[0])))
     return 0
@@ -348,7 +348,7 @@ def _project(run: Run, student: nn.Module, plan: _Plan) -> tuple[dict[str, Any],
     dense, s = dense_start(run), run.recipe.student
     clusters = s.experts == "clusters"
     images = run.sources[0].spread(fit_images(run, dense))
-    for_basis = run.sources[0].spread(_basis_images(run, dense))
+    for_basis = run.sources[0].spread(basis_images(dense.model, len(images)))
     log.info(
         "fitting a student of %d blocks of width %d to the %d of width %d of %s, on %d images",
         len(student.blocks),
@@ -411,10 +411,9 @@ def _say(basis: StreamBasis, projected: Projected, width: int) -> None:
         log.info("the student's %d channels carry %.2f%% of the variance", width, 100 * basis.carried)
 
 
-def _basis_images(run: Run, dense: Teacher) -> int:
-    """Images that the basis is measured on."""
-    enough = max(BASIS_IMAGES, -(-BASIS_TOKENS * dense.model.embed_dim // num_tokens(dense.model)))
-    return min(enough, fit_images(run, dense))
+def basis_images(model: nn.Module, images: int) -> int:
+    """Images that the basis is measured on, of those that the start is fitted on."""
+    return min(max(BASIS_IMAGES, -(-BASIS_TOKENS * model.embed_dim // num_tokens(model))), images)
 
 
 def _defining(run: Run) -> dict[str, Any]:
