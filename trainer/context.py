@@ -24,7 +24,7 @@ from models.teacher.load import Teacher, fingerprint, load_teacher
 from trainer import artifacts, heads, made_of, pins
 from trainer.config.ds_config import Settings, resolve, without_training
 from trainer.config.load import module_depths
-from trainer.config.phases import ScheduleConfig
+from trainer.config.phases import ScheduleConfig, TaughtConfig
 from trainer.config.recipe import Recipe
 from trainer.data.base import ImageSource
 from trainer.data.boxes.base import BoxSource, record_of
@@ -446,7 +446,8 @@ class Run:
         flops_per_image = objective.flops_per_image  # counted on the plain module: the engine takes experts out of it
         seed_everything(self.recipe.seed, self.dist.rank, run.deterministic)
         seed = phase_seed(self.recipe.seed, phase_of(folder.name))
-        task = Task(folder.name, description, schedule.epochs, seed, run, evaluate_start, evaluate)
+        kept_epochs = schedule.kept_epochs if isinstance(schedule, TaughtConfig) else 0
+        task = Task(folder.name, description, schedule.epochs, seed, run, evaluate_start, kept_epochs, evaluate)
         if run.compile:
             for module in (objective.module, *objective.frozen):
                 compile_blocks(module)

@@ -134,6 +134,34 @@ def test_modules_may_be_taught_together(warm, taught, tmp_path):
     assert result(out / "refine_1")["metrics"] == last
 
 
+def test_what_the_teacher_told_may_be_kept(warm, taught, tmp_path):
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    order = ["distill.epochs=0", "refine.order=together", "refine.epochs=3", "refine.stored_epochs=1"]
+    words = [*TINY, *METHOD, *order, "--out", out]
+    for name in ("teacher", "meta"):
+        shutil.copytree(taught / name, out / name)
+    assert warm.run([*words, "--phase", "distill"]).code == 0
+    shutil.copytree(out, undisturbed)
+    latest = out / "refine_1/checkpoints/latest.json"
+
+    def in_the_second_epoch() -> bool:
+        return latest.is_file() and json.loads(latest.read_text())["tag"] == "step_00000009"
+
+    planned = warm.run([*words, "--phase", "refine", "--dry-run"])
+    assert planned.code == 0 and "what the teacher tells in the first epoch takes" in planned.output
+    assert warm.run([*words, "--phase", "refine"], ranks=2, kill_when=in_the_second_epoch).code == -9
+    kept = sorted((out / "refine_1/told").glob("*/*.safetensors"))
+    assert len(kept) == 6 * 2  # of an epoch, on two ranks
+    kept[-1].unlink()  # as if the disk had lost it
+    assert warm.run([*words, "--phase", "refine"], ranks=2).code == 0
+    assert warm.run([*words, "--phase", "refine", "--out", undisturbed], ranks=2).code == 0
+    for module in range(2):
+        here, there = (load_file(folder / f"refine_{module}/model.safetensors") for folder in (out, undisturbed))
+        assert all(torch.equal(here[name], there[name]) for name in here)
+        assert result(out / f"refine_{module}")["flops"] == result(undisturbed / f"refine_{module}")["flops"]
+    assert not (out / "refine_1/told").exists()
+
+
 def test_modules_may_be_fitted_to_each_other(warm, taught, tmp_path):
     out = tmp_path / "out"
     for name in ("teacher", "meta", "distill_0", "distill_1"):

@@ -37,6 +37,8 @@ from trainer.objectives import (
     Theseus,
     Together,
 )
+from trainer.objectives.base import Taught
+from trainer.objectives.cost import flops_per_image
 from trainer.objectives.distill import DistillTokens
 
 TOLERANCE = 1e-6  # equal but for the rounding of shares of steps; the project promises 2%
@@ -62,19 +64,29 @@ KINDS = [
 ]
 
 
-def counted(objective, progress=0.0):
-    """FLOPs of one image in a step by torch."""
+def counted(objective, progress=0.0, told=None):
+    """FLOPs of one image in a step by torch, of a step that reads what was told without those of telling it."""
     for module in objective.frozen:
         module.eval().requires_grad_(False)
     objective.module.train()
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss, _ = objective(objective.module, X, LABELS, progress)
+        if told is None:
+            loss, _ = objective(objective.module, X, LABELS, progress)
+        else:
+            loss, _ = objective.learn(objective.module, X, LABELS, told, progress, {})
         loss.backward()
     return counter.get_total_flops() / BATCH
 
 
 def check(objective):
     assert objective.flops_per_image == pytest.approx(counted(objective), rel=TOLERANCE)
+    if isinstance(objective, Taught):
+        told = objective.tell(X)
+        for each in (objective, *getattr(objective, "pairs", ())):
+            each.told_share = 0.0
+        assert flops_per_image(objective.passes(), objective.tokens) == pytest.approx(
+            counted(objective, told=told), rel=TOLERANCE
+        )
     step_without_values(objective)
 
 

@@ -304,3 +304,19 @@ def test_the_peak_of_a_gpu_by_its_drivers_name():
     assert peak_flops("NVIDIA GeForce RTX 4090") == 165e12
     for other in ("NVIDIA H100 PCIe", "NVIDIA H100 NVL", "NVIDIA A100-SXM4-40GB MIG 1g.5gb", "Tesla T4", ""):
         assert peak_flops(other) is None
+
+
+def test_what_the_teacher_tells_takes_disk(capsys):
+    """Three borders and the logits in bf16, of every image once; of a pair, what it is fed and what it puts out."""
+    stored = ["refine.stored_epochs=1", "distill.epochs=0", "refine.epochs=5", "refine.order=together"]
+    assert main([*IMAGENET, "--gpu", "h200", "--gpus", "8", *stored, "refine.global_batch=2048"]) == 0
+    together = (3 * 197 * 1024 + 1000) * 2 * 1_281_167 / 1e9
+    printed = capsys.readouterr().out
+    assert f"refine: what the teacher tells in the first 1 of 5 epochs takes {together:,.1f} GB of disk" in printed
+    assert main([*IMAGENET, "--gpu", "h200", "--gpus", "8", "distill.stored_epochs=2"]) == 0
+    printed = capsys.readouterr().out
+    for module, numbers in enumerate([197 * 1024, 2 * 197 * 1024, 2 * 197 * 1024, 197 * 1024 + 1000]):
+        size = 2 * numbers * 2 * 1_281_167 / 1e9
+        assert f"distill_{module}: what the teacher tells in the first 2 of 5 epochs takes {size:,.1f} GB" in printed
+    assert main([*IMAGENET, "--gpu", "h200", "--gpus", "8"]) == 0
+    assert "teacher tells" not in capsys.readouterr().out

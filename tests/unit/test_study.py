@@ -61,7 +61,7 @@ FEWEST = {
     "study_meta": 6,
     "study_nac": 12,
     "study_nac_fractals": 3,
-    "study_narrow": 28,
+    "study_narrow": 36,
     "study_other_classes": 5,
     "study_projected": 9,
 }  # variants

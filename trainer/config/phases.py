@@ -54,6 +54,28 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class TaughtConfig(ScheduleConfig):
+    """The same of modules that are taught, whose teacher need not run in every epoch."""
+
+    stored_epochs: int = knob(
+        0,
+        "the first so many epochs keep on disk what the teacher told; later ones show their pictures again (the same "
+        "crops, order and mixup) and do not run it; 0 = it runs in every epoch, on new crops",
+        OFF_OR_EPOCHS,
+    )
+
+    @property
+    def kept_epochs(self) -> int:
+        """Epochs whose lessons are kept; 0 where none comes after them."""
+        return self.stored_epochs if self.stored_epochs < self.epochs else 0
+
+    @property
+    def told_share(self) -> float:
+        """Share of the epochs in which the teacher runs."""
+        return self.kept_epochs / self.epochs if self.kept_epochs else 1.0
+
+
+@dataclass(frozen=True)
 class TeacherConfig(ScheduleConfig):
     """The monolithic teacher: of the hub or a folder, a small ViT of phase `teacher`, or (experimental) a grown one."""
 
@@ -185,7 +207,7 @@ class AssembleConfig(ScheduleConfig):
 
 
 @dataclass(frozen=True)
-class DistillConfig(ScheduleConfig):
+class DistillConfig(TaughtConfig):
     """One teacher-student module pair inside the frozen meta model."""
 
     epochs: int = knob(
@@ -232,7 +254,7 @@ class DistillConfig(ScheduleConfig):
 
 
 @dataclass(frozen=True)
-class RefineConfig(ScheduleConfig):
+class RefineConfig(TaughtConfig):
     """Second round on what the modules before really send; targets as in section distill (not in the paper)."""
 
     epochs: int = knob(0, "passes over the training images; 0 = no second round, but for order fit", OFF_OR_EPOCHS)

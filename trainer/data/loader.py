@@ -76,6 +76,7 @@ def train_batches(
     accumulation: int = 1,
     world: int = 1,
     rank: int = 0,
+    cycle: int = 0,
     workers: int = 0,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
@@ -100,6 +101,7 @@ def train_batches(
         world=world,
         rank=rank,
         repeats=aug.repeats,
+        cycle=cycle,
     )
     loaded = load_requests(_TrainImages(source, train_transform(pre, aug)), requests, source, workers)
     return _finished(loaded, pre, device)

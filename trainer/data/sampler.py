@@ -54,11 +54,16 @@ def train_requests(
     world: int,
     rank: int,
     repeats: int,
+    cycle: int = 0,
 ) -> Iterator[TrainRequest]:
-    """Micro-batches of one rank from (epoch, start_step) through `epochs` epochs; the last n % G images drop out."""
+    """Micro-batches of one rank from (epoch, start_step) through `epochs` epochs; the last n % G images drop out.
+
+    Args:
+        cycle: epochs after which the first one comes again, in the same order with the same draws; 0 = none does.
+    """
     step_size = world * micro_batch * accumulation
     for number in range(epoch, epoch + epochs):
-        order, seeds = epoch_plan(n, repeats=repeats, seed=seed, epoch=number)
+        order, seeds = epoch_plan(n, repeats=repeats, seed=seed, epoch=number % cycle if cycle else number)
         first_step = start_step if number == epoch else 0
         for step in range(first_step, n // step_size):
             for micro_step in range(accumulation):

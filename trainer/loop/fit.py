@@ -18,6 +18,7 @@ from trainer.distributed.interrupt import HEARTBEAT, Interrupted, Interruption
 from trainer.distributed.ranks import Dist
 from trainer.evaluation.accuracy import eval_batch, of_published
 from trainer.evaluation.routing import Measures, RoutingWatch
+from trainer.loop.lessons import Lessons
 from trainer.loop.profile import StepProfiler
 from trainer.loop.step import Task, TrainStep, data_workers
 from trainer.tracking.health import Finding, Health, NonFiniteLoss
@@ -47,7 +48,8 @@ def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, di
     Raises:
         NonFiniteLoss: on all ranks; no checkpoint holds the damage.
         Interrupted: on all ranks, after a warning signal to any of them and a checkpoint of this very step.
-        OSError: on all ranks, a checkpoint cannot be written; on one rank, a data loading process died.
+        OSError: on all ranks, a checkpoint cannot be written; on one rank, a data loading process died, or what the
+            teacher told cannot be kept.
     """
     loop = _Loop(engine, objective, data, task, folder, dist)
     with data_workers():
@@ -63,6 +65,8 @@ def fit(engine: Engine, objective: Any, data: Data, task: Task, folder: Path, di
             loop.profiler.close()
     loop.saver.close()
     loop.monitor.close()
+    if loop.step.lessons is not None:
+        loop.step.lessons.close()
     return Outcome(
         evaluation=of_published(loop.evaluation),
         seconds=loop.seconds,
@@ -103,6 +107,9 @@ class _Loop:
             self.health.restore(resumed.state["health"])
             self.step.restore(resumed.own)
             self.routing.restore([own["routing"] for own in resumed.own])
+        if task.kept_epochs:
+            kept_steps = task.kept_epochs * self.per_epoch
+            self.step.lessons = Lessons(folder, kept_steps, self.done, engine.dtype, dist)
         self.profiler = StepProfiler(task.run.profile if dist.main else 0, folder / "profile")
         self.earlier = self.seconds
         self.started = time.perf_counter() - self.seconds

@@ -21,6 +21,7 @@ from trainer.data.workers import FIRST_STEPS, MEASURED_STEPS, Limit, Times, spar
 from trainer.distributed.engine import Engine
 from trainer.distributed.ranks import Dist, seed_draws
 from trainer.evaluation.accuracy import evaluate
+from trainer.loop.lessons import Lessons
 from trainer.loop.profile import part, waiting
 from trainer.tracking.metrics import peak_memory
 
@@ -35,6 +36,7 @@ class Task:
     seed: int  # of this phase's draws (trainer.data.sampler.phase_seed)
     run: RunConfig
     evaluate_start: bool = False  # also before the first step
+    kept_epochs: int = 0  # whose lessons are kept, and whose pictures are shown again (lessons.py); 0 = none
     evaluate: Callable[..., dict[str, float]] = evaluate  # takes what accuracy.evaluate takes
 
 
@@ -47,6 +49,7 @@ class TrainStep:
         self.data = data
         self.task = task
         self.dist = dist
+        self.lessons: Lessons | None = None  # what the teacher told before; None = it is asked in every step
         self.mixup = make_mixup(data.augment, data.num_classes)
         for module in objective.frozen:
             module.to(dist.device, engine.dtype).eval().requires_grad_(False)
@@ -97,6 +100,7 @@ class TrainStep:
             accumulation=settings.accumulation,
             world=self.dist.world,
             rank=self.dist.rank,
+            cycle=self.task.kept_epochs,
             workers=self.workers,
             device=self.dist.device,
         )
@@ -120,19 +124,24 @@ class TrainStep:
             self.since = time.perf_counter()  # evaluations and saves between two intervals do not count as training
         self.losses = []
         self.routing = []
+        shown = done if self.lessons is None else self.lessons.shown(done)  # the step whose pictures these are
         for turn, batch in enumerate(micro_batches):
             place = turn * self.dist.world + self.dist.rank
             images = batch.images
             target = batch.labels
             if self.mixup is not None:
-                number = done * len(micro_batches) * self.dist.world + place
+                number = shown * len(micro_batches) * self.dist.world + place
                 images, target = self.mixup(images, target, self.task.seed * 1_000_003 + number)
             seed_draws(self.task.seed, done, place)
             images = images.to(self.dist.device, self.engine.dtype, non_blocking=True)
             target = target.to(self.dist.device, non_blocking=True)
             out: Out = {}
             with part("forward"):
-                loss, parts = self.objective(self.engine, images, target, done / total, out)
+                if self.lessons is None:
+                    loss, parts = self.objective(self.engine, images, target, done / total, out)
+                else:
+                    told = self.lessons.told(self.objective, images, shown, place)
+                    loss, parts = self.objective.learn(self.engine, images, target, told, done / total, out)
             if row_due:
                 self.routing.append(_routing(out))
             out.clear()  # what hangs on it would stay alive through the backward

@@ -16,6 +16,7 @@ from trainer.objectives.cost import Pass, flops_per_image
 Step = tuple[Tensor, dict[str, Tensor]]
 Pairs = dict[str, tuple[Tensor, Tensor]]  # ending of a metric's name -> (state, the teacher's), each (B, T, D)
 Forward = Callable[..., Any]  # the engine in a run, the bare module in a unit test
+Told = dict[str, Tensor]  # what the frozen side tells a step, by name
 
 
 class Objective(ABC):
@@ -80,6 +81,30 @@ class Objective(ABC):
     def flops_per_image(self) -> int:
         """FLOPs of one image in a step, backward included; the same before and after `module` is expert parallel."""
         return flops_per_image(self.passes(), self.tokens)
+
+
+class Taught(Objective):
+    """An objective whose frozen side is run apart, so that what it tells can be kept on disk (trainer/loop/lessons.py).
+
+    A subclass says what the frozen side tells (`tell`) and how that is learned (`learn`).
+
+    Attributes:
+        told_share: share of the steps in which the frozen side runs; in the others what it told is read.
+    """
+
+    told_share: float = 1.0
+
+    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
+        """Both in one."""
+        return self.learn(forward, images, target, self.tell(images), progress, out)
+
+    @abstractmethod
+    def tell(self, images: Tensor) -> Told:
+        """What the frozen side tells of these images, without gradients; training changes nothing of it."""
+
+    @abstractmethod
+    def learn(self, forward: Forward, images: Tensor, target: Tensor, told: Told, progress: float, out: Out) -> Step:
+        """The step, given what the frozen side told of the very same images; see Objective.__call__."""
 
 
 def soft_kl(teacher_logits: Tensor, logits: Tensor, tau: float = 1.0) -> Tensor:

@@ -15,21 +15,35 @@ from models.modules.meta import MetaModel
 from models.modules.stages import Stage
 from models.moe.out import Out, auxiliary_loss
 from trainer.config.phases import DistillConfig
-from trainer.objectives.base import Forward, Objective, Pairs, Step, label_loss, relative_mse, soft_kl
+from trainer.objectives.base import Forward, Pairs, Step, Taught, Told, label_loss, relative_mse, soft_kl
 from trainer.objectives.cost import Pass, forward_only, relaying, trained
+
+TARGET = "target/"  # begins the names of Lesson.targets
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What the teacher's side gives a step of one pair; empty where nothing needs it."""
+    """What the teacher's side gives a step of one pair; None or empty where nothing needs it."""
 
     h: Tensor | None = None  # what the teacher module is fed, (B, T, D_t), or the images for the first one
     state: Tensor | None = None  # what it puts out, (B, T, D_t), or logits for the last one where there are classes
     logits: Tensor | None = None  # (B, C), of the meta model with the teacher module in its place
     targets: Mapping[int, Tensor] = field(default_factory=dict)  # of the guide, see Guide.targets
 
+    def told(self) -> Told:
+        """The same as named tensors."""
+        named = {"h": self.h, "state": self.state, "logits": self.logits}
+        named |= {f"{TARGET}{block}": target for block, target in self.targets.items()}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
-class Distill(Objective):
+    @classmethod
+    def of(cls, told: Mapping[str, Tensor]) -> Lesson:
+        """And back."""
+        targets = {int(name.removeprefix(TARGET)): told[name] for name in told if name.startswith(TARGET)}
+        return cls(told.get("h"), told.get("state"), told.get("logits"), targets)
+
+
+class Distill(Taught):
     """One pair of modules inside the frozen meta model (m2mKD, arXiv 2402.16918; facts in docs/method.md).
 
     h = meta.front(x); y_t = meta.back(teacher module(h)), y_s = meta.back(student module(h));
@@ -45,6 +59,7 @@ class Distill(Objective):
 
     Args:
         teacher: without classes, the whole of it, which hybrids are compared with.
+        told_share: see Taught.
     """
 
     def __init__(
@@ -59,6 +74,7 @@ class Distill(Objective):
         predecessors: Sequence[nn.Module] = (),
         guide: Guide | None = None,
         teacher: MetaModel | None = None,
+        told_share: float = 1.0,
     ):
         self.module = student
         self.teacher_stage = teacher_stage
@@ -70,6 +86,7 @@ class Distill(Objective):
         self.predecessors = predecessors
         self.guide = guide
         self.teacher = teacher
+        self.told_share = told_share
         self.frozen = [teacher_stage, meta, *predecessors]
         self.classifies = meta.classifies
         self.border = config.border
@@ -87,10 +104,21 @@ class Distill(Objective):
         # the teacher module is run
         self.taught_here = self.taught or self.border != "none" or guide is not None
 
-    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
-        """See Objective.__call__ and `loss`."""
+    @torch.no_grad()
+    def tell(self, images: Tensor) -> Told:
+        """What the student is fed, and what is wanted of it: a Lesson as named tensors."""
+        if not self.taught_here:
+            h = None if self.predecessors else self.meta.front(images, self.index)
+            return self.needed(Lesson(h)).told()
+        lesson = self.teach(self.meta.front(images, self.index))
+        if self.taught:
+            lesson = replace(lesson, logits=self.meta.back(lesson.state, self.index))
+        return self.needed(lesson).told()
+
+    def learn(self, forward: Forward, images: Tensor, target: Tensor, told: Told, progress: float, out: Out) -> Step:
+        """See Taught and `loss`."""
+        lesson = Lesson.of(told)
         with torch.no_grad():
-            lesson = self._lesson(images)
             fed = self._fed(images, lesson.h)
         return self.loss(forward(fed, out), target, lesson, progress, out)
 
@@ -149,9 +177,9 @@ class Distill(Objective):
         """The pair, what leads to its input, and the stages behind it for the teacher."""
         passes = self.passes_of_pair() + forward_only(*self.predecessors)
         if self.taught_here or not self.predecessors:
-            passes += forward_only(*self.meta.stages[: self.index])
+            passes += forward_only(*self.meta.stages[: self.index], share=self.told_share)
         if self.taught:
-            passes += forward_only(*self._behind)
+            passes += forward_only(*self._behind, share=self.told_share)
         return passes
 
     def passes_of_pair(self) -> list[Pass]:
@@ -161,9 +189,9 @@ class Distill(Objective):
             # a student module may give fewer tokens than the teacher's
             passes += relaying(*self._behind, tokens=getattr(self.module, "tokens_out", 0))
         if self.taught_here:
-            passes += forward_only(self.teacher_stage)
+            passes += forward_only(self.teacher_stage, share=self.told_share)
         if self.guide is not None:
-            passes += forward_only(self.guide.routers)
+            passes += forward_only(self.guide.routers, share=self.told_share)
         return passes
 
     def border_error(self, h: Tensor, state: Tensor, reference: Tensor) -> Tensor:
@@ -184,24 +212,24 @@ class Distill(Objective):
         state = self.teacher_stage(h, beside, self.guide.sources)
         return Lesson(h, state, targets=self.guide.targets(beside))
 
+    def needed(self, lesson: Lesson) -> Lesson:
+        """The lesson without what neither `learn` nor `loss` reads: images of module 0, what predecessors replace."""
+        return replace(
+            lesson,
+            h=lesson.h if self.index and not self.predecessors else None,
+            state=lesson.state if self.border != "none" else None,
+        )
+
     @property
     def _behind(self) -> Sequence[nn.Module]:
         return self.meta.stages[self.index + 1 :]
-
-    def _lesson(self, images: Tensor) -> Lesson:
-        if not self.taught_here:
-            return Lesson()
-        lesson = self.teach(self.meta.front(images, self.index))
-        if not self.taught:
-            return lesson
-        return replace(lesson, logits=self.meta.back(lesson.state, self.index))
 
     def _fed(self, images: Tensor, h: Tensor | None) -> Tensor:
         """What the student is fed: its predecessors' output, or h with noise of input_noise x std(h)."""
         if self.predecessors:
             return self._chained(images)
-        if h is None:
-            h = self.meta.front(images, self.index)
+        if h is None:  # of module 0
+            return images
         if self.config.input_noise and self.index:
             h = h + self.config.input_noise * h.float().std().to(h.dtype) * torch.randn_like(h)
         return h
@@ -251,6 +279,10 @@ class DistillTokens(Distill):
         if self.index == 0:
             passes += forward_only(self.meta.stages[0])
         return passes
+
+    def needed(self, lesson: Lesson) -> Lesson:
+        """As Distill; what the module is fed says which tokens count, of the first one the images."""
+        return replace(super().needed(lesson), h=lesson.h)
 
     def border_error(self, h: Tensor, state: Tensor, reference: Tensor) -> Tensor:
         """As Distill, over the tokens of the cluster; 0 where the batch has none."""

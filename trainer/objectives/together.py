@@ -14,12 +14,12 @@ from models.modules.meta import MetaModel
 from models.modules.stages import Stage
 from models.moe.out import Out, inside
 from trainer.config.phases import DistillConfig
-from trainer.objectives.base import Forward, Objective, Pairs, Step, border_pairs
+from trainer.objectives.base import Forward, Pairs, Step, Taught, Told, border_pairs
 from trainer.objectives.cost import Pass, flops_per_image, forward_only
 from trainer.objectives.distill import Distill, Lesson
 
 
-class Together(Objective):
+class Together(Taught):
     """Every pair of modules in one step: one pass of the teacher, one of the student (not in the paper).
 
     The loss is the sum of the pairs' own (Distill). A student module is fed what the one before it puts out at that
@@ -31,6 +31,7 @@ class Together(Objective):
         meta: what they stand in.
         meta_is_teacher: its stages are the teacher's modules (meta.blocks_per_module=0), which then run only once.
         guides: of teacher-guided routing, one per module.
+        told_share: see Taught.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Together(Objective):
         meta_is_teacher: bool,
         label_smoothing: float = 0.0,
         guides: Sequence[Guide | None] = (),
+        told_share: float = 1.0,
     ):
         assert len(students) == len(teacher_stages) == meta.num_modules, "one pair per stage of the meta model"
         self.pairs: list[Distill] = []
@@ -50,25 +52,33 @@ class Together(Objective):
         self.teacher = None if self.classifies else MetaModel(teacher_stages)
         for i, (student, stage) in enumerate(zip(students, teacher_stages)):
             guide = guides[i] if guides else None
-            pair = Distill(student, stage, meta, i, config, tokens, label_smoothing, students[:i], guide, self.teacher)
-            self.pairs.append(pair)
+            of_pair = (student, stage, meta, i, config, tokens, label_smoothing, students[:i], guide, self.teacher)
+            self.pairs.append(Distill(*of_pair, told_share))
         self.meta = meta
         self.meta_is_teacher = meta_is_teacher
         self.tokens = tokens
+        self.told_share = told_share
         self.module = ModuleChain(students)
         self.frozen = [meta, *teacher_stages]
         self.teacher_runs = sum(pair.taught_here for pair in self.pairs)  # modules, from the first on
 
-    def step(self, forward: Forward, images: Tensor, target: Tensor, progress: float, out: Out) -> Step:
-        """See Objective.__call__; the parts are those of the pairs, with /<module> behind the name."""
-        with torch.no_grad():
-            lessons = self._teach(images)
+    @torch.no_grad()
+    def tell(self, images: Tensor) -> Told:
+        """The lessons of all pairs, with <module>/ before their names."""
+        told = {}
+        for i, lesson in enumerate(self._teach(images)):
+            of_pair = self.pairs[i].needed(lesson).told()
+            told |= {f"{i}/{name}": tensor for name, tensor in of_pair.items()}
+        return told
+
+    def learn(self, forward: Forward, images: Tensor, target: Tensor, told: Told, progress: float, out: Out) -> Step:
+        """See Taught; the parts are those of the pairs, with /<module> behind the name."""
         outputs = forward(images, out)
         total = 0.0
         parts = {}
-        for i, (pair, state, lesson) in enumerate(zip(self.pairs, outputs, lessons)):
-            told = inside(out, "chain", str(i))
-            loss, parts_of_pair = pair.loss(state, target, lesson, progress, told)
+        for i, (pair, state) in enumerate(zip(self.pairs, outputs)):
+            of_pair = {name.removeprefix(f"{i}/"): told[name] for name in told if name.startswith(f"{i}/")}
+            loss, parts_of_pair = pair.loss(state, target, Lesson.of(of_pair), progress, inside(out, "chain", str(i)))
             total = total + loss
             parts |= {f"{name}/{i}": value for name, value in parts_of_pair.items()}
         return total, parts
@@ -95,9 +105,9 @@ class Together(Objective):
         if self.meta_is_teacher:
             return passes
         if pair.taught:
-            passes += forward_only(*self.meta.stages[i + 1 :])
+            passes += forward_only(*self.meta.stages[i + 1 :], share=self.told_share)
         if i + 1 < self.teacher_runs:
-            passes += forward_only(self.meta.stages[i])
+            passes += forward_only(self.meta.stages[i], share=self.told_share)
         return passes
 
     @functools.cached_property
@@ -106,7 +116,7 @@ class Together(Objective):
         return [flops_per_image(self.passes_of_module(i), self.tokens) for i in range(len(self.pairs))]
 
     def _teach(self, images: Tensor) -> list[Lesson]:
-        """What the teacher's side gives each pair."""
+        """What the teacher's side gives each pair that it teaches."""
         lessons: list[Lesson] = []
         h = images
         for i, pair in enumerate(self.pairs[: self.teacher_runs]):
@@ -120,8 +130,7 @@ class Together(Objective):
             # in a meta model that is the teacher all ways lead to the same logits
             logits = lessons[-1].state if self.meta_is_teacher else self.meta.back(lesson.state, i)
             lessons[i] = replace(lesson, logits=logits)
-        untaught = len(self.pairs) - len(lessons)
-        return lessons + [Lesson()] * untaught
+        return lessons
 
 
 class ModuleChain(nn.Module):

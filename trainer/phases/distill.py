@@ -14,7 +14,7 @@ from trainer.context import Run
 from trainer.objectives import Distill
 from trainer.request.graph import taught_by_expert
 from trainer.teaching import experts, reuse, upcycling
-from trainer.teaching.estimate import Known, Rehearsed, blank_images, of_training
+from trainer.teaching.estimate import Known, Rehearsed, blank_images, of_training, with_told
 from trainer.teaching.experts import Assembly, assembly_flops
 from trainer.teaching.guidance import module_guide
 from trainer.teaching.meta import new_meta, trained_meta
@@ -86,7 +86,7 @@ def objective(
     smoothing = recipe.augment.label_smoothing
     whole = None if run.classifies else MetaModel(stages)
     pair = (student, stage, meta, module, recipe.distill, run.tokens, smoothing)
-    return Distill(*pair, guide=guide, teacher=whole), spent
+    return Distill(*pair, guide=guide, teacher=whole, told_share=recipe.distill.told_share), spent
 
 
 def check(run: Run) -> None:
@@ -113,4 +113,4 @@ def rehearse(run: Run, module: int, known: Known) -> Rehearsed:
     found = of_training(run, "distill", f"distill_{module}", pair.flops_per_image, extra_flops=extra)
     if not recipe.distill.epochs:
         return Rehearsed("left as it starts: distill.epochs is 0", found.costs)
-    return found
+    return with_told(run, "distill", pair, found)

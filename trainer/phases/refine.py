@@ -31,7 +31,7 @@ from trainer.loop.fit import Outcome
 from trainer.objectives import Distill, Objective, Together
 from trainer.request.graph import in_one_job, trained_again
 from trainer.teaching.calibration import batches, image_count
-from trainer.teaching.estimate import Cost, Known, Rehearsed, blank_images, of_training
+from trainer.teaching.estimate import Cost, Known, Rehearsed, blank_images, of_training, with_told
 from trainer.teaching.guidance import module_guide
 from trainer.teaching.meta import new_meta, trained_meta
 from trainer.teaching.students import student_modules
@@ -100,7 +100,7 @@ def objective(
     smoothing = recipe.augment.label_smoothing
     whole = None if run.classifies else MetaModel(stages)
     pair = (student, stage, meta, module, recipe.distill, run.tokens, smoothing)
-    return Distill(*pair, predecessors, guide, whole), spent
+    return Distill(*pair, predecessors, guide, whole, recipe.refine.told_share), spent
 
 
 def objective_together(
@@ -116,8 +116,8 @@ def objective_together(
         spent = [flops for _, flops in pairs]
     meta_is_teacher = recipe.meta.blocks_per_module == 0
     smoothing = recipe.augment.label_smoothing
-    together = Together(modules, stages, meta, recipe.distill, run.tokens, meta_is_teacher, smoothing, guides)
-    return together, spent
+    students = (modules, stages, meta, recipe.distill, run.tokens, meta_is_teacher, smoothing, guides)
+    return Together(*students, recipe.refine.told_share), spent
 
 
 def _run_together(run: Run) -> None:
@@ -251,11 +251,12 @@ def rehearse(run: Run, module: int | None, known: Known) -> Rehearsed:
             rehearsed.predict(blank_images(run))
         parts = [of_training(run, "refine", f"refine_{i}", flops) for i, flops in enumerate(rehearsed.flops_by_module)]
         costs = {name: cost for part in parts for name, cost in part.costs.items()}
-        return replace(parts[-1], text=f"{parts[-1].text} for all modules at once", costs=costs)
+        found = replace(parts[-1], text=f"{parts[-1].text} for all modules at once", costs=costs)
+        return with_told(run, "refine", rehearsed, found)
     name = f"refine_{module}"
     if rehearsed is None:
         return Rehearsed("fed images either way, so it is taken as it is", {name: Cost(0.0, 0.0)})
-    return of_training(run, "refine", name, rehearsed.flops_per_image)
+    return with_told(run, "refine", rehearsed, of_training(run, "refine", name, rehearsed.flops_per_image))
 
 
 def _rehearse_fit(run: Run) -> Rehearsed:

@@ -124,6 +124,7 @@ def tables(chosen: Plan, busiest: float, gpu: Gpu) -> str:
         f"gradients are reduced beside {gpu.overlap:.0%} of the backward pass where overlap_comm is on, all else one "
         "after another; input, evaluation, saves and start-up come on top"
     )
+    notes += [_of_told(each) for each in chosen.estimates if each.work.told]
     notes += [text for each in chosen.estimates for text in _of_sizes(each.work)]
     parts = (
         f"memory per GPU, GB\n{memory}",
@@ -131,6 +132,18 @@ def tables(chosen: Plan, busiest: float, gpu: Gpu) -> str:
         f"time, ms of a step\n{time}",
     )
     return "\n\n".join(parts) + "\n" + "\n".join(notes)
+
+
+def _of_told(each: Estimate) -> str:
+    """What the teacher's outputs ask of the disk: room, and to be read as fast as the step computes."""
+    work, settings = each.work, each.settings
+    of_image = work.told * (2 if settings.bf16 else 4)
+    size = work.schedule.kept_epochs * work.images * of_image
+    rate = settings.global_batch * of_image / each.seconds.total
+    return (
+        f"{work.name}: what the teacher tells in the first {work.schedule.kept_epochs} of {work.epochs} epochs takes "
+        f"{size / 1e9:,.1f} GB of disk, and the others read it at {rate / 1e9:.3g} GB/s or take longer than planned"
+    )
 
 
 def _of_sizes(work: Work) -> list[str]:

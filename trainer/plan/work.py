@@ -23,6 +23,7 @@ from trainer.objectives.base import Objective
 from trainer.objectives.cost import Pass, trained
 from trainer.phases import code_of
 from trainer.request.graph import TABLE, Phase, artifact_name, in_one_job, taking_part
+from trainer.teaching.estimate import told_numbers
 
 # elements that DeepSpeed cuts groups of experts at (split_params_into_different_moe_groups_for_optimizer)
 LARGEST_EXPERT_GROUP = 178_956_971
@@ -73,6 +74,7 @@ class Work:
     image_numbers: int  # pixels of an image, all channels; of the largest where they differ
     layer_decay: float = 1.0
     ema: bool = False
+    told: int = 0  # numbers of an image that the teacher's side tells, where it is kept on disk
     jobs: int = 1  # trainings of these sizes: the experts of a module, each taught alone
     by_itself: bool = False  # of images of its own: planned apart from the other phases
     assumed: str = ""  # of its images, where they were not opened
@@ -278,6 +280,7 @@ def _works_of(run: Run, row: Phase) -> list[Work]:
             objective.most_numbers or seen.in_chans * seen.image_size**2,
             layer_decay=getattr(schedule, "layer_decay", 1.0),
             ema=bool(getattr(schedule, "ema", 0.0)),
+            told=told_numbers(run, objective) if getattr(schedule, "kept_epochs", 0) else 0,
             by_itself=row.own_images,
             assumed=getattr(run.boxes[0], "assumed", "") if row.own_images else "",
         )

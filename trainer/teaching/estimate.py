@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from models.moe.layer import routed_layers
 from models.preprocessing import Preprocessing
 from trainer.context import Run
+from trainer.distributed.engine import working_type
 from trainer.loop.fit import epoch_length
+from trainer.objectives.base import Taught
 
 FEW_STEPS = 10  # an epoch: with fewer a schedule of epochs learns little, whatever it learns from
 
@@ -81,6 +84,39 @@ def of_training(
     if few:
         text += f" ({few})"
     return Rehearsed(text, {artifact: Cost(passed, passed * flops_per_image + extra_flops)}, problem=problem)
+
+
+def with_told(run: Run, section: str, objective: Taught, found: Rehearsed) -> Rehearsed:
+    """The same, with what a section keeps on disk while it teaches: what the teacher told in its first epochs.
+
+    Args:
+        objective: before any training and without guides.
+    """
+    epochs = getattr(run.recipe, section).kept_epochs
+    if not epochs:
+        return found
+    of_image = told_numbers(run, objective) * working_type(run.settings(section)).itemsize
+    size = epochs * len(run.sources[0]) * of_image
+    word = "epoch" if epochs == 1 else f"{epochs} epochs"
+    text = f"{found.text}; what the teacher tells in the first {word} takes {size / 1e9:.3g} GB of disk while it trains"
+    return replace(found, text=text, files=found.files + size)
+
+
+@torch.no_grad()
+def told_numbers(run: Run, objective: Taught) -> int:
+    """Numbers that the teacher's side tells of an image.
+
+    Args:
+        objective: on the CPU or the meta device, before any training and without guides, whose targets of routers are
+            counted beside it.
+    """
+    images = blank_images(run).to(next(objective.module.parameters()).device)
+    told = {id(tensor): tensor for tensor in objective.tell(images).values()}  # names may share one
+    numbers = sum(tensor.numel() for tensor in told.values()) // len(images)
+    if run.recipe.distill.routing_weight:
+        layers = routed_layers(objective.module).values()
+        numbers += run.tokens * sum(layer.config.num_experts for layer in layers)
+    return numbers
 
 
 def few_steps(section: str, images: int, global_batch: int) -> str:
