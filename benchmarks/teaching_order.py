@@ -1,19 +1,23 @@
 """What it costs to teach every module one batch: as independent jobs, one module after another behind the student
-modules before it, and all together in one step (refine.order). Forward, backward and AdamW on plain torch, in turn in
-one run; beside each ratio that of the FLOPs (models/flops.py).
+modules before it, and all together in one step (refine.order); and the same where the teacher does not run, because
+what it told is read (stored_epochs), here from files that the system has just written. Forward, backward and AdamW on
+plain torch, in turn in one run; beside each ratio that of the FLOPs (models/flops.py).
 
     python benchmarks/teaching_order.py
     python benchmarks/teaching_order.py modules=2 distill.logit_weight=1
+    python benchmarks/teaching_order.py --rounds 7 teacher.width=384 teacher.depth=12 teacher.heads=6 \
+        teacher.mlp_dim=1536 teacher.image_size=224 teacher.patch_size=16 student.width=192 student.depth=6 \
+        student.heads=3 student.mlp_dim=768 student.init= student.patch_size=16    # ViT-S/16 to a V-MoE of half of it
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 if not __package__:
@@ -22,18 +26,20 @@ if not __package__:
 import models  # noqa: F401  isort: skip  first: it mends torchvision beside a CPU torch
 import torch
 
+from benchmarks import timing
 from models.teacher.load import load_teacher, save_teacher
 from trainer.config.load import load_recipe
 from trainer.context import Run
 from trainer.distributed.ranks import Dist
-from trainer.objectives import Objective
+from trainer.loop.lessons import Lessons
+from trainer.objectives.base import Taught
 from trainer.phases import distill, refine
 from trainer.teaching.meta import new_meta
 from trainer.teaching.students import student_modules
 from trainer.teaching.teachers import new_teacher_of, trained_preprocessing
 
-ORDERS = ("parallel", "sequential", "together")
-WARM_UP = 2  # rounds that are not counted
+READ = ", read"  # ends the names of orders in which the teacher does not run
+ORDERS = ("parallel", "sequential", "together", f"parallel{READ}", f"together{READ}")
 
 
 def main() -> None:
@@ -41,46 +47,53 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="recipes/study_base.yaml", help="one without teacher.source")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path, help="file to keep the results in")
     parser.add_argument("overrides", nargs="*")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     recipe = load_recipe(Path(options.recipe), ["data.source=digits", 'data.path=""', *options.overrides])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts = timing.machine(device)
+    print(timing.describe(facts))
     run = Run(recipe, {}, Path(), Dist(0, 1, 0, 1, device), "benchmark")
     with tempfile.TemporaryDirectory() as folder:
         save_teacher(new_teacher_of(recipe.teacher, run.labels), folder, trained_preprocessing(recipe.teacher))
         run = run.with_teacher(load_teacher(folder))
-    preprocessing = run.teacher.preprocessing
-    batch = recipe.refine.global_batch or 16
-    size = preprocessing.image_size
-    objectives: dict[str, list[Objective]] = {}
-    optimizers: dict[str, list[torch.optim.Optimizer]] = {}
-    for order in ORDERS:
-        objectives[order] = _objectives(run, order)
-        optimizers[order] = [torch.optim.AdamW(objective.module.parameters()) for objective in objectives[order]]
-    images = torch.randn(batch, preprocessing.in_chans, size, size, device=device)
-    target = torch.randint(len(run.labels), (batch,), device=device)
-    seconds: dict[str, list[float]] = {order: [] for order in ORDERS}
-    for number in range(options.rounds + WARM_UP):
-        for order in ORDERS:
-            taken = _teach(objectives[order], optimizers[order], images, target)
-            if number >= WARM_UP:
-                seconds[order].append(taken)
-    flops = {order: _flops(objectives[order]) for order in ORDERS}
-    print(f"{recipe.modules} modules, {batch} images, {device.type}, medians of {options.rounds} rounds")
+        objectives = {order: _objectives(run, order) for order in ORDERS}
+        kinds = {order: _kind(run, order, taught, Path(folder)) for order, taught in objectives.items()}
+        seconds = timing.in_turn(kinds, options.rounds, device)
+    flops = {order: _flops(taught) for order, taught in objectives.items()}
+    print(f"{recipe.modules} modules, {_batch(run)} images, {device.type}, medians of {options.rounds} rounds")
+    ratios = {}
     for order, times in seconds.items():
-        # round by round, so that a busy minute meets both sides of a ratio
-        ratio = statistics.median(time / together for time, together in zip(times, seconds["together"]))
-        print(
-            f"{order:10} {statistics.median(times) * 1e3:8.1f} ms  {ratio:5.2f} x together"
-            f"  (FLOPs {flops[order] / flops['together']:.2f} x)"
-        )
+        ratio = timing.ratio(seconds, order, "together")
+        of_flops = flops[order] / flops["together"]
+        print(f"{order:14} {statistics.median(times) * 1e3:8.1f} ms  {ratio:5.2f} x together  (FLOPs {of_flops:.2f} x)")
+        ratios[f"{order} / together: time"] = ratio
+        ratios[f"{order} / together: FLOPs"] = of_flops
+    timing.write(options.json, ratios, machine=facts, seconds=seconds, flops=flops)
 
 
-def _objectives(run: Run, order: str) -> list[Objective]:
+def _batch(run: Run) -> int:
+    return run.recipe.refine.global_batch or 16
+
+
+def _kind(run: Run, order: str, objectives: Sequence[Taught], folder: Path) -> Callable[[], None]:
+    """One batch taught to all modules."""
+    seen, device = run.teacher.preprocessing, run.dist.device
+    optimizers = [torch.optim.AdamW(objective.module.parameters()) for objective in objectives]
+    images = torch.randn(_batch(run), seen.in_chans, seen.image_size, seen.image_size, device=device)
+    target = torch.randint(len(run.labels), (len(images),), device=device)
+    lessons = None
+    if order.endswith(READ):
+        lessons = Lessons(folder / order, len(objectives), 0, torch.float32, run.dist)
+    return functools.partial(_teach, objectives, optimizers, images, target, lessons)
+
+
+def _objectives(run: Run, order: str) -> list[Taught]:
     """What is trained of all modules, one optimiser each."""
     meta, modules = new_meta(run), student_modules(run)
     numbers = range(run.recipe.modules)
-    if order == "together":
+    if order.startswith("together"):
         objectives = [refine.objective_together(run, modules, meta)[0]]
     elif order == "sequential":
         objectives = [refine.objective(run, i, modules[: i + 1], meta)[0] for i in numbers]
@@ -89,31 +102,34 @@ def _objectives(run: Run, order: str) -> list[Objective]:
     for objective in objectives:
         for part in (*objective.frozen, objective.module):
             part.to(run.dist.device)
+        for each in (objective, *getattr(objective, "pairs", ())):
+            each.told_share = 0.0 if order.endswith(READ) else 1.0
     return objectives
 
 
 def _teach(
-    objectives: Sequence[Objective],
+    objectives: Sequence[Taught],
     optimizers: Sequence[torch.optim.Optimizer],
     images: torch.Tensor,
     target: torch.Tensor,
-) -> float:
-    """One step of every optimiser; seconds."""
-    started = time.perf_counter()
-    for objective, optimizer in zip(objectives, optimizers):
+    lessons: Lessons | None,
+) -> None:
+    """One step of every optimiser."""
+    for number, (objective, optimizer) in enumerate(zip(objectives, optimizers)):
         for part in objective.frozen:
             part.requires_grad_(False).eval()
         objective.module.requires_grad_(True).train()
-        loss, _ = objective(objective.module, images, target)
+        if lessons is None:
+            loss, _ = objective(objective.module, images, target)
+        else:
+            told = lessons.told(objective, images, shown=number, place=0)
+            loss, _ = objective.learn(objective.module, images, target, told, 0.0, {})
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
-def _flops(objectives: Sequence[Objective]) -> int:
+def _flops(objectives: Sequence[Taught]) -> int:
     """Of one image taught to all modules."""
     return sum(objective.flops_per_image for objective in objectives)
 
