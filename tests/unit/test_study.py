@@ -64,6 +64,7 @@ FEWEST = {
     "study_narrow": 36,
     "study_other_classes": 5,
     "study_projected": 9,
+    "study_rates": 6,
 }  # variants
 
 
@@ -448,3 +449,9 @@ def test_a_signal_reaches_the_processes_and_the_same_command_goes_on(monkeypatch
     thread.start()
     assert run(grid, tmp_path) == 75
     assert all((cell.folder / "saved").exists() for cell in grid)
+
+
+def test_a_report_of_a_folder_that_is_not_there_is_refused(tmp_path, capsys):
+    assert main([str(study_file(tmp_path)), "--out", str(tmp_path / "none"), "--report"]) == 2
+    assert f"--out is {tmp_path}/none, where no study was made: without --report" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()

@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"--jobs is {options.jobs}, expected 1 or more")
         study = read_study(Path(options.study), options.overrides)
         out = Path(options.out)
+        if options.report and not out.is_dir():
+            raise ValueError(f"--out is {out}, where no study was made: without --report this command makes it")
         if not options.report:
             _refuse_live_jobs(out)
         trial_cells = trials(study, out)
