@@ -130,8 +130,10 @@ def test_the_report_of_a_half_finished_study(tmp_path):
     # at the end .4 - .2 and .6 - .3: mean 25, error 5. At cost 4: .3 + .5/2 * .1 - .2 and .3 + .5/2 * .3 - .3
     assert "| m2mkd against from scratch | 2 | +20.0 ± 0.0 | +25.0 ± 5.0 | +10.0 ± 2.5 | 4 GFLOP | yes |  |" in text
     assert "keep against m2mkd | 0 of 2 |  |  |  |  |  |  |" in text
-    assert "Not complete: scratch/seed0," in text
     numbers = json.loads((out / "study.json").read_text())
+    named = ", ".join(numbers["missing"][:5])
+    assert numbers["missing"][0] == "scratch/seed0" and len(numbers["missing"]) == 6
+    assert f"Not complete: {named} and 1 more, which study.json lists." in text
     assert numbers["variants"]["keep"]["figures"]["final"] == {"n": 0, "mean": None, "std": None, "error": None}
     page = (out / "study.html").read_text()
     assert page.count("opacity: 0.15") == 2 and "total cost, GFLOP" in page and "m2mkd (n = 2)" in page  # two bands

@@ -17,6 +17,7 @@ from trainer.study.tables import Table, tables
 from trainer.study.tuning import Tuned, tuned
 
 BAND = 2  # standard errors
+MISSING_SHOWN = 5  # cells that are named
 
 
 def report(study: Study, cells: Sequence[Cell], out: Path) -> list[Path]:
@@ -160,5 +161,7 @@ def _about(results: Results) -> str:
     seeds = ", ".join(map(str, study.seeds))
     text = f"{len(study.variants)} variants of {study.base.name}, seeds {seeds}."
     if results.missing:
-        text += f" Not complete: {', '.join(results.missing)}."
+        more = len(results.missing) - MISSING_SHOWN
+        tail = f" and {more} more, which study.json lists" if more > 0 else ""
+        text += f" Not complete: {', '.join(results.missing[:MISSING_SHOWN])}{tail}."
     return text
