@@ -4,6 +4,7 @@ import io
 import os
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -46,6 +47,8 @@ OTHERS = {
     "transparent": encoded(COLOUR.convert("RGBA"), "WEBP"),
     "TIFF": encoded(COLOUR, "TIFF", compression="jpeg"),
 }
+# of several pictures whose index is damaged Pillow reads the first from 13 on, as libjpeg-turbo does; before, it refuses
+REFUSES_DAMAGED_INDEX = int(PIL.__version__.partition(".")[0]) < 13
 SHORT = [name for name in JPEGS if name not in ("CMYK", "RGB")]
 
 
@@ -56,10 +59,12 @@ def outcome(read) -> np.ndarray | str:
         return str(error)
 
 
-def assert_alike(content: bytes) -> bool:
+def assert_alike(content: bytes, name: str) -> bool:
     """Whether it is a picture; either way both readers say so."""
     by_pillow = outcome(lambda: np.asarray(decode(content, "it", LIMIT)))
     found = outcome(lambda: decode_pixels(content, "it", LIMIT, lambda *_: 1).values_HWC)
+    if name == "several pictures" and REFUSES_DAMAGED_INDEX and "not a picture in a format" in str(by_pillow):
+        return False
     if isinstance(by_pillow, str) or isinstance(found, str):
         assert found == by_pillow
         return False
@@ -69,7 +74,7 @@ def assert_alike(content: bytes) -> bool:
 
 @pytest.mark.parametrize("name", [*JPEGS, *OTHERS])
 def test_pixels_are_those_of_pillow_to_the_bit(name):
-    assert assert_alike((JPEGS | OTHERS)[name])
+    assert assert_alike((JPEGS | OTHERS)[name], name)
 
 
 @pytest.mark.parametrize("name", JPEGS)
@@ -85,7 +90,7 @@ def test_altered_and_cut_files_have_one_outcome(name):
         for place in generator.integers(2, max(end, 3), generator.integers(1, 5)):
             if place < len(content):
                 content[place] = generator.integers(0, 256)
-        pictures += assert_alike(bytes(content))
+        pictures += assert_alike(bytes(content), name)
     assert 40 < pictures < 240  # some of either outcome
 
 
