@@ -47,7 +47,7 @@ OTHERS = {
     "transparent": encoded(COLOUR.convert("RGBA"), "WEBP"),
     "TIFF": encoded(COLOUR, "TIFF", compression="jpeg"),
 }
-# of several pictures whose index is damaged Pillow reads the first from 13 on, as libjpeg-turbo does; before, it refuses
+# of several pictures whose index is damaged, Pillow from 13 on reads the first (as libjpeg-turbo does)
 REFUSES_DAMAGED_INDEX = int(PIL.__version__.partition(".")[0]) < 13
 SHORT = [name for name in JPEGS if name not in ("CMYK", "RGB")]
 
