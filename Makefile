@@ -31,7 +31,7 @@ $(VENV)/.dev: requirements.txt requirements-dev.txt | $(BIN)/python
 
 demo: $(VENV)/.runtime
 	$(ENV) deepspeed --num_gpus 2 trainer/run.py --ds_config ds_configs/cpu_debug.json \
-		--recipe recipes/demo.yaml --phase all --out $(RUN)
+		--recipe recipes/demo_projected.yaml --phase all --out $(RUN)
 
 # A grid of recipe variants over seeds; the same command goes on after a stop. make study STUDY=recipes/study_baselines.yaml
 study: $(VENV)/.runtime

@@ -77,6 +77,7 @@ PARAMETERS = {
     "own_images.yaml": OWN_IMAGES,
     "coco_detection.yaml": IMAGENET,
     "demo.yaml": (8 * 49_984 + 14_282, 4 * 49_984 + 14_282, 4 * 84_480 + 10_714),
+    "demo_projected.yaml": (8 * 49_984 + 14_282, 4 * 49_984 + 14_282, 4 * 84_480 + 10_714),
     "detect_demo.yaml": (8 * 49_984 + 14_282, 4 * 49_984 + 14_282, 4 * 84_480 + 10_714),
     "study_base.yaml": (8 * 49_984 + 56_996, 8 * 49_984 + 56_996, 4 * 149_504 + 56_996),
     "vmoe_base_imagenet.yaml": IMAGENET,
