@@ -437,9 +437,10 @@ def test_ranks_do_not_change_the_classifier(other_classes, tmp_path):
     whole = probed_run(tmp_path / "one", other_classes)
     run = new_run(tmp_path / "three", other_classes, data={"limit": 120}, run={"eval_batch": 4})
     teacher = run.take_checkpoint().model
+    sources = run.sources  # opened once: ranks are processes, and these threads share one run
 
     def work(dist):
-        for source, name in zip(run.sources, ("train", "val")):
+        for source, name in zip(sources, ("train", "val")):
             features.compute(
                 lambda images: teacher.forward_head(teacher.forward_features(images), pre_logits=True),
                 source,
