@@ -7,7 +7,7 @@ plain torch, in turn in one run; beside each ratio that of the FLOPs (models/flo
     python benchmarks/teaching_order.py modules=2 distill.logit_weight=1
     python benchmarks/teaching_order.py --rounds 7 teacher.width=384 teacher.depth=12 teacher.heads=6 \
         teacher.mlp_dim=1536 teacher.image_size=224 teacher.patch_size=16 student.width=192 student.depth=6 \
-        student.heads=3 student.mlp_dim=768 'student.init=""' student.patch_size=16    # ViT-S/16 to a V-MoE of half of it
+        student.heads=3 student.mlp_dim=768 'student.init=""' student.patch_size=16  # ViT-S/16 to a V-MoE of half of it
 """
 
 from __future__ import annotations
