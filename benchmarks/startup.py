@@ -109,7 +109,7 @@ def demo(folder: Path) -> tuple[list[str], Callable[[], float | None]]:
             return None
         return json.loads(lines[0])["time"]
 
-    arguments = ["trainer/run.py", "--ds_config", "ds_configs/cpu_debug.json", "--recipe", "recipes/demo.yaml"]
+    arguments = ["trainer/run.py", "--ds_config", "ds_configs/cpu_debug.json", "--recipe", "recipes/demo_projected.yaml"]
     return [*arguments, "--phase", "all", "--out", str(folder / "out"), "run.log_every=1"], sign
 
 

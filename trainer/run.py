@@ -1,6 +1,6 @@
 """The one entry of the trainer: parse, answer or run one job, exit code.
 
-    deepspeed --num_gpus 2 trainer/run.py --ds_config ds_configs/cpu_debug.json --recipe recipes/demo.yaml \\
+    deepspeed --num_gpus 2 trainer/run.py --ds_config ds_configs/cpu_debug.json --recipe recipes/demo_projected.yaml \\
         --phase all --out runs/demo [section.key=value ...]
 
 The same under torchrun, srun and plain python. Nothing imports this file; scripts use `from trainer import run_phase`.
