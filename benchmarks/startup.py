@@ -109,8 +109,8 @@ def demo(folder: Path) -> tuple[list[str], Callable[[], float | None]]:
             return None
         return json.loads(lines[0])["time"]
 
-    arguments = ["trainer/run.py", "--ds_config", "ds_configs/cpu_debug.json", "--recipe", "recipes/demo_projected.yaml"]
-    return [*arguments, "--phase", "all", "--out", str(folder / "out"), "run.log_every=1"], sign
+    files = ["--ds_config", "ds_configs/cpu_debug.json", "--recipe", "recipes/demo_projected.yaml"]
+    return ["trainer/run.py", *files, "--phase", "all", "--out", str(folder / "out"), "run.log_every=1"], sign
 
 
 def stub(folder: Path) -> tuple[list[str], Callable[[], float | None]]:
