@@ -57,6 +57,7 @@ FEWEST = {
     "study_ablation": 20,
     "study_baselines": 10,
     "study_fitted": 2,
+    "study_images": 21,
     "study_judged": 3,
     "study_meta": 6,
     "study_nac": 12,
