@@ -9,10 +9,11 @@ import pytest
 import simplejpeg
 import torch
 from PIL import Image
+from torch.utils.data import Dataset
 
 from models.preprocessing import Preprocessing
 from trainer.config.data import AugmentConfig, DataConfig
-from trainer.data.loader import Batch, eval_batches, make_mixup, steps_per_epoch, train_batches
+from trainer.data.loader import Batch, eval_batches, load_requests, make_mixup, steps_per_epoch, train_batches
 from trainer.data.sources import open_source
 
 PRE = Preprocessing(12, (0.5, 0.4, 0.3), (0.5, 0.5, 0.5))
@@ -112,6 +113,46 @@ def test_workers_end_with_the_iterator(source):
     iterator.close()
     gc.collect()
     assert multiprocessing.active_children() == []
+
+
+class Broken:
+    """What a worker hands over whose connection breaks before all of it is there."""
+
+    def __init__(self, error: type[Exception]):
+        self.error = error
+
+    def __reduce__(self) -> tuple:
+        return self.fetched, (self.error,)
+
+    @staticmethod
+    def fetched(error: type[Exception]) -> None:
+        raise error(*([104, "Connection reset by peer"] if error is ConnectionResetError else []))
+
+
+class OneBrokenItem(Dataset):
+    def __init__(self, at: str, error: type[Exception]):
+        self.at, self.error = at, error
+
+    def __getitem__(self, index: int) -> Broken:
+        if self.at == "source":
+            raise self.error("the server of the pictures is away")
+        return Broken(self.error)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(ConnectionResetError, r"\[Errno 104\] Connection reset by peer"), (EOFError, "EOFError")],
+)
+def test_a_connection_to_a_worker_that_breaks_is_told_as_its_death(source, error, told):
+    """It is what torch raises when a worker that is being killed has closed its socket and has not ended yet."""
+    with pytest.raises(RuntimeError, match=f"^DataLoader worker broke off: {told}$"):
+        list(load_requests(OneBrokenItem("worker", error), [0], source, workers=1))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_connection_of_the_source_that_breaks_stays_what_it_is(source, workers):
+    with pytest.raises(ConnectionResetError, match="the server of the pictures is away"):
+        list(load_requests(OneBrokenItem("source", ConnectionResetError), [0], source, workers=workers))
 
 
 def test_too_few_images_for_a_global_batch(source):
