@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tests.slurm.cluster import Cluster
@@ -31,10 +32,11 @@ class Chain:
     def __init__(self, cluster: Cluster, out: Path, root: Path = ROOT, **settings: str):
         self.cluster, self.out, self.root = cluster, out, root
         self.waiting: dict[str, float] = {}  # requeued jobs and since when they wait
+        self.slow = out.with_name(out.name + ".slow")  # while it is there, warm ranks take their time
         self.settings = {
             "RECIPE": RECIPE, "DS_CONFIG": DS_CONFIG, "OUT": str(out), "NODES": "2", "GPUS_PER_NODE": "1",
             "CPUS_PER_TASK": "1", "TIME": "00:20:00", "ARRAY_THROTTLE": "1", "OVERRIDES": EP2, "ACCEPT": "across",
-            "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
+            "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "SLOW_WHILE": str(self.slow),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         } | settings  # fmt: skip
 
@@ -116,6 +118,15 @@ class Chain:
                 if time.monotonic() - waiting[job] > 3:
                     self.cluster.run("scontrol", "update", f"jobid={job}", "starttime=now")
         self.waiting = waiting
+
+    @contextmanager
+    def slowly(self) -> Iterator[None]:
+        """Inside the block warm ranks make ten steps a second: training lasts until it has been disturbed."""
+        self.slow.touch()
+        try:
+            yield
+        finally:
+            self.slow.unlink()
 
     def until(self, condition: Callable[[], bool], what: str, timeout: float = 150) -> None:
         """Wait, and fail with the logs when it takes too long."""

@@ -49,10 +49,11 @@ def test_disturbed_chain_ends_like_an_undisturbed_one(cluster, reference, chain)
 
 
 def _warn_meta(cluster, chain, job):
-    chain.until_training("meta", 20)
-    assert "epoch" in chain.command("status").stdout
-    cluster.out("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@... sends before the time limit
-    chain.until_requeued("meta")
+    with chain.slowly():
+        chain.until_training("meta", 20)
+        assert "epoch" in chain.command("status").stdout
+        cluster.out("scancel", "--batch", "--signal=USR1", job)  # what --signal=B:USR1@... sends before the time limit
+        chain.until_requeued("meta")
     assert chain.events("meta")[-1].startswith("requeued interrupted after a save; saved step: ")
     saved = int(chain.events("meta")[-1].split()[-1])
     chain.until(lambda: chain.resumed("meta") == [saved], "meta to go on where it was")
@@ -61,21 +62,23 @@ def _warn_meta(cluster, chain, job):
 
 
 def _preempt_distill_1(cluster, chain):
-    chain.until_training("distill_1", 20)
-    urgent = cluster.out("sbatch", "--parsable", "-p", "urgent", "-N2", "--gres=gpu:2", "-o", "/dev/null", "--wrap",
-                         "sleep 1").strip()  # fmt: skip
-    chain.until_requeued("distill_1")
+    with chain.slowly():
+        chain.until_training("distill_1", 20)
+        urgent = cluster.out("sbatch", "--parsable", "-p", "urgent", "-N2", "--gres=gpu:2", "-o", "/dev/null", "--wrap",
+                             "sleep 1").strip()  # fmt: skip
+        chain.until_requeued("distill_1")
     assert chain.until_ended(urgent) == "COMPLETED"
 
 
 def _kill_and_scancel_distill_2(cluster, chain, array):
-    chain.until_training("distill_2", 20)
-    cluster.out("kill", "-KILL", chain.ranks("--module 2")[-1])
-    chain.until_requeued("distill_2")
-    assert ": killed by signal 9, SIGKILL (also out of memory)" in chain.events("distill_2")[-1]
-    (chain.out / "distill_2/metrics.jsonl").unlink()  # so that the second start is seen to train
-    chain.until_training("distill_2", 20)
-    cluster.out("scancel", f"{array}_2")
+    with chain.slowly():
+        chain.until_training("distill_2", 20)
+        cluster.out("kill", "-KILL", chain.ranks("--module 2")[-1])
+        chain.until_requeued("distill_2")
+        assert ": killed by signal 9, SIGKILL (also out of memory)" in chain.events("distill_2")[-1]
+        (chain.out / "distill_2/metrics.jsonl").unlink()  # so that the second start is seen to train
+        chain.until_training("distill_2", 20)
+        cluster.out("scancel", f"{array}_2")
     assert chain.until_ended(f"{array}_2") == "CANCELLED"
     assert chain.events("distill_2")[-1].startswith("cancelled ended by a person")
     # the others are untouched: the preempted one went on where it was
@@ -85,8 +88,9 @@ def _kill_and_scancel_distill_2(cluster, chain, array):
 
 
 def _cancel_in_train_and_submit_again(chain, jobs):
-    chain.until_training("train", 40)
-    done = chain.command("cancel")
+    with chain.slowly():
+        chain.until_training("train", 40)
+        done = chain.command("cancel")
     assert done.returncode == 0 and chain.alive() == [], done.stdout
     assert chain.state(jobs["train"]) == chain.state(jobs["evaluate"]) == "CANCELLED"
     assert chain.events("train")[-1].startswith("cancelled ended by a person")
@@ -96,9 +100,10 @@ def _cancel_in_train_and_submit_again(chain, jobs):
 
 
 def _lose_a_node_in_train(cluster, chain, job):
-    chain.until_training("train", 120)  # one checkpoint later
-    cluster.out("scontrol", "update", "nodename=node2", "state=down", "reason=test")
-    chain.until(lambda: chain.state(job) != "RUNNING", "the job to leave the lost node")
+    with chain.slowly():
+        chain.until_training("train", 120)  # one checkpoint later
+        cluster.out("scontrol", "update", "nodename=node2", "state=down", "reason=test")
+        chain.until(lambda: chain.state(job) != "RUNNING", "the job to leave the lost node")
     cluster.out("scontrol", "update", "nodename=node2", "state=resume")
     assert chain.until_ended(job) == "COMPLETED"
     saved = [int(e.split()[-1]) for e in chain.events("train") if e.startswith("started") and e[-1].isdigit()]

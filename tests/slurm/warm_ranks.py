@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -26,6 +27,7 @@ from tests.warm_python import import_everything
 CLONE_NEWUTS = 0x04000000
 CLONE_NEWNET = 0x40000000
 NAMESPACES = {"net": CLONE_NEWNET, "uts": CLONE_NEWUTS}
+SLOW_STEP = 0.1  # seconds
 
 
 def serve(place: str) -> None:
@@ -64,6 +66,7 @@ def _be_the_rank(client: socket.socket) -> None:
         os.environ.clear()
         os.environ.update(asked["environ"])
         threading.Thread(target=_obey, args=(client,), daemon=True).start()
+        _slow_down_while(Path(os.environ["SLOW_WHILE"]))
         from trainer.run import main
 
         code = main(asked["arguments"]) or 0
@@ -83,6 +86,20 @@ def _obey(client: socket.socket) -> None:
     while said := client.recv(1):
         os.kill(os.getpid(), said[0])
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _slow_down_while(place: Path) -> None:
+    """Make each optimiser step last SLOW_STEP longer while there is a file `place` (Chain.slowly)."""
+    from trainer.distributed.engine import Engine
+
+    step = Engine.step
+
+    def slow_step(engine: Engine, number: int) -> None:
+        if place.exists():
+            time.sleep(SLOW_STEP)
+        step(engine, number)
+
+    Engine.step = slow_step
 
 
 def _enter(path: str, kind: int) -> None:
