@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from trainer.study.plan import cells, flat, key_of, read_study, steps, trials
 from trainer.study.report import accuracy_charts
 from trainer.study.runner import Runner, link_artifact
 from trainer.study.statistics import Summary
+from trainer.study.tuning import tuned
 
 TINY = ROOT / "tests/fixtures/tiny.yaml"
 STUDIES = sorted((ROOT / "recipes").glob("study_*.yaml"))
@@ -353,14 +355,20 @@ def test_artifacts_of_another_recipe_are_named_and_kept(stand_in, tmp_path, caps
     assert f"{tmp_path}/out/keep/seed0/train is of another recipe (train.epochs: 2 there, 1 here): delete it" in said
 
 
-def test_the_best_choice_is_tried_first_then_run_on_all_seeds(stand_in, tmp_path, capsys, monkeypatch):
-    """Accuracies come from the stand-in: the rate itself, so that the largest of the grid is best."""
+@pytest.fixture
+def rates_are_accuracies(stand_in, monkeypatch):
+    """The stand-in leaves the rate itself as the accuracy, so that the largest of a grid is best; stand_in's answer."""
     code = study_runner.WORKER[2].replace(
         "write_text('{}')",
         "write_text('{\"metrics\": {\"accuracy\": %s}, \"flops\": 1e9}' % yaml_of(cell)['train']['lr'])",
     )
     code = "import yaml\nyaml_of = lambda cell: yaml.safe_load((cell / 'recipe.yaml').read_text())\n" + code
     monkeypatch.setattr(study_runner, "WORKER", [sys.executable, "-c", code])
+    return stand_in
+
+
+def test_the_best_choice_is_tried_first_then_run_on_all_seeds(rates_are_accuracies, tmp_path, capsys):
+    stand_in = rates_are_accuracies
     variants = "\n  a: {overrides: {train.start: scratch}}\n  b: {tune: {}}"
     path = study_file(tmp_path, variants, TUNE)
     command = [str(path), "--out", str(tmp_path / "out"), "--jobs", "2"]
@@ -384,6 +392,38 @@ def test_the_best_choice_is_tried_first_then_run_on_all_seeds(stand_in, tmp_path
     assert "| a | train.lr=0.4 | 40.0 | chosen, at the edge of the grid: train.lr=0.4 | 3 GFLOP |" in text
     assert main([*command, "--only", "z"]) == 2
     assert "--only z matches no variant. Variants: a, b" in capsys.readouterr().err
+
+
+def test_what_an_earlier_choice_has_left_is_not_shown_as_the_new_one(rates_are_accuracies, tmp_path, capsys):
+    """A grid that is widened, as its warning asks for, may choose anew."""
+    command = ["--out", str(tmp_path / "out"), "--jobs", "2"]
+    variants = "\n  a: {overrides: {train.start: scratch}}"
+    narrow = str(study_file(tmp_path, variants, TUNE, seeds="[0]"))
+    assert main([narrow, *command]) == 0
+    assert "| a | 1 |" in (tmp_path / "out/study.md").read_text()
+    rates_are_accuracies()
+    wide = str(study_file(tmp_path, variants, TUNE.replace("0.4]", "0.4, 0.8]"), seeds="[0]"))
+    left = f"{tmp_path}/out/a/seed0/train_scratch is of another recipe (train.lr: 0.4 there, 0.8 here): delete it"
+    assert main([wide, *command]) == 1
+    assert f"a/seed0 failed: {left}" in capsys.readouterr().err
+    assert main([wide, *command, "--report"]) == 0
+    assert f"warning: left out: {left}" in capsys.readouterr().err
+    text = (tmp_path / "out/study.md").read_text()
+    assert "Not complete: a/seed0." in text and "| a | 1 |" not in text
+    assert "| a | train.lr=0.8 | 80.0 | chosen" in text
+    shutil.rmtree(tmp_path / "out/a/seed0/train_scratch")
+    assert main([wide, *command]) == 0
+    assert rates_are_accuracies() == ["train.lr=0.8 seed0 train_scratch", "a seed0 train_scratch"]
+    assert "| a | 1 |" in (tmp_path / "out/study.md").read_text()
+
+
+def test_trials_of_another_recipe_choose_nothing(rates_are_accuracies, tmp_path):
+    variants = "\n  a: {overrides: {train.start: scratch}}"
+    path = study_file(tmp_path, variants, TUNE, seeds="[0]")
+    assert main([str(path), "--out", str(tmp_path / "out")]) == 0
+    for extra, best in (((), 2), (("train.clip=3",), None)):
+        study = read_study(path, extra)
+        assert [grid.best for grid in tuned(study, trials(study, tmp_path / "out"))] == [best]
 
 
 def test_a_trial_that_fails_leaves_its_variant_out_and_the_others_go_on(stand_in, tmp_path):

@@ -20,7 +20,7 @@ from trainer.chain.slurm import SlurmError
 from trainer.chain.submit import refuse_live
 from trainer.config.redaction import refuse_secrets
 from trainer.request.job import EXIT_BAD_INPUT, EXIT_INTERRUPTED
-from trainer.study.plan import Cell, Study, cells, only, read_study, trials
+from trainer.study.plan import Cell, Study, cells, only, other_recipe, read_study, trials
 from trainer.study.report import report
 from trainer.study.runner import Runner
 from trainer.study.tuning import chosen, edge_warnings, tuned
@@ -51,7 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
             for line in edge_warnings(grids):
                 print(f"warning: {line}", file=sys.stderr)
             plan = cells(study, out, chosen(grids))
-            if not options.report:
+            if options.report:
+                for why in filter(None, map(other_recipe, [*trial_cells, *plan])):
+                    print(f"warning: left out: {why}", file=sys.stderr)
+            else:
                 code = _run(study, plan, [*trial_cells, *plan], options) or code
         print(*report(study, [*trial_cells, *plan], out), sep="\n")
         return code

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from trainer.report.data import PhaseRecord, read_phase
 from trainer.request.graph import artifact_name, preparation, taught_in
-from trainer.study.plan import Cell, Study, Variant
+from trainer.study.plan import Cell, Study, Variant, other_recipe
 from trainer.study.statistics import Curve, Race, Summary, at, difference, mean_curve, race, summary
 from trainer.tracking.measures import ACCURACY, RELATIVE_ERROR, Measure
 
@@ -85,12 +85,13 @@ class Results:
 
 
 def collect(study: Study, cells: Sequence[Cell]) -> Results:
-    """Read what the cells have left."""
+    """Read what the cells have left; one whose folder holds what another recipe made is missing."""
     measured: dict[str, dict[int, Measured]] = {variant.name: {} for variant in study.variants}
+    others = {cell.name for cell in cells if other_recipe(cell)}
     for cell in cells:
-        if cell.variant in measured:  # not a shared teacher, not a trial of tuning
+        if cell.variant in measured and cell.name not in others:  # not a shared teacher, not a trial of tuning
             measured[cell.variant][cell.seed] = measure(cell)
-    names = (cell.name for cell in cells if not cell.complete)
+    names = (cell.name for cell in cells if not cell.complete or cell.name in others)
     missing = tuple(dict.fromkeys(names))  # a shared teacher stands among the trials as well
     comparisons = []
     for variant in study.variants:

@@ -47,9 +47,9 @@ from trainer.disk import lock, write_json
 from trainer.request.graph import section_of_batch
 from trainer.request.stages import CELL, DOWNLOAD, GATHER, Stage, hub_names
 from trainer.study.element import mark
-from trainer.study.plan import Cell, Study, cells, only, read_study, trials
+from trainer.study.plan import Cell, Study, cells, only, other_recipe, read_study, trials
 from trainer.study.report import report
-from trainer.study.runner import makers, other_recipe, write_recipe
+from trainer.study.runner import makers, write_recipe
 from trainer.study.tuning import chosen, tuned
 from trainer.study.waves import Work, number_of_waves, waves, works
 

@@ -20,6 +20,7 @@ variants:
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import itertools
 import json
@@ -32,7 +33,7 @@ from typing import Any
 from trainer.chain.settings import JOBS
 from trainer.config.data import BUILT_IN
 from trainer.config.knobs import close
-from trainer.config.load import load_recipe, read_yaml, shown, to_dict
+from trainer.config.load import build, first_difference, load_recipe, read_yaml, shown, to_dict
 from trainer.config.recipe import Recipe
 from trainer.request.graph import TABLE, artifact_name, artifacts_of, defining, preparation, teacher_results
 
@@ -476,3 +477,23 @@ def key_of(recipe: Recipe, name: str) -> str:
     text = json.dumps(parts, sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     return f"{name}-{digest[:12]}"
+
+
+def other_recipe(cell: Cell) -> str:
+    """Why what lies in a cell's folder is not its own: it was made with another recipe; empty when it is its own."""
+    path = cell.folder / "recipe.yaml"
+    if not path.is_file():
+        return ""
+    earlier = _recipe_of(path, path.stat().st_mtime_ns)
+    for step in cell.steps:
+        artifact = cell.folder / step.name
+        if artifact.is_dir() and key_of(earlier, step.name) != cell.keys[step.name]:
+            why = first_difference(to_dict(earlier), to_dict(cell.recipe))
+            return f"{artifact} is of another recipe ({why}): delete it, or use another --out"
+    return ""
+
+
+@functools.cache
+def _recipe_of(path: Path, changed_ns: int) -> Recipe:
+    """The recipe in a cell's folder, parsed once (20 ms) for every change of the file."""
+    return build(Recipe, read_yaml(path.read_text(), str(path)))

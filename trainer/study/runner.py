@@ -20,12 +20,12 @@ from types import FrameType
 
 import yaml
 
-from trainer.config.load import build, first_difference, read_yaml, to_dict
+from trainer.config.load import build, read_yaml, to_dict
 from trainer.config.recipe import Recipe
 from trainer.disk import lock, replacing, write_text
 from trainer.request.graph import phase_help, phase_of
 from trainer.request.job import EXIT_FAILED, EXIT_INTERRUPTED
-from trainer.study.plan import TEACHERS, Cell, Step, key_of
+from trainer.study.plan import TEACHERS, Cell, Step, key_of, other_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = [sys.executable, "-m", "trainer.study.worker"]
@@ -222,20 +222,6 @@ def makers(cells: Sequence[Cell], out: Path) -> dict[str, list[Path]]:
             if phase_of(folder.name) in phase_help() and (folder / "result.json").is_file():
                 folders.setdefault(key_of(recipe, folder.name), []).append(folder)
     return folders
-
-
-def other_recipe(cell: Cell) -> str:
-    """Why a cell cannot go on with what lies in its folder: it was made with another recipe; empty when it can."""
-    path = cell.folder / "recipe.yaml"
-    if not path.is_file():
-        return ""
-    earlier = build(Recipe, read_yaml(path.read_text(), str(path)))
-    for step in cell.steps:
-        artifact = cell.folder / step.name
-        if artifact.is_dir() and key_of(earlier, step.name) != cell.keys[step.name]:
-            why = first_difference(to_dict(earlier), to_dict(cell.recipe))
-            return f"{artifact} is of another recipe ({why}): delete it, or use another --out"
-    return ""
 
 
 def write_recipe(cell: Cell) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from trainer.report.data import read_phase
 from trainer.study.figures import measure
-from trainer.study.plan import Cell, Study, Variant
+from trainer.study.plan import Cell, Study, Variant, other_recipe
 from trainer.study.statistics import Summary, summary
 
 
@@ -61,14 +61,15 @@ def edge_warnings(grids: Sequence[Tuned]) -> list[str]:
 
 def _of_variant(variant: Variant, trials: Sequence[Cell]) -> Tuned:
     ours = [cell for cell in trials if cell.tunes == variant.name]
+    readable = [cell for cell in ours if not other_recipe(cell)]
     tried = []
     for choice in variant.grid:
-        finals = [measure(cell).figures["final"] for cell in ours if cell.choice == choice]
+        finals = [measure(cell).figures["final"] for cell in readable if cell.choice == choice]
         tried.append(Trial(choice, summary(finals)))
     best = None
     edges: tuple[str, ...] = ()
     flops = None
-    if all(cell.complete for cell in ours):
+    if readable == ours and all(cell.complete for cell in ours):
         means = [trial.accuracy.mean for trial in tried]
         if None not in means:
             best = max(range(len(means)), key=means.__getitem__)
