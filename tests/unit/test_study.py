@@ -67,7 +67,7 @@ FEWEST = {
     "study_narrow": 36,
     "study_other_classes": 5,
     "study_projected": 9,
-    "study_rates": 6,
+    "study_rates": 8,
 }  # variants
 
 
