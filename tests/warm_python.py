@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 from tests.launch import ROOT, Finished, environment, free_port
 
+END = "\n"  # said to the server in the place of a piece of work
 GRACE = 20  # seconds the other ranks get to end by themselves once one has failed
 
 
@@ -72,7 +73,8 @@ class WarmPython:
         return Finished(next((code for code in codes if code), 0), output)
 
     def close(self) -> None:
-        """End the server."""
+        """End the server; said in so many words, as a process that a test left behind may hold its input open."""
+        self.server.stdin.write(END)
         self.server.stdin.close()
         self.server.wait(30)
 
@@ -90,11 +92,13 @@ def import_everything() -> None:
 
 
 def serve() -> None:
-    """Read one line of JSON per piece of work, fork its ranks, answer with their ids and then their exit codes."""
+    """Read one line of JSON per piece of work until END, fork its ranks, answer with their ids and then their codes."""
     import_everything()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for line in sys.stdin:
+    for line in iter(sys.stdin.readline, END):
+        if not line:  # the client died
+            return
         work = json.loads(line)
         pids = [_fork(work, rank) for rank in range(len(work["logs"]))]
         print(json.dumps(pids), file=answers, flush=True)
