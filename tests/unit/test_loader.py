@@ -147,6 +147,7 @@ def test_a_connection_to_a_worker_that_breaks_is_told_as_its_death(source, error
     """It is what torch raises when a worker that is being killed has closed its socket and has not ended yet."""
     with pytest.raises(RuntimeError, match=f"^DataLoader worker broke off: {told}$"):
         list(load_requests(OneBrokenItem("worker", error), [0], source, workers=1))
+    assert multiprocessing.active_children() == []
 
 
 @pytest.mark.parametrize("workers", [0, 1])

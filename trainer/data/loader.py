@@ -314,6 +314,9 @@ def load_requests(
 
     Args:
         source: whose `skipped` takes the numbers of images that a worker could not read.
+
+    Raises:
+        RuntimeError: "DataLoader worker ...", from torch or as torch does: a process that makes the batches has died.
     """
     loader = DataLoader(
         dataset,
@@ -324,29 +327,18 @@ def load_requests(
         worker_init_fn=_outlast_a_warning,
         generator=torch.Generator(),  # torch draws a worker seed per iterator, by default from the global state
     )
-    for batch in _unbroken(loader):
-        source.skipped.update(batch.skipped)  # a worker's own copy of the source is lost with it
-        yield batch
-
-
-def _unbroken(loader: DataLoader) -> Iterator:
-    """The same batches; a broken connection to the process that makes them is told as torch tells that it died.
-
-    torch looks who died when a batch cannot be fetched, and raises what it met as it is where a process that is being
-    killed has closed its socket already and has not ended yet.
-    """
-    batches = iter(loader)
-    while True:
-        try:
-            batch = next(batches)
-        except StopIteration:
-            return
-        except (ConnectionError, EOFError) as error:
-            met_by_the_source = not loader.num_workers or "in DataLoader worker process" in str(error)
-            if met_by_the_source:
-                raise
-            raise RuntimeError(f"DataLoader worker broke off: {str(error) or type(error).__name__}") from error
-        yield batch
+    try:
+        # the iterator has no name here: an error that is kept would keep its processes with it
+        for batch in loader:
+            source.skipped.update(batch.skipped)  # a worker's own copy of the source is lost with it
+            yield batch
+    except (ConnectionError, EOFError) as error:
+        # torch looks who died when a batch cannot be fetched, and raises what it met as it is where a process that is
+        # being killed has closed its socket already and has not ended yet
+        met_by_the_source = not workers or "in DataLoader worker process" in str(error)
+        if met_by_the_source:
+            raise
+        raise RuntimeError(f"DataLoader worker broke off: {str(error) or type(error).__name__}") from error
 
 
 def _finished(loaded: Iterator[_Bytes], pre: Preprocessing, device: torch.device | str) -> Iterator[Batch]:
